@@ -1,0 +1,195 @@
+"""How a gradient passes an equilibrium `z* = f(z*, u)`: an object handed to the solve, not a flag in it.
+
+For a loss L of z*, with `v = dL/dz*` and `J = df/dz` at z*, every kind returns `mu^T df/d(u, parameters)` for its own mu:
+
+    Implicit      mu = J^T mu + v, solved to a tolerance of its own (implicit function theorem)
+    Neumann(k)    mu = sum_{i<k} (J^T)^i v
+    Phantom(k)    backpropagation through k damped steps from z*; `JacobianFree` is k = 1 without damping: mu = v
+    Unrolled(k)   backpropagation through all k steps from the initial state; the reference for tests
+
+Sign convention, here and in `joint`: mu is the plain derivative of the loss by a shift of the equilibrium equation's
+right-hand side, so `dL/du = (df/du)^T mu` without a minus.
+
+Sources: Bai, Kolter, Koltun, NeurIPS 2019, Theorem 1 (implicit); Geng, Zhang, Bai, Wang, Lin, NeurIPS 2021 (phantom,
+Neumann); Fung et al., AAAI 2022 (Jacobian-free).
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from robustbench_deq.registry import Registry
+from robustbench_deq.solvers import Anderson, CellMap, FixedPointMap, Picard, Solution, Solve
+
+if TYPE_CHECKING:
+    from robustbench_deq.equilibrium import EquilibriumModel
+
+DEFAULT_ADJOINT_SOLVE = Solve(Anderson(), rtol=1e-4, max_steps=100)
+
+
+@dataclass
+class AdjointTrace:
+    """Filled in by the backward pass: the adjoint `mu` `(batch, ...)` and the solve that found it (None if none ran)."""
+
+    mu: Tensor | None = None
+    solution: Solution | None = None
+
+
+class AdjointMap(FixedPointMap):
+    """`mu -> J^T mu + v` on one graph of the cell at `(z, u)`; one vector-Jacobian product a call."""
+
+    def __init__(self, model: EquilibriumModel, z: Tensor, u: Tensor, v: Tensor, graph: tuple | None = None) -> None:
+        self.model, self.z, self.u, self.v = model, z, u, v
+        if graph is None:
+            with torch.enable_grad():
+                leaf = z.detach().requires_grad_()
+                graph = (model.evaluate(leaf, u.detach()), leaf)
+        self.f, self.leaf = graph
+
+    def transpose(self, mu: Tensor) -> Tensor:
+        """`J^T mu`."""
+        return torch.autograd.grad(self.f, self.leaf, mu, retain_graph=True)[0]
+
+    def __call__(self, mu: Tensor) -> Tensor:
+        return self.transpose(mu) + self.v
+
+    def restrict(self, index: Tensor) -> AdjointMap:
+        return AdjointMap(self.model, self.z[index], self.u[index], self.v[index])
+
+    def jvp(self, z: Tensor, tangent: Tensor) -> Tensor:
+        return self.transpose(tangent)
+
+
+class _AttachAdjoint(torch.autograd.Function):
+    """Identity on `f(z*, u)` whose backward replaces the incoming `v` by the adjoint `mu`."""
+
+    @staticmethod
+    def forward(ctx, f: Tensor, adjoint_of: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.adjoint_of = adjoint_of
+        return f.view_as(f)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, v: Tensor) -> tuple[Tensor, None]:
+        return ctx.adjoint_of(v), None
+
+
+class Adjoint(abc.ABC):
+    """A way to differentiate an equilibrium."""
+
+    def solve(
+        self, model: EquilibriumModel, u: Tensor, z0: Tensor, forward: Solve, trace: AdjointTrace
+    ) -> tuple[Solution, Tensor]:
+        """Solve from `z0` and return the solution and a state that carries gradients to `u` and the parameters."""
+        solution = forward(CellMap(model.evaluate, u.detach()), z0)
+        model.report(solution)
+        return solution, self.attach(model, solution.value, u, trace)
+
+    @abc.abstractmethod
+    def attach(self, model: EquilibriumModel, z: Tensor, u: Tensor, trace: AdjointTrace) -> Tensor:
+        """A state with the value of one more evaluation at `z` that carries gradients to `u` and the parameters."""
+
+
+@dataclass(frozen=True)
+class Implicit(Adjoint):
+    """Implicit differentiation.
+
+    Args:
+        backward: solver and stopping rule of the adjoint solve.
+        mu0: where the adjoint starts, `(batch, ...)`; None starts at `v`, so that even the first iterate is the
+            Jacobian-free gradient and a failed solve never returns zero.
+    """
+
+    backward: Solve = DEFAULT_ADJOINT_SOLVE
+    mu0: Tensor | None = field(default=None, repr=False, compare=False)
+
+    def warm_started(self, mu0: Tensor | None) -> Implicit:
+        return replace(self, mu0=mu0)
+
+    def attach(self, model: EquilibriumModel, z: Tensor, u: Tensor, trace: AdjointTrace) -> Tensor:
+        leaf = z.detach().requires_grad_()
+        f = model.evaluate(leaf, u)
+
+        def adjoint_of(v: Tensor) -> Tensor:
+            solution = self.backward(
+                AdjointMap(model, leaf, u, v, graph=(f, leaf)), v if self.mu0 is None else self.mu0
+            )
+            model.report(solution)
+            trace.mu, trace.solution = solution.value, solution
+            return solution.value
+
+        return _AttachAdjoint.apply(f, adjoint_of)
+
+
+def neumann(terms: int) -> Implicit:
+    """`terms` terms of the Neumann series: `terms - 1` Picard steps of the adjoint equation from `mu = v`."""
+    return Implicit(_FixedSteps(terms))
+
+
+class _FixedSteps:
+    """A stand-in for `Solve` that takes a fixed number of Picard steps and does not look at the residual."""
+
+    def __init__(self, terms: int) -> None:
+        self.terms = terms
+
+    def __call__(self, fn: FixedPointMap, z0: Tensor) -> Solution:
+        z = z0
+        for _ in range(self.terms - 1):
+            z = fn(z)
+        batch = len(z0)
+        zeros = torch.zeros(batch, dtype=torch.int8, device=z.device)
+        steps = torch.full((batch,), self.terms - 1, dtype=torch.int32, device=z.device)
+        return Solution(z, zeros, z.new_full((batch,), torch.nan), steps)
+
+
+@dataclass(frozen=True)
+class Phantom(Adjoint):
+    """`num_steps` damped steps `w <- (1 - damping) w + damping f(w, u)` from z*, backpropagated."""
+
+    num_steps: int = 5
+    damping: float = 0.5
+
+    def attach(self, model: EquilibriumModel, z: Tensor, u: Tensor, trace: AdjointTrace) -> Tensor:
+        w = z.detach()
+        for _ in range(self.num_steps):
+            f = model.evaluate(w, u)
+            w = f if self.damping == 1.0 else torch.lerp(w, f, self.damping)
+        return w
+
+
+def jacobian_free() -> Phantom:
+    return Phantom(num_steps=1, damping=1.0)
+
+
+@dataclass(frozen=True)
+class Unrolled(Adjoint):
+    """Backpropagation through `num_steps` damped steps from the initial state. Memory grows with the steps."""
+
+    num_steps: int = 50
+    damping: float = 1.0
+
+    def solve(
+        self, model: EquilibriumModel, u: Tensor, z0: Tensor, forward: Solve, trace: AdjointTrace
+    ) -> tuple[Solution, Tensor]:
+        z = Phantom(self.num_steps, self.damping).attach(model, z0, u, trace)
+        check = Solve(Picard(), rtol=forward.rtol, max_steps=1)(CellMap(model.evaluate, u.detach()), z.detach())
+        model.report(check._replace(num_steps=check.num_steps + self.num_steps))
+        return check._replace(num_steps=torch.full_like(check.num_steps, self.num_steps)), z
+
+    def attach(self, model: EquilibriumModel, z: Tensor, u: Tensor, trace: AdjointTrace) -> Tensor:
+        return Phantom(self.num_steps, self.damping).attach(model, z, u, trace)
+
+
+ADJOINTS: Registry[Callable[[Solve], Adjoint]] = Registry("adjoint")
+"""Names to functions of the adjoint's own `Solve`, which only the implicit kind uses."""
+ADJOINTS.register("implicit")(Implicit)
+ADJOINTS.register("neumann")(lambda backward: neumann(terms=10))
+ADJOINTS.register("phantom")(lambda backward: Phantom())
+ADJOINTS.register("jacobian-free")(lambda backward: jacobian_free())
+ADJOINTS.register("unrolled")(lambda backward: Unrolled())

@@ -1,0 +1,229 @@
+"""The protocol every attack keeps: the attack proposes a perturbation, nothing here judges it.
+
+Subclasses write `run`. The final `__call__` checks the input, freezes the model, counts the cost, runs restarts, does
+not trust the subclass with the threat model (it projects the result itself), and leaves mode, buffers, `requires_grad`
+and `.grad` of the model as they were.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar, Generic, TypeVar, final
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from robustbench_deq.configs import Config
+from robustbench_deq.equilibrium import EquilibriumModel, check_labels
+from robustbench_deq.meter import Cost, Meter
+from robustbench_deq.objectives import OBJECTIVES, Objective, Targeted
+from robustbench_deq.registry import Registry
+from robustbench_deq.threats import Threat, per_sample
+
+
+class AttackConfig(Config):
+    """Settings that every attack has."""
+
+    restarts: int = Field(1, ge=1, description="runs; the highest loss is kept per sample")
+    random_start: bool = Field(False, description="start in a random point of the ball (later restarts always do)")
+
+
+class ObjectiveConfig(AttackConfig):
+    """Settings of attacks that maximise a loss."""
+
+    objective: str = Field("cross-entropy", description="cross-entropy, margin or dlr")
+
+    def bind(self, y: Tensor, targets: Tensor | None) -> Objective:
+        """The objective for labels `y`, or for reaching `targets` where they are given."""
+        return OBJECTIVES.get(self.objective)(y) if targets is None else Targeted(targets)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The perturbation that would be returned after `step`, with what it had cost until then (means per sample)."""
+
+    step: int
+    delta: Tensor
+    cell_evals: float
+    cell_vjps: float
+    wall_seconds: float
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What `run` returns.
+
+    delta        perturbation `(batch, channels, height, width)`
+    loss         the attack's own estimate `(batch,)`; chooses between restarts, nothing else
+    z, mu        state and adjoint at the end, if the attack has them: training starts from these
+    diagnostics  counts and means worth recording, such as samples that needed a fallback
+    residuals    mean relative residual of the state by step, if the attack follows one
+    """
+
+    delta: Tensor
+    loss: Tensor
+    z: Tensor | None = None
+    mu: Tensor | None = None
+    diagnostics: dict[str, float] = field(default_factory=dict)
+    residuals: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """Perturbed images in ball and box, their cost, and the curve's snapshots. No verdict: see `bench.judge`."""
+
+    x_adv: Tensor
+    delta: Tensor
+    cost: Cost
+    snapshots: tuple[Snapshot, ...]
+    proposal: Proposal
+
+
+class Recorder:
+    """Takes snapshots at a few steps that are fixed beforehand, so that memory does not grow with the steps."""
+
+    def __init__(self, meter: Meter, threat: Threat, x: Tensor, num_snapshots: int) -> None:
+        self.meter, self.threat, self.x, self.num_snapshots = meter, threat, x, num_snapshots
+        self.snapshots: list[Snapshot] = []
+        self._wanted: set[int] = set()
+        self._offset = 0
+        self._incumbent: tuple[Tensor, Tensor] | None = None
+
+    def plan(self, num_steps: int) -> None:
+        """Spread the snapshots over the `num_steps` steps of this restart."""
+        count = min(self.num_snapshots, num_steps)
+        self._wanted = {round(num_steps * (i + 1) / count) for i in range(count)}
+
+    def next_restart(self, incumbent: tuple[Tensor, Tensor], num_steps: int) -> None:
+        self._incumbent, self._offset = incumbent, self._offset + num_steps
+
+    def __call__(self, step: int, delta: Tensor, loss: Tensor) -> None:
+        """Offer the perturbation `(batch, ...)` that would be returned after `step`, with its losses `(batch,)`."""
+        if step not in self._wanted:
+            return
+        if self._incumbent is not None:
+            delta = _better(delta, loss, *self._incumbent)[0]
+        rows = len(self.x)
+        self.snapshots.append(
+            Snapshot(
+                step=step + self._offset,
+                delta=self.threat.project(delta, self.x),
+                cell_evals=self.meter.eval_rows / rows,
+                cell_vjps=self.meter.vjp_rows / rows,
+                wall_seconds=self.meter.elapsed_seconds,
+            )
+        )
+
+
+def _better(delta: Tensor, loss: Tensor, other: Tensor, other_loss: Tensor) -> tuple[Tensor, Tensor]:
+    wins = ~(loss <= other_loss)
+    return torch.where(per_sample(wins, delta), delta, other), torch.where(wins, loss, other_loss)
+
+
+A = TypeVar("A", bound=AttackConfig)
+
+
+class Attack(abc.ABC, Generic[A]):
+    """An attack with its threat model and settings.
+
+    Attributes:
+        name: in the registry.
+        summary: one line for listings.
+        config_type: the typed settings.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    config_type: ClassVar[type[AttackConfig]] = AttackConfig
+
+    def __init__(self, threat: Threat, config: A | None = None) -> None:
+        self.threat = threat
+        self.config: A = config if config is not None else self.config_type()
+
+    @abc.abstractmethod
+    def run(
+        self,
+        model: EquilibriumModel,
+        x: Tensor,
+        y: Tensor,
+        targets: Tensor | None,
+        start: Tensor,
+        record: Recorder,
+    ) -> Proposal:
+        """Perturb `x`, beginning with the perturbation `start`. Gradients by parameters are off."""
+
+    @final
+    def __call__(
+        self,
+        model: EquilibriumModel,
+        x: Tensor,
+        y: Tensor,
+        *,
+        targets: Tensor | None = None,
+        sample_ids: Tensor | None = None,
+        seed: int = 0,
+        num_snapshots: int = 0,
+    ) -> AttackResult:
+        """Attack a batch.
+
+        Args:
+            model: left as it was found.
+            x: images `(batch, channels, height, width)` in [0, 1].
+            y: true classes `(batch,)`.
+            targets: classes to be reached `(batch,)`; None is untargeted.
+            sample_ids: what a sample's randomness is keyed by `(batch,)`; None numbers the batch.
+            num_snapshots: points of the accuracy-against-cost curve.
+
+        Raises:
+            UsageError: for images or labels that do not fit the model.
+        """
+        model.check_images(x)
+        check_labels(y, len(x), model.num_classes)
+        if targets is not None:
+            check_labels(targets, len(x), model.num_classes)
+        sample_ids = torch.arange(len(x)) if sample_ids is None else sample_ids
+        x = x.detach()
+        best: tuple[Tensor, Tensor] | None = None
+        with frozen(model), Meter(model) as meter:
+            record = Recorder(meter, self.threat, x, num_snapshots)
+            for restart in range(self.config.restarts):
+                start = torch.zeros_like(x)
+                if restart or self.config.random_start:
+                    start = self.threat.random_start(x, seed, sample_ids, restart)
+                proposal = self.run(model, x, y, targets, start, record)
+                mine = (proposal.delta, proposal.loss)
+                best = mine if best is None else _better(*mine, *best)
+                last = record.snapshots[-1].step - record._offset if record.snapshots else 0
+                record.next_restart(best, last)
+            delta = self.threat.project(torch.nan_to_num(best[0].detach()), x)
+        return AttackResult((x + delta).clamp_(0.0, 1.0), delta, meter.cost(max(len(x), 1)), tuple(record.snapshots), proposal)
+
+
+@contextlib.contextmanager
+def frozen(model: EquilibriumModel) -> Iterator[None]:
+    """Evaluation mode, and no gradients by parameters; on leaving, everything is as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    model.eval()
+    for parameter, _, _ in flags:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag, gradient in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient
+        with torch.no_grad():
+            for buffer, saved in buffers:
+                buffer.copy_(saved)
+
+
+ATTACKS: Registry[type[Attack]] = Registry("attack")

@@ -1,0 +1,122 @@
+"""Typed configs: frozen pydantic models that refuse unknown keys and wrong types with one clear line.
+
+Every YAML file, every `--set key=value` and every attack's settings go through `validate`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+
+from robustbench_deq.errors import UsageError
+
+
+class Config(pydantic.BaseModel):
+    """Base of all configs: frozen, no unknown keys, no infinities."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+C = TypeVar("C", bound=Config)
+
+
+def validate(schema: type[C], values: dict[str, Any], where: str) -> C:
+    """`values` as a `schema`. Raises `UsageError` with the first thing that is wrong.
+
+    Args:
+        where: what is being read, for the message ("attack joint-pgd", a file's name).
+    """
+    try:
+        return schema.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise UsageError(_first_line(schema, error, where)) from None
+
+
+def _first_line(schema: type[Config], error: pydantic.ValidationError, where: str) -> str:
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = list(schema.model_fields)
+        for part in first["loc"][:-1]:
+            inner = schema.model_fields.get(str(part))
+            if inner is None or not isinstance(inner.annotation, type) or not issubclass(inner.annotation, Config):
+                break
+            schema = inner.annotation
+            known = list(schema.model_fields)
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=3, cutoff=0.5) or known
+        return f"{where}: unknown key {path!r}: expected one of {', '.join(close)}; remove or correct it"
+    got = "nothing" if first["type"] == "missing" else repr(first["input"])
+    message = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{where}: {path or 'the config'}: expected {message}, got {got}; correct it"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds one mapping. Raises `UsageError` for a missing, unreadable or malformed file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UsageError.of(str(path), expected="a readable YAML file", got=reason, fix="check the path") from None
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"a syntax error in line {mark.line + 1}" if mark else "a syntax error"
+        raise UsageError.of(str(path), expected="YAML", got=place, fix="correct the file") from None
+    if not isinstance(content, dict):
+        raise UsageError.of(
+            str(path), expected="a mapping of keys to values", got=type(content).__name__, fix="correct the file"
+        )
+    return content
+
+
+def parse_assignments(assignments: tuple[str, ...]) -> dict[str, Any]:
+    """`("a=1", "b.c=x")` as `{"a": 1, "b": {"c": "x"}}`; values are read as YAML scalars."""
+    values: dict[str, Any] = {}
+    for text in assignments:
+        key, sign, value = text.partition("=")
+        if not sign or not key:
+            raise UsageError.of("--set", expected="key=value", got=repr(text), fix="write for example --set steps=20")
+        here = values
+        *parents, last = key.strip().split(".")
+        for parent in parents:
+            here = here.setdefault(parent, {})
+        here[last] = _scalar(value)
+    return values
+
+
+def _scalar(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` laid over it, mapping by mapping."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def parse_fraction(text: str) -> float:
+    """A number written as `0.03` or `8/255`. Raises `UsageError`."""
+    above, sign, below = text.partition("/")
+    try:
+        return float(above) / float(below) if sign else float(above)
+    except (ValueError, ZeroDivisionError):
+        raise UsageError.of(
+            "number", expected="a number or a fraction", got=repr(text), fix="write 0.5 or 8/255"
+        ) from None

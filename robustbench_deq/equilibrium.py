@@ -1,0 +1,137 @@
+"""Deep equilibrium models: `u = inject(x)`, `z* = f(z*, u)`, `logits = head(z*)`.
+
+A state is one tensor whose first axis is the batch; models with several branches pack them. Images are `(batch, channels,
+height, width)` in [0, 1], and normalisation is part of the model. The model never sees a label.
+
+Source: Bai, Kolter, Koltun, "Deep equilibrium models", NeurIPS 2019.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from robustbench_deq.adjoints import DEFAULT_ADJOINT_SOLVE, Adjoint, AdjointTrace, Implicit
+from robustbench_deq.errors import UsageError
+from robustbench_deq.meter import Meter
+from robustbench_deq.solvers import Anderson, CellMap, Solution, Solve
+
+
+class EquilibriumModel(nn.Module, abc.ABC):
+    """Subclasses write `inject`, `cell`, `head` and `initial_state`.
+
+    Attributes:
+        input_shape: `(channels, height, width)` of one image.
+        num_classes: number of logits.
+        solve: how `forward` finds the equilibrium when the call does not say.
+        adjoint: how `forward` is differentiated when the call does not say.
+    """
+
+    input_shape: tuple[int, int, int]
+    num_classes: int
+    solve: Solve = Solve(Anderson(), rtol=1e-4, max_steps=100)
+    adjoint: Adjoint = Implicit(DEFAULT_ADJOINT_SOLVE)
+    meter: Meter | None = None
+    family: ClassVar[str] = "own"
+
+    @abc.abstractmethod
+    def inject(self, x: Tensor) -> Tensor:
+        """The input's part `(batch, ...)` of the cell; does not depend on the state."""
+
+    @abc.abstractmethod
+    def cell(self, z: Tensor, u: Tensor) -> Tensor:
+        """One application of f; same shape as `z`. Rows of the batch must not interact."""
+
+    @abc.abstractmethod
+    def head(self, z: Tensor) -> Tensor:
+        """Logits `(batch, num_classes)` of a state."""
+
+    @abc.abstractmethod
+    def initial_state(self, u: Tensor) -> Tensor:
+        """Where a cold solve starts."""
+
+    def evaluate(self, z: Tensor, u: Tensor) -> Tensor:
+        """`cell(z, u)`, counted. Everything in this package evaluates the cell through here."""
+        output = self.cell(z, u)
+        if self.meter is not None:
+            self.meter.count_cell(output)
+        return output
+
+    def report(self, solution: Solution) -> None:
+        """Tell the open meter, if any, of a finished solve."""
+        if self.meter is not None:
+            self.meter.count_solve(solution)
+
+    def equilibrium(
+        self,
+        x: Tensor,
+        z0: Tensor | None = None,
+        *,
+        solve: Solve | None = None,
+        adjoint: Adjoint | None = None,
+        trace: AdjointTrace | None = None,
+    ) -> Solution:
+        """The equilibrium at `x`.
+
+        Args:
+            x: images `(batch, channels, height, width)` in [0, 1].
+            z0: a state to start from; None starts cold.
+            solve, adjoint: overrides of the model's own.
+            trace: filled in by the backward pass.
+
+        Returns:
+            A `Solution`. Where gradients are enabled its `value` carries them to `x` and to the parameters, in train and
+            in eval mode alike.
+        """
+        solve = solve or self.solve
+        u = self.inject(x)
+        z0 = self.initial_state(u).detach() if z0 is None else z0.detach()
+        if torch.is_grad_enabled():
+            solution, state = (adjoint or self.adjoint).solve(self, u, z0, solve, trace or AdjointTrace())
+            return solution._replace(value=state)
+        solution = solve(CellMap(self.evaluate, u), z0)
+        self.report(solution)
+        return solution
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.equilibrium(x).value)
+
+    def check_images(self, x: Tensor) -> None:
+        """Raise `UsageError` unless `x` is a batch of finite images in [0, 1] of this model's shape."""
+        if x.dim() != 4 or tuple(x.shape[1:]) != tuple(self.input_shape) or not x.is_floating_point():
+            raise UsageError.of(
+                "images",
+                expected=f"a float tensor (batch, {', '.join(map(str, self.input_shape))})",
+                got=f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}",
+                fix="reshape the data or choose a model of its shape",
+            )
+        if x.numel() and not bool(torch.isfinite(x).all()):
+            raise UsageError.of("images", expected="finite pixels", got="NaN or infinity", fix="clean the data")
+        if x.numel() and (float(x.min()) < 0.0 or float(x.max()) > 1.0):
+            raise UsageError.of(
+                "images",
+                expected="pixels in [0, 1]",
+                got=f"[{float(x.min()):.3g}, {float(x.max()):.3g}]",
+                fix="divide by 255, and leave normalisation to the model",
+            )
+
+
+def check_labels(y: Tensor, num_samples: int, num_classes: int) -> None:
+    """Raise `UsageError` unless `y` holds `num_samples` classes below `num_classes`."""
+    if y.shape != (num_samples,) or y.is_floating_point():
+        raise UsageError.of(
+            "labels",
+            expected=f"an integer tensor ({num_samples},)",
+            got=f"{str(y.dtype).removeprefix('torch.')} {tuple(y.shape)}",
+            fix="pass one class index per image",
+        )
+    if num_samples and (int(y.min()) < 0 or int(y.max()) >= num_classes):
+        raise UsageError.of(
+            "labels",
+            expected=f"classes 0 to {num_classes - 1}",
+            got=f"{int(y.min())} to {int(y.max())}",
+            fix="choose a model with that many classes",
+        )

@@ -1,0 +1,112 @@
+"""The cost meter: what an attack spends, counted where it is spent.
+
+A metered model counts the rows (samples) of every cell evaluation and of every backward pass through a cell, whoever
+asked for them: our own solvers, `autograd`, or a foreign attack. A batch that shrinks therefore costs less. Counting
+reads shapes only; it never waits for the device.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from robustbench_deq.equilibrium import EquilibriumModel
+    from robustbench_deq.solvers import Solution
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Means per sample, except time and memory, which are those of the whole call.
+
+    cell_evals, cell_vjps   evaluations of the cell and vector-Jacobian products through it
+    solver_steps            iterations of all solves (forward, adjoint, joint)
+    wall_seconds            of the attack alone
+    peak_memory_mb          of the device; on the CPU the peak resident size of the process
+    """
+
+    cell_evals: float
+    cell_vjps: float
+    solver_steps: float
+    wall_seconds: float
+    peak_memory_mb: float
+
+
+@dataclass
+class Meter:
+    """Context manager that counts while it is open: `with Meter(model) as meter: ...`. Meters nest."""
+
+    model: EquilibriumModel
+    eval_rows: int = 0
+    vjp_rows: int = 0
+    _step_counts: list[Tensor | int] = field(default_factory=list)
+    _start: float = 0.0
+    _seconds: float = 0.0
+
+    def __enter__(self) -> Meter:
+        self._outer = self.model.meter
+        self.model.meter = self
+        self._device = next(iter(self.model.parameters())).device
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._start = self.now()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._seconds = self.now() - self._start
+        self.model.meter = self._outer
+
+    def now(self) -> float:
+        """Seconds on a monotonic clock, once the device has caught up."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Since the meter was opened. For snapshots, which are few; waits for the device."""
+        return self.now() - self._start
+
+    def count_cell(self, output: Tensor) -> None:
+        """Called by the model for every evaluation of its cell."""
+        self.eval_rows += len(output)
+        if output.requires_grad:
+            output.register_hook(self._count_vjp)
+        if self._outer is not None:
+            self._outer.count_cell(output)
+
+    def _count_vjp(self, gradient: Tensor) -> None:
+        self.vjp_rows += len(gradient)
+
+    def count_solve(self, solution: Solution) -> None:
+        """Called by the model for every finished solve."""
+        self._step_counts.append(solution.num_steps.sum())
+        if self._outer is not None:
+            self._outer.count_solve(solution)
+
+    def count_steps(self, rows: int) -> None:
+        """Iterations that are not a `Solve`: the joint iteration adds `batch` a step."""
+        self._step_counts.append(rows)
+
+    def cost(self, num_samples: int) -> Cost:
+        """Totals over `num_samples` samples."""
+        steps = float(sum(int(count) for count in self._step_counts))
+        return Cost(
+            cell_evals=self.eval_rows / num_samples,
+            cell_vjps=self.vjp_rows / num_samples,
+            solver_steps=steps / num_samples,
+            wall_seconds=self._seconds,
+            peak_memory_mb=peak_memory_mb(self._device),
+        )
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

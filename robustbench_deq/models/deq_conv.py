@@ -1,0 +1,64 @@
+"""`deq-conv`: a small convolutional residual cell with group norm.
+
+    u       = GN(conv_in(normalise(x)))
+    f(z, u) = GN(relu(z + GN(u + conv_2(GN(relu(conv_1(z)))))))
+    logits  = W vec(avgpool_2(z)) + b
+
+Group norm acts on each sample alone and has no running statistics, so train and eval mode agree and no sample sees its
+batch mates. The last group norm keeps the state bounded.
+
+Source: the residual cell of Bai, Koltun, Kolter, "Multiscale deep equilibrium models", NeurIPS 2020, Eq. 4-5, on a
+single scale.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.models.base import ModelConfig, add_family
+
+
+class DEQConvConfig(ModelConfig):
+    channels: int = Field(32, ge=1, description="channels of the state and inside the cell")
+    groups: int = Field(8, ge=1, description="groups of the group norms; divides channels")
+    stride: int = Field(2, ge=1, description="stride of the injection")
+    init_scale: float = Field(0.5, gt=0, description="factor on the default initialisation of the cell's convolutions")
+
+
+@add_family("deq-conv", DEQConvConfig)
+class DEQConv(EquilibriumModel):
+    """State `(batch, channels, ceil(height / stride), ceil(width / stride))`."""
+
+    def __init__(self, config: DEQConvConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.input_shape, self.num_classes = config.input_shape, config.num_classes
+        colours, height, width = config.input_shape
+        channels, groups = config.channels, config.groups
+        self.conv_in = nn.Conv2d(colours, channels, 5, stride=config.stride, padding=2)
+        self.norm_in = nn.GroupNorm(groups, channels)
+        self.conv_1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.conv_2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm_1 = nn.GroupNorm(groups, channels)
+        self.norm_2 = nn.GroupNorm(groups, channels)
+        self.norm_3 = nn.GroupNorm(groups, channels)
+        for conv in (self.conv_1, self.conv_2):
+            conv.weight.data.mul_(config.init_scale)
+        side = [-(-length // config.stride) // 2 for length in (height, width)]
+        self.readout = nn.Linear(channels * side[0] * side[1], config.num_classes)
+
+    def inject(self, x: Tensor) -> Tensor:
+        return self.norm_in(self.conv_in((x - self.config.pixel_mean) / self.config.pixel_std))
+
+    def cell(self, z: Tensor, u: Tensor) -> Tensor:
+        inner = self.norm_1(F.relu(self.conv_1(z)))
+        return self.norm_3(F.relu(z + self.norm_2(u + self.conv_2(inner))))
+
+    def head(self, z: Tensor) -> Tensor:
+        return self.readout(F.avg_pool2d(z, 2).flatten(1))
+
+    def initial_state(self, u: Tensor) -> Tensor:
+        return u.new_zeros(u.shape)

@@ -1,0 +1,65 @@
+"""What an input is optimised for: per-sample losses of the logits that an attack **maximises**.
+
+`CrossEntropy`   log-loss of the true class.
+`Margin`         largest wrong logit minus the true one (Carlini and Wagner, 2017); positive means fooled.
+`DLR`            the margin divided by the spread of the logits (Croce and Hein, 2020, Eq. 6); invariant to scale and shift.
+`Targeted`       minus the log-loss of a wanted class.
+
+Each maps logits `(batch, classes)` to `(batch,)`. Reductions over the batch are sums, everywhere: then the gradient of
+one sample does not depend on how many others there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from robustbench_deq.registry import Registry
+
+Objective = Callable[[Tensor], Tensor]
+"""Logits `(batch, classes)` to losses `(batch,)`, the labels already bound."""
+
+OBJECTIVES: Registry[Callable[[Tensor], Objective]] = Registry("objective")
+
+
+class _Labelled:
+    """An objective that knows the labels `(batch,)`."""
+
+    def __init__(self, labels: Tensor) -> None:
+        self.labels = labels
+
+    def select(self, index: Tensor) -> _Labelled:
+        """The same objective for the samples in `index`."""
+        return type(self)(self.labels[index])
+
+
+@OBJECTIVES.register("cross-entropy")
+class CrossEntropy(_Labelled):
+    def __call__(self, logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits, self.labels, reduction="none")
+
+
+@OBJECTIVES.register("margin")
+class Margin(_Labelled):
+    def __call__(self, logits: Tensor) -> Tensor:
+        true = logits.gather(1, self.labels[:, None])[:, 0]
+        wrong = logits.scatter(1, self.labels[:, None], -torch.inf).amax(1)
+        return wrong - true
+
+
+@OBJECTIVES.register("dlr")
+class DLR(_Labelled):
+    def __call__(self, logits: Tensor) -> Tensor:
+        ordered = logits.topk(min(3, logits.shape[1]), dim=1).values
+        spread = (ordered[:, 0] - ordered[:, -1]).clamp_min(1e-12)
+        return Margin(self.labels)(logits) / spread
+
+
+class Targeted(_Labelled):
+    """`labels` are the classes to be reached."""
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return -F.cross_entropy(logits, self.labels, reduction="none")

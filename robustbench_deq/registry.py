@@ -1,0 +1,66 @@
+"""A small generic registry: names to values, with wildcards in listings and close matches in errors.
+
+Models, attacks, solvers, adjoints and datasets each live in one `Registry`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from robustbench_deq.errors import UsageError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """An ordered mapping from public names to values.
+
+    Args:
+        kind: what is registered, in the singular ("model"); used in messages.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that stores the decorated object under `name`. Raises `KeyError` when the name is taken."""
+
+        def add(value: T) -> T:
+            if name in self._entries:
+                raise KeyError(f"{self.kind} {name!r} is registered twice")
+            self._entries[name] = value
+            return value
+
+        return add
+
+    def get(self, name: str) -> T:
+        """The value stored under `name`. Raises `UsageError` that lists the closest names."""
+        if name in self._entries:
+            return self._entries[name]
+        close = difflib.get_close_matches(name, self._entries, n=3, cutoff=0.4) or list(self._entries)
+        raise UsageError.of(
+            f"unknown {self.kind}",
+            expected=f"one of {', '.join(close)}" if close else f"a registered {self.kind}",
+            got=repr(name),
+            fix=f"list them with 'robustbench-deq {self.kind}s'" if self.kind in _LISTED else "correct the name",
+        )
+
+    def list(self, pattern: str = "*") -> list[str]:
+        """Names that match a shell wildcard, in the order of registration."""
+        return [name for name in self._entries if fnmatch.fnmatchcase(name, pattern)]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+_LISTED = frozenset({"model", "attack", "dataset"})

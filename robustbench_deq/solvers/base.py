@@ -1,0 +1,213 @@
+"""Fixed-point solvers, and the one loop that drives them.
+
+A solver looks for `z* = f(z*)`. It is a step-wise object without a loop of its own:
+
+    init(z)                    -> state        a tuple of tensors, batch first (empty for a memoryless method)
+    step(fn, z, f, state)      -> (z', state)  where f = fn(z) was evaluated by the loop
+    restart(state, mask)       -> state        forget the history of the samples in `mask`
+
+`solve` owns everything else: it evaluates the map once a step, measures the relative residual
+
+    r = ||f(z) - z||_2 / (||f(z)||_2 + 1e-8)
+
+of every sample, freezes a sample that has converged, diverged or left the finite numbers, keeps the best iterate, drops
+finished samples from the batch and counts steps. What a sample returns does not depend on its batch mates. Failure is
+data (`Status`), not an exception.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from robustbench_deq.errors import UsageError
+from robustbench_deq.threats import per_sample
+
+DIVERGENCE_FACTOR = 1e6
+"""A sample has diverged when `||f(z) - z||` exceeds its first value by this factor."""
+
+State = tuple[Tensor, ...]
+
+
+class Status(enum.IntEnum):
+    CONVERGED = 0
+    MAX_STEPS = 1
+    DIVERGED = 2
+    NONFINITE = 3
+
+
+class FixedPointMap(abc.ABC):
+    """A map `z -> f(z)` over a batch that can be restricted to some of its samples."""
+
+    @abc.abstractmethod
+    def __call__(self, z: Tensor) -> Tensor: ...
+
+    @abc.abstractmethod
+    def restrict(self, index: Tensor) -> FixedPointMap:
+        """The same map for the samples `index` `(kept,)` of the batch."""
+
+    @abc.abstractmethod
+    def jvp(self, z: Tensor, tangent: Tensor) -> Tensor:
+        """Jacobian-vector product `J_f(z) tangent`, same shape as `z`."""
+
+
+class CellMap(FixedPointMap):
+    """`z -> cell(z, u)` for an injection `u` that is fixed during the solve. Evaluated without a graph."""
+
+    def __init__(self, cell: Callable[[Tensor, Tensor], Tensor], u: Tensor) -> None:
+        self.cell, self.u = cell, u
+
+    def __call__(self, z: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.cell(z, self.u)
+
+    def restrict(self, index: Tensor) -> CellMap:
+        return CellMap(self.cell, self.u[index])
+
+    def jvp(self, z: Tensor, tangent: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.func.jvp(lambda state: self.cell(state, self.u), (z,), (tangent,))[1]
+
+
+class Solution(NamedTuple):
+    """What a solve returns; all but `value` and `trace` are `(batch,)`.
+
+    value       the iterate with the smallest residual, `(batch, ...)`
+    status      a `Status` per sample
+    residual    relative residual of `value`
+    num_steps   map evaluations that the sample took part in until it was frozen
+    trace       relative residual per step, `(steps, batch)`, NaN once frozen; None unless asked for
+    """
+
+    value: Tensor
+    status: Tensor
+    residual: Tensor
+    num_steps: Tensor
+    trace: Tensor | None = None
+
+    @property
+    def is_converged(self) -> Tensor:
+        return self.status == Status.CONVERGED
+
+
+class Solver(abc.ABC):
+    """One step of a fixed-point method; see the module's docstring."""
+
+    @abc.abstractmethod
+    def init(self, z: Tensor) -> State: ...
+
+    @abc.abstractmethod
+    def step(self, fn: FixedPointMap, z: Tensor, f: Tensor, state: State) -> tuple[Tensor, State]: ...
+
+    def restart(self, state: State, mask: Tensor) -> State:
+        return state
+
+
+def residual_norms(z: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+    """Absolute and relative residual `||f - z||` and `||f - z|| / (||f|| + 1e-8)` per sample."""
+    absolute = torch.linalg.vector_norm((f - z).flatten(1), dim=1)
+    return absolute, absolute / (torch.linalg.vector_norm(f.flatten(1), dim=1) + 1e-8)
+
+
+@dataclass(frozen=True)
+class Solve:
+    """A solver with its stopping rule: call it as `solve(fn, z0)`.
+
+    Args:
+        solver: the step-wise method.
+        rtol: a sample has converged when its relative residual is at most this.
+        max_steps: map evaluations a sample may use.
+        compact_below: the batch is compacted when at most this fraction of it is still active.
+        check_every: steps between looks at whether anything is left to do (each look waits for the device).
+        has_trace: record the residuals of every step.
+
+    Raises:
+        UsageError: for a tolerance or a number of steps that is not positive.
+    """
+
+    solver: Solver
+    rtol: float = 1e-4
+    max_steps: int = 100
+    compact_below: float = 0.75
+    check_every: int = 1
+    has_trace: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.rtol > 0:
+            raise UsageError.of("tolerance", expected="a number > 0", got=self.rtol, fix="try 1e-3")
+        if self.max_steps < 1:
+            raise UsageError.of("max_steps", expected="an integer >= 1", got=self.max_steps, fix="try 50")
+
+    def with_(self, **changes: object) -> Solve:
+        return replace(self, **changes)
+
+    def __call__(self, fn: FixedPointMap, z0: Tensor) -> Solution:
+        """Solve from `z0` `(batch, ...)`. One evaluation of `fn` a step."""
+        batch, device = z0.shape[0], z0.device
+        rows: Tensor | None = None  # rows of the full batch that the working batch holds; None: all of them
+        full: Solution | None = None
+        z, state = z0, self.solver.init(z0)
+        best = z0
+        best_residual = torch.full((batch,), torch.inf, device=device, dtype=z0.dtype)
+        status = torch.full((batch,), int(Status.MAX_STEPS), device=device, dtype=torch.int8)
+        steps = torch.zeros(batch, device=device, dtype=torch.int32)
+        is_active = torch.ones(batch, device=device, dtype=torch.bool)
+        first = None
+        trace: list[Tensor] = []
+
+        for count in range(1, self.max_steps + 1):
+            f = fn(z)
+            absolute, residual = residual_norms(z, f)
+            first = absolute if first is None else first
+            is_finite = torch.isfinite(residual)
+            is_improved = is_active & (residual < best_residual)
+            is_converged = residual <= self.rtol
+            is_diverged = is_finite & ~is_converged & (absolute > DIVERGENCE_FACTOR * first + 1e-6)
+            if self.has_trace:
+                trace.append(_scatter_row(torch.where(is_active, residual, torch.nan), rows, batch))
+            steps += is_active
+            best_residual = torch.where(is_improved, residual, best_residual)
+            stops = is_active & (is_converged | is_diverged | ~is_finite)
+            verdict = torch.where(is_converged, Status.CONVERGED, Status.DIVERGED)
+            verdict = torch.where(is_finite, verdict, Status.NONFINITE)
+            status = torch.where(stops, verdict.to(torch.int8), status)
+            best = torch.where(per_sample(is_improved, z), z, best)
+            is_active = is_active & ~stops
+            if count == self.max_steps:
+                break
+            if count % self.check_every == 0:
+                num_active = int(is_active.sum())
+                if num_active == 0:
+                    break
+                if num_active <= self.compact_below * len(z):
+                    current = Solution(best, status, best_residual, steps)
+                    full = current if rows is None else _scatter(full, current, rows)
+                    keep = is_active.nonzero()[:, 0]
+                    rows = keep if rows is None else rows[keep]
+                    fn, z, f, first = fn.restrict(keep), z[keep], f[keep], first[keep]
+                    best, best_residual = best[keep], best_residual[keep]
+                    status, steps, is_active = status[keep], steps[keep], is_active[keep]
+                    state = tuple(part[keep] for part in state)
+            z, state = self.solver.step(fn, z, f, state)
+
+        current = Solution(best, status, best_residual, steps)
+        result = current if rows is None else _scatter(full, current, rows)
+        return result._replace(trace=torch.stack(trace) if trace else None)
+
+
+def _scatter(full: Solution, part: Solution, rows: Tensor) -> Solution:
+    """`full` with the samples `rows` replaced by `part`."""
+    pairs = zip(full[:4], part[:4], strict=True)
+    return Solution(*(whole.index_copy(0, rows, piece) for whole, piece in pairs))
+
+
+def _scatter_row(row: Tensor, rows: Tensor | None, batch: int) -> Tensor:
+    if rows is None:
+        return row
+    return row.new_full((batch,), torch.nan).index_copy(0, rows, row)

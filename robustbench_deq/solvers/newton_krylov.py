@@ -1,0 +1,101 @@
+"""Newton-Krylov: Newton's method on `z - f(z) = 0` with batched GMRES on Jacobian-vector products.
+
+    (I - J_f(z)) s = f(z) - z,      z' = z + t s
+
+GMRES builds an orthonormal Krylov basis per sample (Arnoldi, modified Gram-Schmidt, once re-orthogonalised) and
+minimises the residual over it. The step length t is found by backtracking over the loop's own evaluations: a step that
+did not reduce the residual is halved; after `max_halvings` a Picard step is taken from the base point.
+
+Every Jacobian-vector product evaluates the cell once more, and the meter counts it as a cell evaluation.
+
+Source: Knoll and Keyes, "Jacobian-free Newton-Krylov methods", J. Comput. Phys. 2004, section 2; Saad and Schultz,
+"GMRES", 1986.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustbench_deq.solvers.anderson import solve_small
+from robustbench_deq.solvers.base import FixedPointMap, Solver, State
+
+
+@dataclass(frozen=True)
+class NewtonKrylov(Solver):
+    """State: `(base, base_f, direction, base_size, length, halvings)`.
+
+    Args:
+        krylov_size: dimension of the Krylov space, and Jacobian-vector products, per Newton step.
+        max_halvings: how often a step that does not reduce the residual is halved.
+    """
+
+    krylov_size: int = 10
+    max_halvings: int = 4
+
+    def init(self, z: Tensor) -> State:
+        flat = z.flatten(1)
+        batch = len(flat)
+        return (
+            flat,
+            flat,
+            torch.zeros_like(flat),
+            flat.new_full((batch,), torch.inf),
+            flat.new_ones(batch),
+            torch.zeros(batch, dtype=torch.int32, device=z.device),
+        )
+
+    def restart(self, state: State, mask: Tensor) -> State:
+        base, base_f, direction, base_size, length, halvings = state
+        return base, base_f, direction, base_size.masked_fill(mask, torch.inf), length, halvings.masked_fill(mask, 0)
+
+    def step(self, fn: FixedPointMap, z: Tensor, f: Tensor, state: State) -> tuple[Tensor, State]:
+        base, base_f, direction, base_size, length, halvings = state
+        flat, image = z.flatten(1), f.flatten(1)
+        g = image - flat
+        size = torch.linalg.vector_norm(g, dim=1)
+        is_accepted = size <= (1.0 - 1e-4 * length) * base_size
+        gives_up = ~is_accepted & (halvings >= self.max_halvings)
+
+        fresh = direction
+        if bool(is_accepted.any()):
+            fresh = gmres(lambda v: v - fn.jvp(z, v.view_as(z)).flatten(1), g, self.krylov_size)
+            fresh = torch.where(torch.isfinite(fresh).all(1, keepdim=True), fresh, g)
+        pick = is_accepted[:, None]
+        base_size = torch.where(is_accepted, size, base_size).masked_fill(gives_up, torch.inf)
+        length = torch.where(is_accepted, 1.0, length * 0.5)
+        halvings = torch.where(is_accepted | gives_up, 0, halvings + 1)
+        base, base_f = torch.where(pick, flat, base), torch.where(pick, image, base_f)
+        direction = torch.where(pick, fresh, direction)
+        moved = torch.where(gives_up[:, None], base_f, base + length[:, None] * direction)
+        return moved.view_as(z), (base, base_f, direction, base_size, length, halvings)
+
+
+def gmres(operator, rhs: Tensor, krylov_size: int) -> Tensor:
+    """Approximate solution of `operator(s) = rhs` per sample, `(batch, n)`, from a Krylov space of the given size."""
+    batch, size = rhs.shape
+    krylov_size = min(krylov_size, size)
+    norm = torch.linalg.vector_norm(rhs, dim=1)
+    basis = rhs.new_zeros(batch, krylov_size + 1, size)
+    hessenberg = rhs.new_zeros(batch, krylov_size + 1, krylov_size)
+    basis[:, 0] = rhs / norm.clamp_min(1e-30)[:, None]
+    for column in range(krylov_size):
+        w = operator(basis[:, column])
+        known = basis[:, : column + 1]
+        scale = torch.linalg.vector_norm(w, dim=1)
+        for _ in range(2):
+            overlap = torch.bmm(known, w[:, :, None])
+            hessenberg[:, : column + 1, column] += overlap[:, :, 0]
+            w = w - torch.bmm(known.mT, overlap)[:, :, 0]
+        length = torch.linalg.vector_norm(w, dim=1)
+        is_spent = length <= 1e-6 * scale  # the space is invariant: the exact solution lies in it
+        length = torch.where(is_spent, 0.0, length)
+        hessenberg[:, column + 1, column] = length
+        basis[:, column + 1] = torch.where(is_spent[:, None], 0.0, w / length.clamp_min(1e-30)[:, None])
+    wide = hessenberg.double()
+    target = wide.new_zeros(batch, krylov_size + 1, 1)
+    target[:, 0, 0] = norm.double()
+    coefficients = solve_small(wide.mT @ wide, wide.mT @ target, ridge=1e-12, sign=1.0)
+    return torch.bmm(basis[:, :krylov_size].mT, coefficients.to(rhs.dtype))[:, :, 0]

@@ -1,0 +1,21 @@
+"""Damped Picard iteration: `z' = (1 - damping) z + damping f(z)`, damping in (0, 1]; 1 is the plain iteration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustbench_deq.solvers.base import FixedPointMap, Solver, State
+
+
+@dataclass(frozen=True)
+class Picard(Solver):
+    damping: float = 1.0
+
+    def init(self, z: Tensor) -> State:
+        return ()
+
+    def step(self, fn: FixedPointMap, z: Tensor, f: Tensor, state: State) -> tuple[Tensor, State]:
+        return (f if self.damping == 1.0 else torch.lerp(z, f, self.damping)), state
