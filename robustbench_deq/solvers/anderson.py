@@ -82,8 +82,8 @@ class Anderson(Solver):
         matrix = torch.bmm(v, y.mT)
         rhs = torch.bmm(v, g[:, :, None])
         gamma = solve_small(matrix, rhs, self.ridge, sign=-1.0 if self.kind == 1 else 1.0)
-        mixed = torch.baddbmm(g[:, :, None], y.mT, gamma, beta=self.damping, alpha=-self.damping)
-        mixed = torch.baddbmm(mixed, s.mT, gamma, alpha=-1.0)[:, :, 0] + flat
+        mixed = flat + self.damping * g - torch.bmm(gamma.mT, s)[:, 0]
+        mixed = torch.sub(mixed, torch.bmm(gamma.mT, y)[:, 0], alpha=self.damping)
 
         size = torch.linalg.vector_norm(g, dim=1)
         has_fallen = size < best

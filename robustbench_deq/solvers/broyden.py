@@ -70,7 +70,7 @@ class Broyden(Solver):
         g = f.flatten(1) - flat
         dz, dg = flat - z_prev, g - g_prev
         inverse_dg = _apply(u, v, dg)
-        row = -dz + torch.bmm(v.mT, torch.bmm(u, dz[:, :, None]))[:, :, 0]
+        row = torch.bmm(torch.bmm(u, dz[:, :, None]).mT, v)[:, 0] - dz
         slope = (row * dg).sum(1)
         scale = torch.linalg.vector_norm(row, dim=1) * torch.linalg.vector_norm(dg, dim=1)
         is_usable = has_prev & torch.isfinite(slope) & (slope.abs() > 1e-8 * scale)
@@ -92,4 +92,4 @@ class Broyden(Solver):
 
 def _apply(u: Tensor, v: Tensor, vector: Tensor) -> Tensor:
     """`B vector = -vector + sum_i u_i (v_i . vector)` per sample."""
-    return torch.bmm(u.mT, torch.bmm(v, vector[:, :, None]))[:, :, 0] - vector
+    return torch.bmm(torch.bmm(v, vector[:, :, None]).mT, u)[:, 0] - vector

@@ -88,7 +88,7 @@ def gmres(operator, rhs: Tensor, krylov_size: int) -> Tensor:
         for _ in range(2):
             overlap = torch.bmm(known, w[:, :, None])
             hessenberg[:, : column + 1, column] += overlap[:, :, 0]
-            w = w - torch.bmm(known.mT, overlap)[:, :, 0]
+            w = w - torch.bmm(overlap.mT, known)[:, 0]
         length = torch.linalg.vector_norm(w, dim=1)
         is_spent = length <= 1e-6 * scale  # the space is invariant: the exact solution lies in it
         length = torch.where(is_spent, 0.0, length)
@@ -98,4 +98,4 @@ def gmres(operator, rhs: Tensor, krylov_size: int) -> Tensor:
     target = wide.new_zeros(batch, krylov_size + 1, 1)
     target[:, 0, 0] = norm.double()
     coefficients = solve_small(wide.mT @ wide, wide.mT @ target, ridge=1e-12, sign=1.0)
-    return torch.bmm(basis[:, :krylov_size].mT, coefficients.to(rhs.dtype))[:, :, 0]
+    return torch.bmm(coefficients.mT.to(rhs.dtype), basis[:, :krylov_size])[:, 0]

@@ -1,0 +1,79 @@
+"""The judge: an attack proposes, this decides.
+
+The equilibrium at the perturbed images is solved again, from the initial state, to a tolerance far below the attack's,
+by a ladder of solvers. A sample whose equilibrium no solver finds is *unconverged*; it is counted, shown, and never
+robust. A sample is robust when it is classified correctly and has converged at both the clean and the perturbed image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.solvers import Anderson, Broyden, CellMap, NewtonKrylov, Picard, Solution, Solve
+
+JUDGE_RTOL = 1e-5
+LADDER = (
+    Solve(Anderson(ridge=1e-8), rtol=JUDGE_RTOL, max_steps=200),
+    Solve(Picard(damping=0.5), rtol=JUDGE_RTOL, max_steps=400),
+    Solve(Broyden(history_size=30), rtol=JUDGE_RTOL, max_steps=400),
+    Solve(NewtonKrylov(krylov_size=20), rtol=JUDGE_RTOL, max_steps=100),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Per sample, on the CPU, `(batch,)`.
+
+    prediction     class with the largest logit
+    loss           cross-entropy of the true class
+    residual       relative residual of the state that was read
+    is_converged   whether that is below the judge's tolerance
+    is_correct     converged, finite, and classified as labelled
+    """
+
+    prediction: Tensor
+    loss: Tensor
+    residual: Tensor
+    is_converged: Tensor
+    is_correct: Tensor
+
+    @classmethod
+    def join(cls, parts: list[Verdict]) -> Verdict:
+        names = cls.__dataclass_fields__
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+
+@torch.no_grad()
+def judge(model: EquilibriumModel, x: Tensor, y: Tensor) -> Verdict:
+    """Judge images `x` `(batch, channels, height, width)` with classes `y` `(batch,)`. The model's mode is respected."""
+    u = model.inject(x)
+    solution = tight_solve(model, u)
+    logits = model.head(solution.value)
+    is_finite = torch.isfinite(logits).all(1)
+    prediction = logits.argmax(1)
+    loss = torch.where(is_finite, F.cross_entropy(torch.nan_to_num(logits), y, reduction="none"), torch.nan)
+    is_correct = solution.is_converged & is_finite & (prediction == y)
+    parts = (prediction, loss, solution.residual, solution.is_converged & is_finite, is_correct)
+    return Verdict(*(part.cpu() for part in parts))
+
+
+@torch.no_grad()
+def tight_solve(model: EquilibriumModel, u: Tensor) -> Solution:
+    """The equilibrium for injections `u` to `JUDGE_RTOL`; samples that fail on one solver go to the next, from cold."""
+    z0 = model.initial_state(u)
+    solution = LADDER[0](CellMap(model.evaluate, u), z0)
+    for rung in LADDER[1:]:
+        index = (~solution.is_converged).nonzero()[:, 0]
+        if len(index) == 0:
+            break
+        again = rung(CellMap(model.evaluate, u[index]), z0[index])
+        # Keep whichever of the two states is nearer to an equilibrium (NaN residuals never are).
+        wins = ~(again.residual >= solution.residual[index])
+        index, won = index[wins], [part[wins] for part in again[:4]]
+        solution = Solution(*(whole.index_copy(0, index, part) for whole, part in zip(solution[:4], won, strict=True)))
+    return solution

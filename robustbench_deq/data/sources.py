@@ -1,0 +1,185 @@
+"""Where images come from: scikit-learn for `digits`, torchvision's own loaders for the rest, `npz:FILE` for one's own.
+
+Files are looked for in `$ROBUSTBENCH_DEQ_DATA`, then in the user's cache folder, then (Fashion-MNIST) where Debian's
+package `dataset-fashion-mnist` puts them; after that torchvision downloads into the cache folder.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustbench_deq.errors import UsageError
+from robustbench_deq.files import replacing
+from robustbench_deq.registry import Registry
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+DATA_VARIABLE = "ROBUSTBENCH_DEQ_DATA"
+
+
+class Raw(NamedTuple):
+    """All images of a source: uint8 or float `(n, channels, height, width)`, labels `(n,)`, and the official test set.
+
+    `num_train` images come first; the rest is the official test set (0: the source has no split of its own).
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    num_train: int
+
+
+class DatasetInfo(NamedTuple):
+    name: str
+    input_shape: tuple[int, int, int]
+    num_classes: int
+    summary: str
+    read: Callable[[], Raw]
+
+
+DATASETS: Registry[DatasetInfo] = Registry("dataset")
+
+
+def cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "robustbench-deq"
+
+
+def _folders() -> list[Path]:
+    named = os.environ.get(DATA_VARIABLE)
+    return ([Path(named)] if named else []) + [cache_folder()]
+
+
+def _read_digits() -> Raw:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.rint(digits.images[:, None] / 16 * 255).astype(np.uint8)
+    return Raw(images, digits.target.astype(np.int64), 0)
+
+
+def _from_torchvision(name: str, build: Callable[[Path, bool, bool], list], debian: Path | None = None) -> Raw:
+    """Read both official splits with `build(folder, is_train, download)` from the first place that has them."""
+    for folder in _folders():
+        try:
+            return _join(build(folder, True, False), build(folder, False, False))
+        except RuntimeError:
+            continue
+    cache = cache_folder()
+    if debian is not None and debian.is_dir():
+        _unpack_fashion_mnist(debian, cache)
+        return _join(build(cache, True, False), build(cache, False, False))
+    try:
+        return _join(build(cache, True, True), build(cache, False, True))
+    except Exception as error:  # torchvision raises whatever its transport raises
+        package = "install Debian's package dataset-fashion-mnist, or " if name == "fashion-mnist" else ""
+        raise UsageError.of(
+            f"dataset {name}",
+            expected=f"its files in ${DATA_VARIABLE} or in {cache}, or a network to download them",
+            got=f"no files, and a failed download ({type(error).__name__})",
+            fix=f"{package}put torchvision's files there, or use --data digits or --data npz:FILE",
+        ) from None
+
+
+def _join(train: object, test: object) -> Raw:
+    images = [_images_of(part) for part in (train, test)]
+    labels = [np.asarray(getattr(part, "targets", getattr(part, "labels", None)), dtype=np.int64) for part in (train, test)]
+    return Raw(np.concatenate(images), np.concatenate(labels), len(labels[0]))
+
+
+def _images_of(part: object) -> np.ndarray:
+    """torchvision keeps MNIST as (n, h, w), CIFAR as (n, h, w, c) and SVHN as (n, c, h, w)."""
+    images = np.asarray(part.data)
+    if images.ndim == 3:
+        return images[:, None]
+    return images.transpose(0, 3, 1, 2) if images.shape[-1] == 3 else images
+
+
+def _unpack_fashion_mnist(debian: Path, cache: Path) -> None:
+    for packed in sorted(debian.glob("*-ubyte.gz")):
+        target = cache / "FashionMNIST" / "raw" / packed.stem
+        if target.exists():
+            continue
+        with gzip.open(packed, "rb") as source, replacing(target) as temporary, temporary.open("wb") as sink:
+            shutil.copyfileobj(source, sink)
+
+
+def _read_fashion_mnist() -> Raw:
+    from torchvision.datasets import FashionMNIST
+
+    return _from_torchvision(
+        "fashion-mnist", lambda folder, train, get: FashionMNIST(folder, train, download=get), DEBIAN_FASHION_MNIST
+    )
+
+
+def _read_mnist() -> Raw:
+    from torchvision.datasets import MNIST
+
+    return _from_torchvision("mnist", lambda folder, train, get: MNIST(folder, train, download=get))
+
+
+def _read_cifar10() -> Raw:
+    from torchvision.datasets import CIFAR10
+
+    return _from_torchvision("cifar10", lambda folder, train, get: CIFAR10(folder, train, download=get))
+
+
+def _read_svhn() -> Raw:
+    from torchvision.datasets import SVHN
+
+    return _from_torchvision(
+        "svhn", lambda folder, train, get: SVHN(folder, "train" if train else "test", download=get)
+    )
+
+
+def read_npz(path: Path) -> Raw:
+    """The user's own arrays `images` (n, channels, height, width) and `labels` (n,); nothing is unpickled."""
+    where = f"dataset npz:{path}"
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            images, labels = archive["images"], archive["labels"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        got = "no such file" if isinstance(error, FileNotFoundError) else f"an unusable file ({error})"
+        raise UsageError.of(
+            where, expected="a .npz file with plain arrays 'images' and 'labels'", got=got, fix="write it with np.savez"
+        ) from None
+    if images.ndim != 4 or labels.shape != (len(images),) or labels.dtype.kind not in "iu" or not len(images):
+        raise UsageError.of(
+            where,
+            expected="images (n, channels, height, width) and n integer labels",
+            got=f"images {images.shape}, labels {labels.dtype} {labels.shape}",
+            fix="reshape the arrays",
+        )
+    if images.dtype != np.uint8:
+        images = images.astype(np.float32)
+        if not np.isfinite(images).all() or images.min() < 0 or images.max() > 1:
+            raise UsageError.of(
+                where, expected="uint8 or finite floats in [0, 1]", got="values outside", fix="divide by 255"
+            )
+    if labels.min() < 0:
+        raise UsageError.of(where, expected="labels >= 0", got=int(labels.min()), fix="number the classes from 0")
+    return Raw(images, labels.astype(np.int64), 0)
+
+
+def to_unit(images: np.ndarray) -> Tensor:
+    """uint8 0..255 or float [0, 1] to float32 [0, 1]."""
+    tensor = torch.from_numpy(np.ascontiguousarray(images))
+    return tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor
+
+
+for _info in (
+    DatasetInfo("digits", (1, 8, 8), 10, "scikit-learn's 8x8 digits, embedded", _read_digits),
+    DatasetInfo("mnist", (1, 28, 28), 10, "MNIST, torchvision", _read_mnist),
+    DatasetInfo("fashion-mnist", (1, 28, 28), 10, "Fashion-MNIST, torchvision or Debian", _read_fashion_mnist),
+    DatasetInfo("cifar10", (3, 32, 32), 10, "CIFAR-10, torchvision", _read_cifar10),
+    DatasetInfo("svhn", (3, 32, 32), 10, "SVHN, torchvision", _read_svhn),
+):
+    DATASETS.register(_info.name)(_info)

@@ -1,0 +1,93 @@
+"""Fixed splits: train, validation and test, drawn once with a written seed.
+
+The official test set is the test split; a source without one is cut into three. Order is a fixed permutation, so that
+the first `limit` samples are a random sample, the same for everybody. The test split is never used to choose anything.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustbench_deq.data.sources import DATASETS, Raw, read_npz, to_unit
+from robustbench_deq.errors import UsageError
+
+SPLIT_SEED = 20211124
+VALIDATION_FRACTION = 1 / 12
+TEST_FRACTION = 2 / 7
+
+
+class SplitName(enum.Enum):
+    TRAIN = "train"
+    VALIDATION = "validation"
+    TEST = "test"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Samples of one split.
+
+    x            images `(n, channels, height, width)`, float32 in [0, 1]
+    y            classes `(n,)`
+    sample_ids   positions in the source `(n,)`: what a sample's randomness is keyed by
+    digest       sha256 over images, labels and ids
+    """
+
+    name: str
+    split: SplitName
+    x: Tensor
+    y: Tensor
+    sample_ids: Tensor
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+@functools.lru_cache(maxsize=2)
+def _read(name: str) -> Raw:
+    if name.startswith("npz:"):
+        return read_npz(Path(name.removeprefix("npz:")))
+    return DATASETS.get(name).read()
+
+
+def split_ids(num_samples: int, num_train: int, split: SplitName) -> np.ndarray:
+    """Positions of a split in its fixed order. Splits are disjoint and together hold every sample."""
+    stream = np.random.Generator(np.random.PCG64(SPLIT_SEED))
+    if num_train:
+        pool, test = stream.permutation(num_train), num_train + stream.permutation(num_samples - num_train)
+    else:
+        order = stream.permutation(num_samples)
+        num_test = max(1, round(num_samples * TEST_FRACTION))
+        test, pool = order[:num_test], order[num_test:]
+    num_validation = round(num_samples * VALIDATION_FRACTION)
+    parts = {SplitName.TEST: test, SplitName.VALIDATION: pool[:num_validation], SplitName.TRAIN: pool[num_validation:]}
+    return parts[split]
+
+
+def load(name: str, split: SplitName = SplitName.TEST, limit: int | None = None) -> Split:
+    """The first `limit` samples of a split.
+
+    Raises:
+        UsageError: for an unknown name, files that cannot be had, or a limit beyond the data.
+    """
+    raw = _read(name)
+    ids = split_ids(len(raw.labels), raw.num_train, split)
+    if limit is not None:
+        if not 1 <= limit <= len(ids):
+            raise UsageError.of(
+                "limit", expected=f"1 to {len(ids)}, the size of {name}'s {split.value} split", got=limit, fix="lower it"
+            )
+        ids = ids[:limit]
+    images, labels = raw.images[ids], raw.labels[ids]
+    digest = hashlib.sha256()
+    for part in (np.ascontiguousarray(images), labels, ids):
+        digest.update(part.tobytes())
+    return Split(name, split, to_unit(images), torch.from_numpy(labels), torch.from_numpy(ids), digest.hexdigest())
