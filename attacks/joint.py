@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import replace
+from typing import Annotated
 
 import torch
 from pydantic import Field, model_validator
@@ -22,8 +23,9 @@ from torch import Tensor
 
 from attacks.sequential import SequentialPGD, SequentialPGDConfig
 from robustbench_deq.attack import ATTACKS, Attack, ObjectiveConfig, Proposal, Recorder
+from robustbench_deq.configs import named_in
 from robustbench_deq.equilibrium import EquilibriumModel
-from robustbench_deq.joint import AugmentedMap, JointResult, JointSettings, Keep, Mixing, ProjectedAscent, Schedule, ascend
+from robustbench_deq.joint import AugmentedMap, JointResult, JointSettings, Keep, Mixing, ProjectedAscent, Schedule, Watcher, ascend
 from robustbench_deq.objectives import Objective
 from robustbench_deq.solvers import SOLVERS, Anderson, CellMap, Picard, Solve
 
@@ -62,7 +64,9 @@ class JointPGDConfig(ObjectiveConfig):
     momentum: float = Field(0.0, ge=0, lt=1, description="of the perturbation's direction")
     damping_z: float = Field(1.0, gt=0, le=1, description="damping of the state; 1 is none")
     damping_mu: float = Field(1.0, gt=0, le=1, description="damping of the adjoint; 1 is none")
-    accelerator: str | None = Field(None, description="a solver for the inner iteration; null is the plain one")
+    accelerator: Annotated[str | None, named_in(SOLVERS)] = Field(
+        None, description="a solver for the inner iteration; null is the plain one"
+    )
     history_size: int = Field(5, ge=1, description="history of the accelerator")
     mixing: Mixing = Field(Mixing.STATE, description="what the accelerator mixes: state or all")
     keep: Keep = Field(Keep.LOSS, description="which iterate is returned: loss, jiio or last")
@@ -75,12 +79,6 @@ class JointPGDConfig(ObjectiveConfig):
         if isinstance(values, dict) and values.get("preset") in (Preset.JIIO_2021, Preset.JIIO_2021.value):
             return {**JIIO_2021, **values}
         return values
-
-    @model_validator(mode="after")
-    def _check_accelerator(self) -> JointPGDConfig:
-        if self.accelerator is not None:
-            SOLVERS.get(self.accelerator)
-        return self
 
     def settings(self) -> JointSettings:
         accelerator = None
@@ -121,7 +119,7 @@ class JointPGD(Attack[JointPGDConfig]):
         objective = config.bind(y, targets)
         settings = config.settings()
         record.plan(config.steps)
-        result = self._ascend(model, x, objective, start, settings, record)
+        result = self._ascend(model, x, objective, start, settings, _watcher(record))
         record.meter.count_steps(config.steps * len(x))
         diagnostics = {"perturbation_steps": float(result.num_moves.float().mean()) if len(x) else 0.0}
         failed = ~(result.residual <= config.failure_residual)
@@ -155,7 +153,7 @@ class JointPGD(Attack[JointPGDConfig]):
         objective: Objective,
         start: Tensor,
         settings: JointSettings,
-        watch: Recorder | None,
+        watch: Watcher | None,
     ) -> JointResult:
         with torch.no_grad():
             u = model.inject(x + start)
@@ -172,6 +170,14 @@ class JointPGD(Attack[JointPGDConfig]):
 
 def _replace_rows(result: JointResult, index: Tensor, part: JointResult) -> JointResult:
     return JointResult(*(whole.index_copy(0, index, rows) for whole, rows in zip(result, part, strict=True)))
+
+
+def _watcher(record: Recorder) -> Watcher:
+    def watch(step: int, delta: Tensor, loss: Tensor, residual: Tensor) -> None:
+        record.follow(residual)
+        record(step, delta, loss)
+
+    return watch
 
 
 def _silent(record: Recorder) -> Recorder:

@@ -10,12 +10,15 @@ Source: Madry et al., "Towards deep learning models resistant to adversarial att
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from robustbench_deq.adjoints import ADJOINTS, AdjointTrace, Implicit
 from robustbench_deq.attack import ATTACKS, Attack, ObjectiveConfig, Proposal, Recorder
+from robustbench_deq.configs import named_in
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.joint import ProjectedAscent, Schedule
 from robustbench_deq.solvers import SOLVERS, Solve
@@ -30,23 +33,19 @@ class SequentialPGDConfig(ObjectiveConfig):
     schedule: Schedule = Field(Schedule.CONSTANT, description="cosine, constant or drop")
     momentum: float = Field(0.0, ge=0, lt=1, description="of the perturbation's direction")
     warm_start: bool = Field(True, description="start each solve from the last state and adjoint")
-    solver: str = Field("anderson", description="forward solver")
+    solver: Annotated[str, named_in(SOLVERS)] = Field("anderson", description="forward solver")
     tolerance: float = Field(1e-3, gt=0, description="relative residual of the forward solve")
     max_steps: int = Field(100, ge=1, description="most steps of the forward solve")
-    adjoint: str = Field("implicit", description="implicit, neumann, phantom, jacobian-free or unrolled")
-    adjoint_solver: str | None = Field(None, description="solver of the implicit adjoint")
+    adjoint: Annotated[str, named_in(ADJOINTS)] = Field(
+        "implicit", description="implicit, neumann, phantom, jacobian-free or unrolled"
+    )
+    adjoint_solver: Annotated[str | None, named_in(SOLVERS)] = Field(None, description="solver of the implicit adjoint")
     adjoint_tolerance: float | None = Field(None, gt=0, description="relative residual of the adjoint solve")
     adjoint_max_steps: int | None = Field(None, ge=1, description="most steps of the adjoint solve")
 
-    @model_validator(mode="after")
-    def _check_names(self) -> SequentialPGDConfig:
-        SOLVERS.get(self.solver)
-        SOLVERS.get(self.adjoint_solver or self.solver)
-        ADJOINTS.get(self.adjoint)
-        return self
-
-    def forward_solve(self) -> Solve:
-        return Solve(SOLVERS.get(self.solver)(), rtol=self.tolerance, max_steps=self.max_steps)
+    def forward_solve(self, has_trace: bool) -> Solve:
+        solver = SOLVERS.get(self.solver)()
+        return Solve(solver, rtol=self.tolerance, max_steps=self.max_steps, has_trace=has_trace)
 
     def backward_solve(self) -> Solve:
         return Solve(
@@ -74,7 +73,7 @@ class SequentialPGD(Attack[SequentialPGDConfig]):
     ) -> Proposal:
         config = self.config
         objective = config.bind(y, targets)
-        forward = config.forward_solve()
+        forward = config.forward_solve(has_trace=record.num_snapshots > 0)
         adjoint = ADJOINTS.get(config.adjoint)(config.backward_solve())
         ascent = ProjectedAscent(self.threat, x, config.step_size, config.schedule, config.momentum)
         record.plan(config.steps)
@@ -92,6 +91,8 @@ class SequentialPGD(Attack[SequentialPGDConfig]):
                     adjoint = adjoint.warm_started(mu)
                 solution = model.equilibrium(x + leaf, z, solve=forward, adjoint=adjoint, trace=trace)
                 loss = objective(model.head(solution.value))
+            if solution.trace is not None:
+                record.follow(solution.trace)
             unconverged_forward += ~solution.is_converged
             takes = (loss.detach() > kept_loss) & solution.is_converged | torch.isneginf(kept_loss)
             kept = torch.where(per_sample(takes, delta), delta, kept)

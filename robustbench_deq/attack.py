@@ -11,13 +11,13 @@ import abc
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, Generic, TypeVar, final
+from typing import Annotated, ClassVar, Generic, TypeVar, final
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from robustbench_deq.configs import Config
+from robustbench_deq.configs import Config, named_in
 from robustbench_deq.equilibrium import EquilibriumModel, check_labels
 from robustbench_deq.meter import Cost, Meter
 from robustbench_deq.objectives import OBJECTIVES, Objective, Targeted
@@ -35,7 +35,9 @@ class AttackConfig(Config):
 class ObjectiveConfig(AttackConfig):
     """Settings of attacks that maximise a loss."""
 
-    objective: str = Field("cross-entropy", description="cross-entropy, margin or dlr")
+    objective: Annotated[str, named_in(OBJECTIVES)] = Field(
+        "cross-entropy", description="cross-entropy, margin or dlr"
+    )
 
     def bind(self, y: Tensor, targets: Tensor | None) -> Objective:
         """The objective for labels `y`, or for reaching `targets` where they are given."""
@@ -61,7 +63,6 @@ class Proposal:
     loss         the attack's own estimate `(batch,)`; chooses between restarts, nothing else
     z, mu        state and adjoint at the end, if the attack has them: training starts from these
     diagnostics  counts and means worth recording, such as samples that needed a fallback
-    residuals    mean relative residual of the state by step, if the attack follows one
     """
 
     delta: Tensor
@@ -69,17 +70,23 @@ class Proposal:
     z: Tensor | None = None
     mu: Tensor | None = None
     diagnostics: dict[str, float] = field(default_factory=dict)
-    residuals: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class AttackResult:
-    """Perturbed images in ball and box, their cost, and the curve's snapshots. No verdict: see `bench.judge`."""
+    """Perturbed images in ball and box, and how they were found. No verdict in it: see `bench.judge`.
+
+    is_failed    samples `(batch,)` whose perturbation came back not finite; it was replaced by zero
+    snapshots    for the curve, if asked for
+    residuals    mean relative residual of the state after each solver step, if snapshots were asked for
+    """
 
     x_adv: Tensor
     delta: Tensor
+    is_failed: Tensor
     cost: Cost
     snapshots: tuple[Snapshot, ...]
+    residuals: tuple[float, ...]
     proposal: Proposal
 
 
@@ -89,6 +96,7 @@ class Recorder:
     def __init__(self, meter: Meter, threat: Threat, x: Tensor, num_snapshots: int) -> None:
         self.meter, self.threat, self.x, self.num_snapshots = meter, threat, x, num_snapshots
         self.snapshots: list[Snapshot] = []
+        self.residuals: list[Tensor] = []
         self._wanted: set[int] = set()
         self._offset = 0
         self._incumbent: tuple[Tensor, Tensor] | None = None
@@ -97,6 +105,11 @@ class Recorder:
         """Spread the snapshots over the `num_steps` steps of this restart."""
         count = min(self.num_snapshots, num_steps)
         self._wanted = {round(num_steps * (i + 1) / count) for i in range(count)}
+
+    def follow(self, residual: Tensor) -> None:
+        """Note the relative residuals `(batch,)` or `(steps, batch)` of the state; NaN is a sample at rest."""
+        if self.num_snapshots:
+            self.residuals.extend(torch.atleast_2d(residual).nanmean(1))
 
     def next_restart(self, incumbent: tuple[Tensor, Tensor], num_steps: int) -> None:
         self._incumbent, self._offset = incumbent, self._offset + num_steps
@@ -199,8 +212,17 @@ class Attack(abc.ABC, Generic[A]):
                 best = mine if best is None else _better(*mine, *best)
                 last = record.snapshots[-1].step - record._offset if record.snapshots else 0
                 record.next_restart(best, last)
+            is_failed = ~torch.isfinite(best[0].detach().flatten(1)).all(1)
             delta = self.threat.project(torch.nan_to_num(best[0].detach()), x)
-        return AttackResult((x + delta).clamp_(0.0, 1.0), delta, meter.cost(max(len(x), 1)), tuple(record.snapshots), proposal)
+        return AttackResult(
+            x_adv=(x + delta).clamp_(0.0, 1.0),
+            delta=delta,
+            is_failed=is_failed,
+            cost=meter.cost(len(x)),
+            snapshots=tuple(record.snapshots),
+            residuals=tuple(float(value) for value in record.residuals),
+            proposal=proposal,
+        )
 
 
 @contextlib.contextmanager

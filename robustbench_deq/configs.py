@@ -13,12 +13,24 @@ import pydantic
 import yaml
 
 from robustbench_deq.errors import UsageError
+from robustbench_deq.registry import Registry
 
 
 class Config(pydantic.BaseModel):
     """Base of all configs: frozen, no unknown keys, no infinities."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def named_in(registry: Registry[Any]) -> pydantic.AfterValidator:
+    """Annotation of a field that holds a registered name, or None where the field allows it."""
+
+    def check(name: str | None) -> str | None:
+        if name is not None:
+            registry.get(name)
+        return name
+
+    return pydantic.AfterValidator(check)
 
 
 C = TypeVar("C", bound=Config)
@@ -49,6 +61,8 @@ def _first_line(schema: type[Config], error: pydantic.ValidationError, where: st
             known = list(schema.model_fields)
         close = difflib.get_close_matches(str(first["loc"][-1]), known, n=3, cutoff=0.5) or known
         return f"{where}: unknown key {path!r}: expected one of {', '.join(close)}; remove or correct it"
+    if isinstance(first.get("ctx", {}).get("error"), UsageError):
+        return f"{where}: {path}: {first['ctx']['error']}"
     got = "nothing" if first["type"] == "missing" else repr(first["input"])
     message = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return f"{where}: {path or 'the config'}: expected {message}, got {got}; correct it"

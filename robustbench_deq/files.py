@@ -43,8 +43,16 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def new_folder(path: Path) -> Path:
-    """`path`, made if needed. Raises `UsageError` when it holds something or cannot be written."""
+@contextlib.contextmanager
+def output_folder(path: Path | None) -> Iterator[Path | None]:
+    """`path` as a new or empty folder that can be written; removed again if the block fails and leaves it empty.
+
+    Raises:
+        UsageError: when it holds something or cannot be written.
+    """
+    if path is None:
+        yield None
+        return
     try:
         path.mkdir(parents=True, exist_ok=True)
         if any(path.iterdir()):
@@ -57,4 +65,9 @@ def new_folder(path: Path) -> Path:
         raise UsageError.of(
             f"output folder {path}", expected="a folder that can be written", got=error.strerror, fix="name another"
         ) from None
-    return path
+    try:
+        yield path
+    except BaseException:
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+        raise

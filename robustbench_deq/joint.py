@@ -190,8 +190,8 @@ class JointResult(NamedTuple):
     num_moves: Tensor
 
 
-Watcher = Callable[[int, Tensor, Tensor], None]
-"""Called after each step with its number, the kept variable and its loss."""
+Watcher = Callable[[int, Tensor, Tensor, Tensor], None]
+"""Called in each step with its number, the kept variable, its loss, and the residual of the state."""
 
 
 def ascend(
@@ -227,7 +227,7 @@ def ascend(
         absolute, residual = residual_norms(z, now.f)
         keeper.offer(step, variable, now.loss, residual, now.g, mu)
         if watch is not None:
-            watch(step + 1, *keeper.kept)
+            watch(step + 1, *keeper.kept, residual)
         moved = variable
         is_moving = None
         if may_move:

@@ -78,6 +78,9 @@ class Threat:
     def direction(self, gradient: Tensor) -> Tensor:
         """Steepest ascent for this norm: `g / ||g||_2` for L2, `sign(g)` for Linf; zero where the gradient is zero."""
         if self.norm is Norm.L2:
+            # By the largest entry first: the squares of a confident classifier's tiny gradients would underflow.
+            largest = norm_of(gradient, Norm.LINF).clamp_min(torch.finfo(gradient.dtype).tiny)
+            gradient = gradient / per_sample(largest, gradient)
             return gradient / per_sample(norm_of(gradient, Norm.L2).clamp_min(TINY), gradient)
         return gradient.sign()
 

@@ -1,14 +1,18 @@
-"""One DEQ family a file."""
+"""One DEQ family a file; saved models and the zoo of registered ones."""
 
 from robustbench_deq.models.base import FAMILIES, Family, ModelConfig
 from robustbench_deq.models.deq_conv import DEQConv, DEQConvConfig
 from robustbench_deq.models.deq_fc import DEQFC, DEQFCConfig
+from robustbench_deq.models.io import Card, ModelDescription, describe_model, load_folder, load_model, save_model
 from robustbench_deq.models.linear import Linear, LinearConfig
 from robustbench_deq.models.mondeq_fc import MonDEQFC, MonDEQFCConfig
+from robustbench_deq.models.zoo import MODELS
 
 __all__ = [
     "DEQFC",
     "FAMILIES",
+    "MODELS",
+    "Card",
     "DEQConv",
     "DEQConvConfig",
     "DEQFCConfig",
@@ -16,6 +20,11 @@ __all__ = [
     "Linear",
     "LinearConfig",
     "ModelConfig",
+    "ModelDescription",
     "MonDEQFC",
     "MonDEQFCConfig",
+    "describe_model",
+    "load_folder",
+    "load_model",
+    "save_model",
 ]

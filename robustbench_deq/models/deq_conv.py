@@ -1,6 +1,6 @@
 """`deq-conv`: a small convolutional residual cell with group norm.
 
-    u       = GN(conv_in(normalise(x)))
+    u       = GN(conv_b(relu(GN(conv_a(normalise(x))))))          a stride of 4 in all
     f(z, u) = GN(relu(u + conv_2(GN(relu(conv_1(z))))))
     logits  = W vec(z) + b
 
@@ -23,15 +23,15 @@ from robustbench_deq.models.base import ModelConfig, add_family
 
 
 class DEQConvConfig(ModelConfig):
-    channels: int = Field(32, ge=1, description="channels of the state and inside the cell")
-    groups: int = Field(8, ge=1, description="groups of the group norms; divides channels")
-    stride: int = Field(2, ge=1, description="stride of the injection")
+    channels: int = Field(48, ge=2, description="channels of the state and inside the cell; even")
+    groups: int = Field(8, ge=1, description="groups of the group norms; divides channels and half of them")
+    strides: tuple[int, int] = Field((2, 2), description="strides of the injection's two convolutions")
     init_scale: float = Field(0.5, gt=0, description="factor on the default initialisation of the cell's convolutions")
 
 
 @add_family("deq-conv", DEQConvConfig)
 class DEQConv(EquilibriumModel):
-    """State `(batch, channels, ceil(height / stride), ceil(width / stride))`."""
+    """State `(batch, channels, rows, columns)`: the image's sides divided by both strides, rounded up."""
 
     def __init__(self, config: DEQConvConfig) -> None:
         super().__init__()
@@ -39,19 +39,23 @@ class DEQConv(EquilibriumModel):
         self.input_shape, self.num_classes = config.input_shape, config.num_classes
         colours, height, width = config.input_shape
         channels, groups = config.channels, config.groups
-        self.conv_in = nn.Conv2d(colours, channels, 5, stride=config.stride, padding=2)
-        self.norm_in = nn.GroupNorm(groups, channels)
+        self.conv_a = nn.Conv2d(colours, channels // 2, 5, stride=config.strides[0], padding=2)
+        self.norm_a = nn.GroupNorm(groups, channels // 2)
+        self.conv_b = nn.Conv2d(channels // 2, channels, 3, stride=config.strides[1], padding=1)
+        self.norm_b = nn.GroupNorm(groups, channels)
         self.conv_1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.conv_2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.norm_1 = nn.GroupNorm(groups, channels)
         self.norm_2 = nn.GroupNorm(groups, channels)
         for conv in (self.conv_1, self.conv_2):
             conv.weight.data.mul_(config.init_scale)
-        rows, columns = (-(-length // config.stride) for length in (height, width))
+        first, second = config.strides
+        rows, columns = (-(-(-(-length // first)) // second) for length in (height, width))
         self.readout = nn.Linear(channels * rows * columns, config.num_classes)
 
     def inject(self, x: Tensor) -> Tensor:
-        return self.norm_in(self.conv_in((x - self.config.pixel_mean) / self.config.pixel_std))
+        inner = self.norm_a(self.conv_a((x - self.config.pixel_mean) / self.config.pixel_std))
+        return self.norm_b(self.conv_b(F.relu(inner)))
 
     def cell(self, z: Tensor, u: Tensor) -> Tensor:
         inner = self.norm_1(F.relu(self.conv_1(z)))

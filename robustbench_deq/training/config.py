@@ -47,6 +47,11 @@ class ValidationSpec(Config):
     attack: AttackSpec | None = Field(None, description="null: the attack of the training, or none")
 
 
+class EvaluationSpec(Config):
+    limit: int = Field(1000, ge=1, description="test images, looked at once, for the model card")
+    attack: AttackSpec | None = Field(None, description="null: the attack of the validation or the training, or none")
+
+
 class TrainingConfig(Config):
     """One training run.
 
@@ -82,3 +87,4 @@ class TrainingConfig(Config):
     attack: AttackSpec | None = None
     attack_warmup_epochs: float = Field(0.0, ge=0)
     validation: ValidationSpec = ValidationSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()

@@ -1,0 +1,41 @@
+"""`noise`: random points on the boundary of the ball, the sanity floor. Whatever beats it had better be an attack.
+
+The highest loss over `restarts` draws is kept per sample.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from robustbench_deq.attack import ATTACKS, Attack, ObjectiveConfig, Proposal, Recorder
+from robustbench_deq.equilibrium import EquilibriumModel
+
+
+class NoiseConfig(ObjectiveConfig):
+    restarts: int = Field(10, ge=1, description="draws; the highest loss is kept per sample")
+    random_start: bool = Field(True, description="always true: the draw is the attack")
+
+
+@ATTACKS.register("noise")
+class Noise(Attack[NoiseConfig]):
+    name = "noise"
+    summary = "random points on the boundary of the ball; the sanity floor"
+    config_type = NoiseConfig
+
+    def run(
+        self,
+        model: EquilibriumModel,
+        x: Tensor,
+        y: Tensor,
+        targets: Tensor | None,
+        start: Tensor,
+        record: Recorder,
+    ) -> Proposal:
+        record.plan(1)
+        delta = self.threat.project(self.threat.epsilon * self.threat.direction(start), x)
+        with torch.no_grad():
+            loss = self.config.bind(y, targets)(model(x + delta))
+        record(1, delta, loss)
+        return Proposal(delta, loss)

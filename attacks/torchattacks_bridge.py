@@ -1,0 +1,82 @@
+"""torchattacks' `PGD` and `PGDL2` on equilibrium models, through the attack protocol.
+
+The library sees an ordinary network: it calls `forward` in evaluation mode and differentiates it, so every gradient step
+costs a cold forward and a cold adjoint solve with the model's own settings. Its random start draws from the global
+generator, which would make a sample depend on its batch, so it is off.
+
+Source: Kim, "Torchattacks: a PyTorch repository for adversarial attacks", arXiv 2010.01950.
+"""
+
+from __future__ import annotations
+
+import torchattacks
+from pydantic import Field
+from torch import Tensor
+
+from robustbench_deq.attack import ATTACKS, Attack, AttackConfig, Proposal, Recorder
+from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.errors import UsageError
+from robustbench_deq.objectives import CrossEntropy, Targeted
+from robustbench_deq.threats import Norm, Threat
+
+
+class TorchattacksConfig(AttackConfig):
+    restarts: int = Field(1, ge=1, le=1, description="always 1: the library has no keyed random start")
+    random_start: bool = Field(False, description="always false: see the module's docstring")
+    steps: int = Field(20, ge=1, description="gradient steps")
+    step_size: float = Field(0.25, gt=0, description="step as a fraction of epsilon")
+
+
+class _TorchattacksPGD(Attack[TorchattacksConfig]):
+    """What both have in common; subclasses name the library's class and the norm it is for."""
+
+    config_type = TorchattacksConfig
+    norm: Norm
+    library_type: type[torchattacks.attack.Attack]
+
+    def __init__(self, threat: Threat, config: TorchattacksConfig | None = None) -> None:
+        super().__init__(threat, config)
+        if threat.norm is not self.norm:
+            raise UsageError.of(
+                self.name, expected=f"norm {self.norm.value}", got=threat.norm.value, fix=f"pass --norm {self.norm.value}"
+            )
+        if self.config.random_start:
+            raise UsageError.of(self.name, expected="random_start=false", got="true", fix="use pgd for random starts")
+
+    def run(
+        self,
+        model: EquilibriumModel,
+        x: Tensor,
+        y: Tensor,
+        targets: Tensor | None,
+        start: Tensor,
+        record: Recorder,
+    ) -> Proposal:
+        config, epsilon = self.config, self.threat.epsilon
+        record.plan(config.steps)
+        library = self.library_type(
+            model, eps=epsilon, alpha=config.step_size * epsilon, steps=config.steps, random_start=False
+        )
+        if targets is not None:
+            library.set_mode_targeted_by_label(quiet=True)
+        x_adv = library(x, y if targets is None else targets)
+        delta = (x_adv - x).detach()
+        loss = (CrossEntropy(y) if targets is None else Targeted(targets))(model(x_adv).detach())
+        record(config.steps, delta, loss)
+        return Proposal(delta, loss)
+
+
+@ATTACKS.register("torchattacks-pgd")
+class TorchattacksPGD(_TorchattacksPGD):
+    name = "torchattacks-pgd"
+    summary = "torchattacks' PGD (Linf) through forward and autograd"
+    norm = Norm.LINF
+    library_type = torchattacks.PGD
+
+
+@ATTACKS.register("torchattacks-pgdl2")
+class TorchattacksPGDL2(_TorchattacksPGD):
+    name = "torchattacks-pgdl2"
+    summary = "torchattacks' PGDL2 (L2) through forward and autograd"
+    norm = Norm.L2
+    library_type = torchattacks.PGDL2

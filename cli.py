@@ -1,0 +1,357 @@
+"""The command line: parse, compose, call, echo. No numerics live here.
+
+Exit codes: 0 done, 1 a run failed, 2 wrong usage. Results go to standard output, progress and errors to standard error,
+and an error is one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+import attacks as _attacks  # noqa: F401  (fills the attack registry)
+from robustbench_deq.attack import ATTACKS, Attack
+from robustbench_deq.bench.evaluate import Evaluation, evaluate
+from robustbench_deq.bench.records import RecordStore, load_records, to_json
+from robustbench_deq.configs import merge, parse_assignments, parse_fraction, read_yaml, validate
+from robustbench_deq.data import DATASETS, SplitName, load
+from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.errors import RunError, UsageError
+from robustbench_deq.files import output_folder, write_json
+from robustbench_deq.models import MODELS, describe_model, load_model, save_model
+from robustbench_deq.report.page import write_report
+from robustbench_deq.threats import Norm, Threat
+from robustbench_deq.training.config import AttackSpec, TrainingConfig
+from robustbench_deq.training.session import TrainingSession
+
+DEBUG_VARIABLE = "ROBUSTBENCH_DEQ_DEBUG"
+DEFAULT_LIMIT = 1000
+NUM_SNAPSHOTS = 8
+
+
+class Commands(click.Group):
+    """A group that turns every failure into one line and an exit code."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, standalone_mode=False, **kwargs)
+        except (UsageError, click.UsageError) as error:
+            _fail(2, str(error) if isinstance(error, UsageError) else error.format_message())
+        except (KeyboardInterrupt, click.Abort):
+            _fail(1, "interrupted; finished results and checkpoints are kept")
+        except RunError as error:
+            _fail(1, str(error))
+        except click.ClickException as error:
+            _fail(1, error.format_message())
+        except Exception as error:
+            if os.environ.get(DEBUG_VARIABLE):
+                raise
+            reason = " ".join(str(error).split())[:300] or "no message"
+            _fail(1, f"the run failed with {type(error).__name__}: {reason}; set {DEBUG_VARIABLE}=1 for the traceback")
+
+
+def _fail(code: int, message: str) -> None:
+    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="robustbench-deq")
+def main() -> None:
+    """Adversarial robustness of deep equilibrium models: attack, train, report."""
+
+
+T = TypeVar("T")
+
+
+def _choose_device(name: str | None) -> torch.device:
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UsageError.of("--device", expected="cpu, cuda or cuda:N of this machine", got=repr(name), fix="omit it") from None
+    return device
+
+
+def _listing(rows: list[dict[str, Any]], kind: str, is_json: bool) -> None:
+    """One line a row, or one JSON object."""
+    if is_json:
+        click.echo(json.dumps({"schema_version": 1, kind: rows}))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in rows[0] if rows else ["name"]:
+        table.add_column(column.replace("_", " "), overflow="fold", no_wrap=True)
+    for row in rows:
+        table.add_row(*("-" if value is None else str(value) for value in row.values()))
+    width = None if sys.stdout.isatty() else 200
+    Console(file=sys.stdout, width=width).print(table)
+
+
+@main.command()
+@click.argument("pattern", default="*")
+@click.option("--json", "is_json", is_flag=True, help="One JSON object on standard output.")
+def models(pattern: str, is_json: bool) -> None:
+    """List registered models; PATTERN may hold wildcards."""
+    rows = []
+    for name in MODELS.list(pattern):
+        described = describe_model(name)
+        card = described.card
+        threat = f"{card.threat['norm']} {card.threat['epsilon']:g}" if card.threat else None
+        rows.append(
+            {
+                "name": name,
+                "data": card.data or None,
+                "trained_against": threat,
+                "parameters": described.num_parameters,
+                "clean": None if card.clean_accuracy is None else round(card.clean_accuracy, 3),
+                "robust": None if card.robust_accuracy is None else round(card.robust_accuracy, 3),
+                "robust_at": f"{card.evaluation['norm']} {card.evaluation['epsilon']:g}" if card.evaluation else None,
+            }
+        )
+    if not rows:
+        MODELS.get(pattern)
+    _listing(rows, "models", is_json)
+
+
+@main.command(name="attacks")
+@click.option("--json", "is_json", is_flag=True, help="One JSON object on standard output.")
+def list_attacks(is_json: bool) -> None:
+    """List attacks and what --set reaches in each."""
+    rows = []
+    for name in ATTACKS:
+        kind = ATTACKS.get(name)
+        fields = kind.config_type.model_fields
+        if is_json:
+            schema = kind.config_type.model_json_schema()
+            rows.append({"name": name, "summary": kind.summary, "settings": schema["properties"]})
+        else:
+            rows.append({"name": name, "summary": kind.summary, "settings": len(fields)})
+    _listing(rows, "attacks", is_json)
+    if not is_json:
+        click.echo("\nSettings with their defaults, for --set key=value:")
+        for name in ATTACKS:
+            kind = ATTACKS.get(name)
+            defaults = kind.config_type().model_dump(mode="json")
+            click.echo(f"\n{name}")
+            for key, info in kind.config_type.model_fields.items():
+                click.echo(f"  {key}={json.dumps(defaults[key])}  {info.description or ''}")
+
+
+@main.command()
+@click.option("--json", "is_json", is_flag=True, help="One JSON object on standard output.")
+def datasets(is_json: bool) -> None:
+    """List datasets. Your own: npz:FILE with arrays 'images' and 'labels'."""
+    rows = [
+        {
+            "name": info.name,
+            "shape": "x".join(map(str, info.input_shape)),
+            "classes": info.num_classes,
+            "summary": info.summary,
+        }
+        for info in map(DATASETS.get, DATASETS)
+    ]
+    _listing(rows, "datasets", is_json)
+
+
+def build_attack(name: str, threat: Threat, settings: dict[str, Any]) -> Attack:
+    """The one place where a name becomes an attack."""
+    kind = ATTACKS.get(name)
+    return kind(threat, validate(kind.config_type, settings, f"attack {name}"))
+
+
+def _attack_of(spec: AttackSpec | None) -> Attack | None:
+    if spec is None:
+        return None
+    return build_attack(spec.name, Threat(Norm.parse(spec.threat.norm), spec.threat.epsilon), spec.config)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--attack", "attack_name", default="joint-pgd", show_default=True, help="A name from 'attacks'.")
+@click.option("--norm", default=None, help="l2 or linf.  [default: the model card's, else l2]")
+@click.option("--epsilon", default=None, help="Radius in pixel units of [0, 1], such as 1.0 or 8/255.")
+@click.option("--data", default=None, help="A name from 'datasets' or npz:FILE.  [default: the model card's]")
+@click.option("--split", default="test", type=click.Choice([name.value for name in SplitName]), show_default=True)
+@click.option("--limit", type=int, default=None, help=f"Images.  [default: at most {DEFAULT_LIMIT}]")
+@click.option("--steps", type=int, default=None, help="The same as --set steps=K.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--targeted", "is_targeted", is_flag=True, help="Aim at the class after the true one.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting of the attack.")
+@click.option("--label", default=None, help="Name of the row in reports.  [default: the attack's]")
+@click.option("--device", default=None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="New folder for the record.")
+@click.option("--json", "is_json", is_flag=True, help="One JSON object on standard output.")
+def attack(
+    model: str,
+    attack_name: str,
+    norm: str | None,
+    epsilon: str | None,
+    data: str | None,
+    split: str,
+    limit: int | None,
+    steps: int | None,
+    batch_size: int,
+    seed: int,
+    is_targeted: bool,
+    assignments: tuple[str, ...],
+    label: str | None,
+    device: str | None,
+    out: Path | None,
+    is_json: bool,
+) -> None:
+    """Attack MODEL and judge the result.
+
+    MODEL is a name from 'models', a folder with a saved model, or file.py:function.
+    """
+    settings = parse_assignments(assignments)
+    if steps is not None:
+        settings["steps"] = steps
+    loaded, card, sha256 = _load(model)
+    known = card.evaluation if card else {}
+    if epsilon is None and "epsilon" not in known:
+        raise UsageError.of("--epsilon", expected="a radius", got="none", fix="this model's card names none: pass one")
+    radius = parse_fraction(epsilon) if epsilon is not None else float(known["epsilon"])
+    threat = Threat(Norm.parse(norm or known.get("norm", "l2")), radius)
+    chosen = build_attack(attack_name, threat, settings)
+    name = data or (card.data if card and card.data else "digits")
+    samples = load(name, SplitName(split), limit)
+    if limit is None and len(samples) > DEFAULT_LIMIT:
+        samples = load(name, SplitName(split), DEFAULT_LIMIT)
+    target = _choose_device(device)
+    with output_folder(out) as folder, _bar(f"{attack_name} on {model}", len(samples), "robust {:.1%}") as advance:
+        result = evaluate(
+            loaded,
+            chosen,
+            samples,
+            model_name=model,
+            label=label,
+            batch_size=batch_size,
+            seed=seed,
+            is_targeted=is_targeted,
+            num_snapshots=NUM_SNAPSHOTS,
+            device=target,
+            model_sha256=sha256,
+            progress=lambda done, total, accuracy: advance(done, accuracy),
+        )
+        if folder is not None:
+            RecordStore(folder).append(result.record, result.samples)
+    if is_json:
+        click.echo(json.dumps(to_json(result.record)))
+    else:
+        _echo_result(result, out)
+
+
+def _load(model: str) -> tuple[EquilibriumModel, Any, str | None]:
+    """The model, its card and its digest; the last two are None for a file's model."""
+    loaded = load_model(model)
+    if ".py:" in model:
+        return loaded, None, None
+    described = describe_model(model)
+    return loaded, described.card, described.sha256 or None
+
+
+def _echo_result(result: Evaluation, out: Path | None) -> None:
+    record = result.record
+    low, high = record.robust_accuracy_ci
+    click.echo(
+        f"{record.model}  {record.attack}  {record.threat.norm} {record.threat.epsilon:g}  "
+        f"{record.data.name} {record.data.split}, {record.data.num_samples} images"
+    )
+    click.echo(f"clean accuracy    {record.clean_accuracy:.1%}")
+    click.echo(f"robust accuracy   {record.robust_accuracy:.1%}  [{low:.1%}, {high:.1%}]")
+    click.echo(f"unconverged       {record.num_unconverged}   failed {record.num_failed}")
+    cost = record.cost
+    click.echo(
+        f"cost per image    {cost.cell_evals:.1f} cell evaluations, {cost.cell_vjps:.1f} VJPs; "
+        f"{cost.wall_seconds:.2f} s in all"
+    )
+    fallbacks = {key: int(value) for key, value in record.diagnostics.items() if key.startswith("num_") and value}
+    if fallbacks:
+        click.echo("fallbacks         " + ", ".join(f"{key.removeprefix('num_')} {n}" for key, n in fallbacks.items()))
+    if out is not None:
+        click.echo(f"record            {out}")
+
+
+@contextlib.contextmanager
+def _bar(title: str, total: int, note: str) -> Iterator[Any]:
+    """A progress bar on standard error; yields `advance(done, value)`. Silent when that is no terminal."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(title, total=total, note="")
+        yield lambda done, value: progress.update(task, completed=done, note=note.format(value))
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any key of the config, dotted.")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="New folder.  [default: results/runs/NAME]")
+@click.option("--resume", type=click.Path(path_type=Path), default=None, help="Folder of an interrupted run.")
+@click.option("--device", default=None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]")
+def train(
+    config: Path, assignments: tuple[str, ...], out: Path | None, resume: Path | None, device: str | None
+) -> None:
+    """Train the model that CONFIG describes, evaluate it on the test split, and save it with its card."""
+    values = merge(read_yaml(config), parse_assignments(assignments))
+    parsed = validate(TrainingConfig, values, str(config))
+    target = _choose_device(device)
+    if resume is not None and out is not None:
+        raise UsageError.of("train", expected="--out or --resume", got="both", fix="--resume writes to its own folder")
+    command = "robustbench-deq train " + " ".join(
+        [shlex.quote(config.as_posix())] + [f"--set {shlex.quote(text)}" for text in assignments]
+    )
+    session = TrainingSession(
+        config=parsed,
+        command=command,
+        attack=_attack_of(parsed.attack),
+        validation_attack=_attack_of(parsed.validation.attack or parsed.attack),
+        evaluation_attack=_attack_of(parsed.evaluation.attack or parsed.validation.attack or parsed.attack),
+        device=target,
+    )
+    place = contextlib.nullcontext(resume) if resume else output_folder(out or Path("results/runs") / parsed.name)
+    with place as folder, _bar(parsed.name, session.num_batches, "loss {:.4f}") as advance:
+        session.prepare(folder, is_resumed=resume is not None)
+        described = session.run(lambda done, loss: advance(done, loss))
+    card = described.card
+    click.echo(f"{described.name}  saved in {folder}")
+    click.echo(f"clean accuracy    {card.clean_accuracy:.1%} on {card.test_samples} test images")
+    if card.robust_accuracy is not None:
+        low, high = card.robust_accuracy_ci
+        click.echo(f"robust accuracy   {card.robust_accuracy:.1%}  [{low:.1%}, {high:.1%}]  {card.evaluation}")
+
+
+@main.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="New folder.  [default: FOLDER/report]")
+def report(folders: tuple[Path, ...], out: Path | None) -> None:
+    """Tables, figures and a page from the records in FOLDERS."""
+    records = [record for folder in folders for record in load_records(folder)]
+    with output_folder(out or folders[0] / "report") as folder:
+        written = write_report(records, folder)
+    click.echo(f"{len(records)} records, {len(written)} files in {folder}; open {folder / 'index.html'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Where a result was obtained: versions, device, threads, commit. Part of every record."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "torchvision", "torchattacks", "numpy")
+
+
+def describe_environment(device: torch.device) -> dict[str, str | int | None]:
+    """A flat mapping; nothing in it names the user or a path."""
+    environment: dict[str, str | int | None] = {
+        "robustbench_deq": _version("robustbench-deq"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "num_cpus": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "commit": _commit(),
+    }
+    return environment | {package: _version(package) for package in PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this file is in; None outside one."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None

@@ -1,0 +1,1 @@
+"""Reporting: tables, plots and pages, all of them pure functions of records."""

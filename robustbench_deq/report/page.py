@@ -1,0 +1,187 @@
+"""Pages: everything a set of records says, in one folder.
+
+    report.md, report.csv, report.tex    the table, for reading, for computing and for papers
+    index.html                           one file with table, figures and how each row was made; loads nothing else
+    figures/*.png, figures/*.svg         the figures
+
+The folder is a pure function of the records (and of the gallery): it holds no date and no path.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+from matplotlib.figure import Figure
+
+from robustbench_deq.bench.records import Record
+from robustbench_deq.errors import UsageError
+from robustbench_deq.files import write_text
+from robustbench_deq.report import plots
+from robustbench_deq.report.gallery import GalleryRow, draw_gallery
+from robustbench_deq.report.settings import Setting, format_threat, group_by_setting, setting_names
+from robustbench_deq.report.tables import COLUMN_MEANINGS, Format, markdown_text, readable, render, summary_table
+
+TITLE = "Adversarial robustness of deep equilibrium models"
+CAPTIONS = {
+    "accuracy_against_cell_evals": "Robust accuracy against cell evaluations per sample. The large marker is the end "
+    "of the attack, with its confidence interval; the dashed line is the clean accuracy. Lower and further left is a "
+    "stronger attack.",
+    "accuracy_against_wall_clock": "The same against the wall-clock of the attack, judging excluded.",
+    "residual_against_step": "Mean relative residual of the state during the attack: how far from an equilibrium it "
+    "was when the perturbation was changed.",
+    "gallery": "Samples before and after the attack. Perturbations are stretched to the full scale; bold marks a wrong "
+    "class.",
+}
+
+
+@dataclass(frozen=True)
+class _Plot:
+    name: str
+    caption: str
+    svg_base64: str
+
+
+def write_report(records: Sequence[Record], folder: Path, gallery: Sequence[GalleryRow] = ()) -> list[Path]:
+    """Write the report of `records` into `folder`, replacing files of an earlier one.
+
+    Args:
+        gallery: samples to show; none leaves the gallery out.
+
+    Returns:
+        The files written, tables and page first.
+
+    Raises:
+        UsageError: when there are no records or the folder cannot be written.
+    """
+    table = summary_table(records)
+    try:
+        return _write(records, table, Path(folder), gallery)
+    except OSError as error:
+        raise UsageError.of(
+            f"report folder {folder}",
+            expected="a folder that can be written",
+            got=error.strerror or error,
+            fix="name another",
+        ) from None
+
+
+def _write(records: Sequence[Record], table: pd.DataFrame, folder: Path, gallery: Sequence[GalleryRow]) -> list[Path]:
+    figure_paths: list[Path] = []
+    shown: list[_Plot] = []
+    for name, figure in _figures(records, gallery).items():
+        png, svg = plots.save(figure, folder / "figures" / name)
+        figure_paths += [png, svg]
+        shown.append(_Plot(name, CAPTIONS[name], base64.b64encode(svg.read_bytes()).decode("ascii")))
+    texts = {
+        "report.md": _markdown(table, shown),
+        "report.csv": render(table, Format.CSV),
+        "report.tex": render(table, Format.LATEX),
+        "index.html": _html(records, table, shown),
+    }
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    return [*(folder / name for name in texts), *figure_paths]
+
+
+def _figures(records: Sequence[Record], gallery: Sequence[GalleryRow]) -> dict[str, Figure]:
+    figures = {
+        "accuracy_against_cell_evals": plots.accuracy_against_cell_evals(records),
+        "accuracy_against_wall_clock": plots.accuracy_against_wall_clock(records),
+    }
+    if any(map(plots.has_residuals, records)):
+        figures["residual_against_step"] = plots.residual_against_step(records)
+    if gallery:
+        figures["gallery"] = draw_gallery(gallery)
+    return figures
+
+
+def _markdown(table: pd.DataFrame, shown: Sequence[_Plot]) -> str:
+    parts = [f"# {TITLE}", render(table, Format.MARKDOWN).rstrip()]
+    parts.append("\n".join(f"- **{markdown_text(name)}**: {text}" for name, text in _meanings(table).items()))
+    parts += [f"![{plot.name}](figures/{plot.name}.png)\n\n{plot.caption}" for plot in shown]
+    return "\n\n".join(parts) + "\n"
+
+
+def _meanings(table: pd.DataFrame) -> dict[str, str]:
+    return {name: COLUMN_MEANINGS[name] for name in readable(table).columns}
+
+
+def _html(records: Sequence[Record], table: pd.DataFrame, shown: Sequence[_Plot]) -> str:
+    ordered = [record for group in group_by_setting(records).values() for record in group]
+    names = setting_names(map(Setting.of, ordered))
+    environments: list[dict[str, Any]] = []
+    for record in ordered:
+        if record.environment not in environments:
+            environments.append(record.environment)
+    runs = [
+        {
+            "title": record.label,
+            "subtitle": " · ".join(names[Setting.of(record)]),
+            "facts": _facts(record) | {"Environment": environments.index(record.environment) + 1},
+            "command": command_of(record),
+        }
+        for record in ordered
+    ]
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    template = environment.from_string(resources.files(__package__).joinpath("page.html.jinja").read_text("utf-8"))
+    page = template.render(
+        title=TITLE,
+        table=render(table, Format.HTML),
+        meanings=_meanings(table),
+        plots=shown,
+        runs=runs,
+        environments=environments,
+    )
+    return page + "\n"
+
+
+def _facts(record: Record) -> dict[str, object]:
+    facts = {
+        "Attack": record.attack,
+        "Settings": json.dumps(record.attack_config),
+        "Threat": format_threat(record.threat.norm, record.threat.epsilon),
+        "Largest perturbation": _short(record.max_perturbation),
+        "Data": f"{record.data.name} {record.data.split}, n = {record.data.num_samples:,}",
+        "Data digest": record.data.digest,
+        "Weights (sha256)": record.model_sha256 or "unknown",
+        "Seed": record.seed,
+        "Batch size": record.batch_size,
+        "Solver steps": _short(record.cost.solver_steps),
+        "Peak memory (MB)": _short(record.cost.peak_memory_mb),
+        "Created": record.created,
+        "Record": record.record_id,
+    }
+    return facts | {f"Diagnostic {name}": _short(value) for name, value in record.diagnostics.items()}
+
+
+def _short(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.6g}"
+
+
+def command_of(record: Record) -> str:
+    """The command line that makes the run again; the data digest tells whether it was on the same samples."""
+    words = ["robustbench-deq", "attack", record.model, "--attack", record.attack]
+    words += ["--norm", record.threat.norm, "--epsilon", repr(record.threat.epsilon)]
+    words += ["--data", record.data.name, "--limit", str(record.data.num_samples)]
+    words += ["--batch-size", str(record.batch_size), "--seed", str(record.seed)]
+    for key, value in _flat(record.attack_config).items():
+        words += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
+    return shlex.join(words)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

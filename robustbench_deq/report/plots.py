@@ -1,0 +1,251 @@
+"""Plots: robust accuracy against cost, and the state's residual against solver steps.
+
+One facet for each setting (model, threat, samples), one colour and marker for each attack, the same in all facets and
+figures. Colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart. Figures are built with
+matplotlib's objects, never through pyplot, and saved without dates, so the same records give the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from robustbench_deq.bench.records import Record
+from robustbench_deq.errors import UsageError
+from robustbench_deq.files import replacing
+from robustbench_deq.report.settings import Setting, group_by_setting, setting_names
+
+PNG_DPI = 200
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "p", "<", ">", "h", "*")
+DASHES = ("-", "--", "-.", ":")
+MAX_COLUMNS = 3
+LEGEND_ROW = 0.22
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#444444",
+    "axes.grid": True,
+    "axes.labelsize": 11,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 10.5,
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 10,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 7,
+    "svg.hashsalt": "robustbench-deq",
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+}
+
+Look = dict[str, object]
+Facet = tuple[Axes, list[Record]]
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """The style of every figure of the project, for the length of a block."""
+    with matplotlib.style.context(["default", STYLE]):
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of that size in inches, not known to pyplot."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Write `stem.png` and `stem.svg`; returns the two paths."""
+    paths = []
+    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+        path = stem.with_name(f"{stem.name}.{kind}")
+        with replacing(path) as temporary, style():
+            figure.savefig(temporary, format=kind, dpi=PNG_DPI, metadata=metadata)
+        paths.append(path)
+    return paths
+
+
+def plain(text: str) -> str:
+    """`text` such that matplotlib does not read mathematics into it."""
+    return text.replace("$", r"\$")
+
+
+def accuracy_against_cell_evals(records: Sequence[Record]) -> Figure:
+    """Robust accuracy against cell evaluations per sample. Raises `UsageError` when there are no records."""
+    return _accuracy(records, "Cell evaluations per sample", "cell_evals")
+
+
+def accuracy_against_wall_clock(records: Sequence[Record]) -> Figure:
+    """Robust accuracy against the attack's wall-clock. Raises `UsageError` when there are no records."""
+    return _accuracy(records, "Wall-clock of the attack (s)", "wall_seconds")
+
+
+def residual_against_step(records: Sequence[Record]) -> Figure:
+    """Mean relative residual of the state after each solver step of the attacks that follow one.
+
+    Raises:
+        UsageError: when no record has residuals.
+    """
+    followed = [record for record in records if has_residuals(record)]
+    if not followed:
+        raise UsageError.of(
+            "residual plot", expected="records with residuals", got="none", fix="plot an attack that follows its state"
+        )
+    with style():
+        figure, facets = _facets(followed)
+        looks = _looks(records)
+        for axes, group in facets:
+            for record in group:
+                _draw_residuals(axes, record, looks[record.label])
+            _log_residuals(axes)
+        _label(figure, facets, "Solver step of the attack", "Mean relative residual of the state")
+        drawn = {record.label for record in followed}
+        _legend(figure, [_handle(label, look) for label, look in looks.items() if label in drawn])
+    return figure
+
+
+def has_residuals(record: Record) -> bool:
+    return any(value for value in record.residuals)
+
+
+def _accuracy(records: Sequence[Record], x_label: str, cost: str) -> Figure:
+    with style():
+        figure, facets = _facets(records)
+        looks = _looks(records)
+        for axes, group in facets:
+            for clean in sorted({record.clean_accuracy for record in group}):
+                axes.axhline(100 * clean, color="#444444", linestyle="--", linewidth=1.2, zorder=1)
+            for record in group:
+                _draw_accuracy(axes, record, cost, looks[record.label])
+            _log_costs(axes)
+        _label(figure, facets, x_label, "Robust accuracy (%)")
+        clean_line = Line2D([], [], color="#444444", linestyle="--", linewidth=1.2, label="clean accuracy")
+        _legend(figure, [clean_line, *(_handle(label, look) for label, look in looks.items())])
+    return figure
+
+
+def _draw_accuracy(axes: Axes, record: Record, cost: str, look: Look) -> None:
+    """The curve with a small marker at each judged step; the end with the large marker and the interval."""
+    end = (getattr(record.cost, cost), 100 * record.robust_accuracy)
+    points = [(getattr(point, cost), 100 * point.robust_accuracy) for point in record.curve]
+    points = sorted(point for point in points if 0 < point[0] < end[0])
+    if end[0] <= 0:
+        return
+    axes.plot(*zip(*points, end, strict=True), **{**look, "markersize": 3.5, "markeredgewidth": 0}, zorder=2)
+    low, high = (100 * bound for bound in record.robust_accuracy_ci)
+    error = [[max(0.0, end[1] - low)], [max(0.0, high - end[1])]]
+    axes.errorbar(
+        *end, yerr=error, **{**look, "linestyle": "none"}, capsize=3.5, capthick=1.3, elinewidth=1.3, zorder=3
+    )
+
+
+def _draw_residuals(axes: Axes, record: Record, look: Look) -> None:
+    values = [value or math.nan for value in record.residuals]
+    steps = range(1, len(values) + 1)
+    axes.plot(steps, values, **look, markevery=max(1, math.ceil(len(values) / 8)), alpha=0.9)
+
+
+def _facets(records: Sequence[Record]) -> tuple[Figure, list[Facet]]:
+    """A figure with one set of axes for each setting."""
+    groups = group_by_setting(records)
+    columns = math.ceil(len(groups) / math.ceil(len(groups) / MAX_COLUMNS))
+    rows = math.ceil(len(groups) / columns)
+    figure = new_figure(*((7.2, 4.4) if len(groups) == 1 else (4.2 * columns, 3.5 * rows)))
+    names = setting_names(groups)
+    facets = []
+    for index, (setting, group) in enumerate(groups.items(), start=1):
+        axes = figure.add_subplot(rows, columns, index)
+        axes.set_title(_title(setting, names[setting], 44 if len(groups) > 1 else 80), loc="left")
+        facets.append((axes, group))
+    return figure, facets
+
+
+def _title(setting: Setting, names: tuple[str, str, str], width: int) -> str:
+    model, threat, data = names
+    model = model if len(model) <= width else f"…{model[-width:]}"
+    return plain(f"{model}\n{threat} · {data}, n = {setting.num_samples:,}")
+
+
+def _looks(records: Sequence[Record]) -> dict[str, Look]:
+    """By label. Follows from all labels of the report, so that an attack looks the same in every figure."""
+    labels = sorted({record.label for record in records}, key=_natural)
+    return {
+        label: {
+            "color": COLOURS[index % len(COLOURS)],
+            "marker": MARKERS[index % len(MARKERS)],
+            "linestyle": DASHES[index // len(COLOURS) % len(DASHES)],
+            "markeredgecolor": "white",
+            "markeredgewidth": 0.6,
+        }
+        for index, label in enumerate(labels)
+    }
+
+
+def _natural(label: str) -> list[str | int]:
+    """Sorts PGD-40 before PGD-100."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", label)]
+
+
+def _handle(label: str, look: Look) -> Line2D:
+    return Line2D([], [], label=plain(label), **look)
+
+
+def _label(figure: Figure, facets: Sequence[Facet], x_label: str, y_label: str) -> None:
+    for axes, _ in facets:
+        spec = axes.get_subplotspec()
+        axes.set_xlabel(x_label)
+        if spec.is_first_col():
+            axes.set_ylabel(y_label)
+
+
+def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """Below the axes, so that it covers no data; as many columns as fit, on a figure that grows with the rows."""
+    width, height = figure.get_size_inches()
+    widest = max(len(str(handle.get_label())) for handle in handles)
+    columns = min(len(handles), max(1, int(width / (0.075 * widest + 0.75))))
+    figure.set_size_inches(width, height + LEGEND_ROW * math.ceil(len(handles) / columns))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def _log_costs(axes: Axes) -> None:
+    """A logarithmic axis whose ticks read 20, 50, 100 rather than powers."""
+    axes.set_xscale("log")
+    axes.margins(x=0.08, y=0.08)
+    axes.xaxis.set_major_locator(_log_ticks(*axes.get_xlim()))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _log_residuals(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.margins(x=0.03, y=0.06)
+    axes.yaxis.set_major_locator(_log_ticks(*axes.get_ylim()))
+    axes.yaxis.set_major_formatter(FuncFormatter(_scientific))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _log_ticks(low: float, high: float) -> LogLocator:
+    decades = math.log10(high / low)
+    subs = (1.0, 2.0, 5.0) if decades < 1.5 else (1.0, 3.0) if decades < 3.2 else (1.0,)
+    return LogLocator(subs=subs, numticks=12)
+
+
+def _scientific(value: float, _: object) -> str:
+    mantissa, exponent = f"{value:.0e}".split("e")
+    factor = "" if mantissa == "1" else rf"{mantissa}\times "
+    return f"${factor}10^{{{int(exponent)}}}$"

@@ -1,0 +1,219 @@
+"""Tables: one row a record, as a frame of plain numbers and as Markdown, CSV, LaTeX or HTML.
+
+`summary_table` keeps raw values (fractions, counts, means per sample), and CSV writes them as they are. The other
+formats are for reading: percentages with their interval, "68.4 [64.3, 72.3]", and few digits.
+"""
+
+from __future__ import annotations
+
+import enum
+import html
+import io
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import pandas as pd
+
+from robustbench_deq.bench.records import Record
+from robustbench_deq.errors import UsageError
+from robustbench_deq.report.settings import Setting, group_by_setting, setting_names
+
+MISSING = "–"
+SETTING_COLUMNS = ["Model", "Threat", "Data"]
+TEXT_COLUMNS = [*SETTING_COLUMNS, "Attack"]
+
+COLUMN_MEANINGS = {
+    "Model": "the classifier, by its name in the registry or its file",
+    "Threat": "the norm ball of allowed perturbations, in pixel units of [0, 1]",
+    "Data": "the data set and the split the samples come from",
+    "Attack": "the attack and its number of steps",
+    "Seed": "the seed of all randomness of the run",
+    "n": "how many samples were attacked; every accuracy is over all of them",
+    "Clean %": "samples classified correctly without an attack",
+    "Robust %": "samples still classified correctly after it, with the confidence interval; lower is a stronger attack",
+    "Adv. loss": "mean cross-entropy of the true class at the perturbed images",
+    "Cell evals": "evaluations of the cell per sample: the cost that does not depend on the machine",
+    "VJPs": "vector-Jacobian products through the cell per sample",
+    "Seconds": "wall-clock of the whole attack, without judging; compare only rows from the same environment",
+    "Unconverged": "samples whose equilibrium the judge could not find; never counted as robust",
+    "Failed": "samples on which the attack itself failed; never counted as robust",
+}
+
+
+class Format(enum.Enum):
+    """What a table can be written as."""
+
+    MARKDOWN = "md"
+    CSV = "csv"
+    LATEX = "latex"
+    HTML = "html"
+
+    @classmethod
+    def parse(cls, name: str) -> Format:
+        try:
+            return cls(name.lower())
+        except ValueError:
+            known = ", ".join(fmt.value for fmt in cls)
+            raise UsageError.of("table format", expected=f"one of {known}", got=repr(name), fix="name one") from None
+
+
+def summary_table(records: Sequence[Record]) -> pd.DataFrame:
+    """Raw numbers, one row a record: by model, threat and data, the strongest attack first, then the cheapest.
+
+    Raises:
+        UsageError: when there are no records.
+    """
+    return pd.DataFrame([_row(record) for group in group_by_setting(records).values() for record in group])
+
+
+def _row(record: Record) -> dict[str, object]:
+    low, high = record.robust_accuracy_ci
+    return {
+        **Setting.of(record)._asdict(),
+        "attack": record.label,
+        "seed": record.seed,
+        "clean_accuracy": record.clean_accuracy,
+        "robust_accuracy": record.robust_accuracy,
+        "robust_accuracy_low": low,
+        "robust_accuracy_high": high,
+        "adversarial_loss": math.nan if record.adversarial_loss is None else record.adversarial_loss,
+        "cell_evals": record.cost.cell_evals,
+        "cell_vjps": record.cost.cell_vjps,
+        "wall_seconds": record.cost.wall_seconds,
+        "num_unconverged": record.num_unconverged,
+        "num_failed": record.num_failed,
+        "record_id": record.record_id,
+    }
+
+
+def render(frame: pd.DataFrame, fmt: Format | str) -> str:
+    """A summary table as text that ends with a newline.
+
+    Args:
+        frame: from `summary_table`.
+        fmt: md, csv, latex (needs the package booktabs) or html (a `<table>`, not a page).
+    """
+    return _RENDERERS[Format.parse(fmt) if isinstance(fmt, str) else fmt](frame)
+
+
+def readable(frame: pd.DataFrame) -> pd.DataFrame:
+    """A summary table as the text that people read. The seed is shown where rows differ in it."""
+    settings = _settings(frame)
+    names = setting_names(settings)
+    columns = {
+        "Model": [names[setting].model for setting in settings],
+        "Threat": [names[setting].threat for setting in settings],
+        "Data": [names[setting].data for setting in settings],
+        "Attack": frame["attack"],
+        "Seed": _each(frame, str, "seed"),
+        "n": _each(frame, "{:,}".format, "num_samples"),
+        "Clean %": _each(frame, _percent, "clean_accuracy"),
+        "Robust %": _each(frame, _interval, "robust_accuracy", "robust_accuracy_low", "robust_accuracy_high"),
+        "Adv. loss": _each(frame, _decimals, "adversarial_loss"),
+        "Cell evals": _each(frame, _amount, "cell_evals"),
+        "VJPs": _each(frame, _amount, "cell_vjps"),
+        "Seconds": _each(frame, _amount, "wall_seconds"),
+        "Unconverged": _each(frame, str, "num_unconverged"),
+        "Failed": _each(frame, str, "num_failed"),
+    }
+    if frame["seed"].nunique() == 1:
+        del columns["Seed"]
+    return pd.DataFrame(columns)
+
+
+def _settings(frame: pd.DataFrame) -> list[Setting]:
+    return [Setting(*values) for values in frame[list(Setting._fields)].itertuples(index=False)]
+
+
+def _each(frame: pd.DataFrame, write: Callable[..., str], *names: str) -> list[str]:
+    return [write(*values) for values in zip(*(frame[name] for name in names), strict=True)]
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}"
+
+
+def _interval(value: float, low: float, high: float) -> str:
+    return f"{_percent(value)} [{_percent(low)}, {_percent(high)}]"
+
+
+def _decimals(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else MISSING
+
+
+def _amount(value: float) -> str:
+    """Three digits or all before the point: 0.0123, 1.70, 41.0, 1,234."""
+    if value == 0:
+        return "0"
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f}"
+
+
+def _csv(frame: pd.DataFrame) -> str:
+    return frame.to_csv(index=False, lineterminator="\n")
+
+
+def markdown_text(text: str) -> str:
+    """`text` such that Markdown shows it literally and on one line."""
+    return re.sub(r"([\\`*|<>\[\]])", r"\\\1", " ".join(text.split()))
+
+
+def _markdown(frame: pd.DataFrame) -> str:
+    table = readable(frame)
+    for name in TEXT_COLUMNS:
+        table[name] = [markdown_text(text) for text in table[name]]
+    rows = [list(table.columns), *table.to_numpy().tolist()]
+    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
+    is_text = [name in TEXT_COLUMNS for name in table.columns]
+    lines = [
+        [
+            cell.ljust(width) if left else cell.rjust(width)
+            for cell, width, left in zip(row, widths, is_text, strict=True)
+        ]
+        for row in rows
+    ]
+    rule = ["-" * width if left else "-" * (width - 1) + ":" for width, left in zip(widths, is_text, strict=True)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], rule, *lines[1:]])
+
+
+_LATEX_SYMBOLS = {"ε": r"$\varepsilon$", "∞": r"$_\infty$", "·": r"$\cdot$", MISSING: "--"}
+
+
+def _latex(frame: pd.DataFrame) -> str:
+    table = readable(frame)
+    column_format = "".join("l" if name in TEXT_COLUMNS else "r" for name in table.columns)
+    text = table.to_latex(index=False, escape=True, column_format=column_format)
+    for symbol, command in _LATEX_SYMBOLS.items():
+        text = text.replace(symbol, command)
+    return text
+
+
+def _html(frame: pd.DataFrame) -> str:
+    """Rows of one setting stand together under a heading that names it once."""
+    table = readable(frame).drop(columns=SETTING_COLUMNS)
+    settings = _settings(frame)
+    names = setting_names(settings)
+    out = io.StringIO()
+    out.write("<table>\n<thead><tr>")
+    out.writelines(f"<th scope='col'>{html.escape(name)}</th>" for name in table.columns)
+    out.write("</tr></thead>\n")
+    rows = zip(settings, table.to_numpy().tolist(), strict=True)
+    for setting, group in itertools.groupby(rows, key=lambda row: row[0]):
+        model, threat, data = map(html.escape, names[setting])
+        heading = f"<span><b>{model}</b> · {threat} · {data}</span>"
+        out.write(f"<tbody>\n<tr><th scope='rowgroup' colspan='{len(table.columns)}'>{heading}</th></tr>\n")
+        for _, cells in group:
+            label, *numbers = map(html.escape, cells)
+            out.write(f"<tr><th scope='row'>{label}</th>{''.join(f'<td>{number}</td>' for number in numbers)}</tr>\n")
+        out.write("</tbody>\n")
+    out.write("</table>\n")
+    return out.getvalue()
+
+
+_RENDERERS: dict[Format, Callable[[pd.DataFrame], str]] = {
+    Format.MARKDOWN: _markdown,
+    Format.CSV: _csv,
+    Format.LATEX: _latex,
+    Format.HTML: _html,
+}

@@ -1,0 +1,61 @@
+"""Shared by all tests: one thread, deterministic hypothesis, and tiny models made by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import hypothesis
+import pytest
+import torch
+from torch import Tensor
+
+from robustbench_deq.adjoints import Implicit
+from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.models import FAMILIES
+from robustbench_deq.solvers import Anderson, Solve
+
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=25)
+hypothesis.settings.load_profile("tests")
+
+SHAPE, NUM_CLASSES = (1, 4, 4), 3
+SMALL = {
+    "deq-fc": {"hidden": 6},
+    "deq-conv": {"channels": 4, "groups": 2, "strides": (1, 1)},
+    "mondeq-fc": {"hidden": 6},
+    "test-linear": {"hidden": 5},
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., EquilibriumModel]:
+    """`make_model(family, dtype, seed, rtol, **config)`: a small untrained model in eval mode, solved to `rtol`."""
+
+    def make(
+        family: str, dtype: torch.dtype = torch.float64, seed: int = 0, rtol: float = 1e-12, **config: object
+    ) -> EquilibriumModel:
+        entry = FAMILIES.get(family)
+        values = {"input_shape": SHAPE, "num_classes": NUM_CLASSES, **SMALL.get(family, {}), **config}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = entry.build(entry.config_type(**values)).to(dtype).eval()
+        model.solve = Solve(Anderson(), rtol=rtol, max_steps=500)
+        model.adjoint = Implicit(Solve(Anderson(), rtol=rtol, max_steps=500))
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_images() -> Callable[..., Tensor]:
+    """`make_images(n, dtype, seed, shape)`: pixels drawn uniformly from [0, 1]."""
+
+    def make(
+        n: int, dtype: torch.dtype = torch.float64, seed: int = 1, shape: tuple[int, int, int] = SHAPE
+    ) -> Tensor:
+        return torch.rand(n, *shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+    return make

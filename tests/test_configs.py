@@ -1,0 +1,169 @@
+"""Typed configs: what is refused, and with which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field, ValidationError
+
+from robustbench_deq.configs import Config, merge, parse_assignments, parse_fraction, read_yaml, validate
+from robustbench_deq.errors import UsageError
+
+
+class Inner(Config):
+    tolerance: float = Field(1e-3, gt=0)
+    solver: str = "anderson"
+
+
+class Outer(Config):
+    steps: int = Field(10, ge=1)
+    name: str | None = None
+    inner: Inner = Inner()
+
+
+keys = st.sampled_from(["a", "b", "c"])
+trees = st.dictionaries(keys, st.recursive(st.integers(), lambda below: st.dictionaries(keys, below), max_leaves=6))
+
+
+def test_valid_values_become_a_frozen_config() -> None:
+    config = validate(Outer, {"steps": 3, "inner": {"tolerance": 0.5}}, "here")
+    assert (config.steps, config.inner.tolerance, config.inner.solver) == (3, 0.5, "anderson")
+    with pytest.raises(ValidationError):
+        config.steps = 4
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stepz": 3}, r"here: unknown key 'stepz': expected one of steps; remove or correct it"),
+        ({"zzz": 3}, r"unknown key 'zzz': expected one of steps, name, inner"),
+        ({"inner": {"tolerence": 1}}, r"unknown key 'inner.tolerence': expected one of tolerance"),
+        ({"steps": "many"}, r"here: steps: expected a valid integer.*, got 'many'; correct it"),
+        ({"steps": 1.5}, r"steps: expected a valid integer.*, got 1.5"),
+        ({"steps": 0}, r"steps: expected greater than or equal to 1, got 0"),
+        ({"steps": None}, r"steps: expected a valid integer, got None"),
+        ({"inner": {"tolerance": 0}}, r"inner.tolerance: expected greater than 0, got 0"),
+        ({"inner": {"tolerance": float("nan")}}, r"inner.tolerance: expected .*, got nan"),
+        ({"inner": {"tolerance": float("inf")}}, r"inner.tolerance: expected a finite number, got inf"),
+        ({"inner": 3}, r"inner: expected .*, got 3"),
+        ({"name": 3}, r"name: expected a valid string, got 3"),
+    ],
+)
+def test_refusals_say_expected_and_got_in_one_line(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        validate(Outer, values, "here")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_key_is_named() -> None:
+    class Needs(Config):
+        must: int
+
+    with pytest.raises(UsageError, match="here: must: expected .*, got nothing"):
+        validate(Needs, {}, "here")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a=1", 1),
+        ("a=1e-3", 1e-3),
+        ("a=-2.5E+1", -25.0),
+        ("a=null", None),
+        ("a=", None),
+        ("a=true", True),
+        ("a=false", False),
+        ("a=anderson", "anderson"),
+        ("a=8/255", "8/255"),
+        ("a=x=y", "x=y"),
+        ("a=[1, 2]", [1, 2]),
+        ("a=[1, 2", "[1, 2"),
+        (" a =7", 7),
+    ],
+)
+def test_assignment_reads_a_yaml_scalar(text: str, value: object) -> None:
+    found = parse_assignments((text,))
+    assert found == {"a": value}
+    assert type(found["a"]) is type(value)
+
+
+def test_dotted_keys_nest_and_later_ones_win() -> None:
+    texts = ("steps=3", "inner.solver=picard", "inner.tolerance=1e-2", "steps=4")
+    assert parse_assignments(texts) == {"steps": 4, "inner": {"solver": "picard", "tolerance": 0.01}}
+    assert parse_assignments(()) == {}
+
+
+@pytest.mark.parametrize("text", ["a", "=3", "", "a.b"])
+def test_malformed_assignment_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--set: expected key=value, got"):
+        parse_assignments((text,))
+
+
+@pytest.mark.xfail(raises=TypeError, reason="configs.parse_assignments walks into a value as if it were a mapping")
+def test_key_that_is_a_value_and_a_mapping_is_refused() -> None:
+    with pytest.raises(UsageError):
+        parse_assignments(("inner=3", "inner.solver=picard"))
+
+
+def test_merge_goes_mapping_by_mapping() -> None:
+    base = {"a": 1, "b": {"c": 2, "d": 3}, "e": {"f": 4}}
+    merged = merge(base, {"b": {"c": 5}, "e": None, "g": {"h": 6}})
+    assert merged == {"a": 1, "b": {"c": 5, "d": 3}, "e": None, "g": {"h": 6}}
+    assert base == {"a": 1, "b": {"c": 2, "d": 3}, "e": {"f": 4}}
+
+
+@given(trees, trees)
+def test_merge_is_idempotent_and_has_neutral_elements(base: dict[str, Any], changes: dict[str, Any]) -> None:
+    assert merge(base, {}) == base
+    assert merge({}, changes) == changes
+    once = merge(base, changes)
+    assert merge(once, changes) == once
+    assert set(once) == set(base) | set(changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("0.5", 0.5), ("8/255", 8 / 255), (" 1 / 4 ", 0.25), ("1e-3", 1e-3), ("-1", -1.0)]
+)
+def test_fraction_is_read(text: str, value: float) -> None:
+    assert parse_fraction(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "a", "1/0", "1/", "/2", "1/2/3", "8 255"])
+def test_bad_fraction_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="number: expected a number or a fraction"):
+        parse_fraction(text)
+
+
+def test_yaml_mapping_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "good.yaml"
+    path.write_text("steps: 3\ninner: {solver: picard}\n", encoding="utf-8")
+    assert read_yaml(path) == {"steps": 3, "inner": {"solver": "picard"}}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: [1", "expected YAML, got a syntax error in line"),
+        (b"- 1\n- 2\n", "expected a mapping of keys to values, got list"),
+        (b"", "expected a mapping of keys to values, got NoneType"),
+        (b"\xff\xfe\x00a", "expected a readable YAML file, got not UTF-8 text"),
+        (b"a: !!python/object/apply:os.getcwd []\n", "expected YAML, got a syntax error in line 1"),
+    ],
+)
+def test_unusable_yaml_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=message) as caught:
+        read_yaml(path)
+    assert "bad.yaml" in str(caught.value)
+
+
+def test_missing_yaml_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="expected a readable YAML file, got No such file"):
+        read_yaml(tmp_path / "none.yaml")
+    with pytest.raises(UsageError, match="expected a readable YAML file, got Is a directory"):
+        read_yaml(tmp_path)

@@ -1,0 +1,162 @@
+"""Costs are exact counts of rows: cell evaluations, vector-Jacobian products, solver steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from robustbench_deq.adjoints import ADJOINTS, Implicit, Phantom, Unrolled, neumann
+from robustbench_deq.meter import Meter
+from robustbench_deq.solvers import CellMap, NewtonKrylov, Picard, Solve
+
+NEVER = 1e-300
+"""A tolerance that only an exact zero meets."""
+
+
+def fixed(steps: int) -> Solve:
+    return Solve(Picard(), rtol=NEVER, max_steps=steps)
+
+
+def input_gradient(model, x: Tensor, solve: Solve, adjoint) -> None:
+    leaf = x.clone().requires_grad_()
+    logits = model.head(model.equilibrium(leaf, solve=solve, adjoint=adjoint).value)
+    torch.autograd.grad(logits.square().sum(), leaf)
+
+
+@pytest.mark.parametrize(("forward", "backward"), [(1, 1), (7, 5), (4, 9)])
+def test_implicit_gradient_costs_both_solves_and_one_more_each(
+    forward: int, backward: int, make_model, make_images
+) -> None:
+    model, x = make_model("test-linear"), make_images(3)
+    with Meter(model) as meter:
+        input_gradient(model, x, fixed(forward), Implicit(fixed(backward)))
+    assert meter.eval_rows == 3 * (forward + 1)
+    assert meter.vjp_rows == 3 * (backward + 1)
+    cost = meter.cost(3)
+    assert (cost.cell_evals, cost.cell_vjps) == (forward + 1, backward + 1)
+    assert cost.solver_steps == forward + backward
+
+
+@pytest.mark.parametrize(
+    ("adjoint", "evals", "vjps"),
+    [(neumann(4), 7 + 1, 3 + 1), (Phantom(5), 7 + 5, 5), (ADJOINTS.get("jacobian-free")(fixed(1)), 7 + 1, 1)],
+)
+def test_other_adjoints_cost_what_they_say(adjoint, evals: int, vjps: int, make_model, make_images) -> None:
+    model, x = make_model("test-linear"), make_images(2)
+    with Meter(model) as meter:
+        input_gradient(model, x, fixed(7), adjoint)
+    assert (meter.eval_rows, meter.vjp_rows) == (2 * evals, 2 * vjps)
+
+
+def test_unrolled_costs_an_evaluation_and_a_product_a_step_and_its_check(make_model, make_images) -> None:
+    model, x = make_model("test-linear"), make_images(2)
+    with Meter(model) as meter:
+        input_gradient(model, x, fixed(7), Unrolled(6))
+    assert (meter.eval_rows, meter.vjp_rows) == (2 * (6 + 1), 2 * 6)
+
+
+def test_forward_without_gradients_costs_its_steps_alone(make_model, make_images) -> None:
+    model, x = make_model("test-linear"), make_images(3)
+    with Meter(model) as meter, torch.no_grad():
+        model.equilibrium(x, solve=fixed(7))
+    assert (meter.eval_rows, meter.vjp_rows) == (21, 0)
+    assert meter.cost(3).solver_steps == 7
+
+
+def test_a_batch_that_shrinks_costs_less(make_model, make_images) -> None:
+    model, x = make_model("test-linear"), make_images(4)
+    with torch.no_grad():
+        z0 = model.equilibrium(x).value
+        z0[2:] = 0.0  # two samples start at their equilibrium, two do not
+        solve = Solve(Picard(), rtol=1e-6, max_steps=100)
+        with Meter(model) as meter:
+            solution = model.equilibrium(x, z0, solve=solve)
+    steps = solution.num_steps.tolist()
+    assert steps[:2] == [1, 1] and min(steps[2:]) > 5
+    # Compacted once half of the batch is done; the last two may differ by the steps of the slower one.
+    assert meter.eval_rows == 4 + 2 * (max(steps) - 1) - (max(steps) - min(steps[2:]))
+    assert meter.eval_rows < 4 * max(steps)
+    assert meter.cost(4).solver_steps == sum(steps) / 4
+
+
+def test_a_shrinking_adjoint_pays_for_its_new_graph(make_model, make_images) -> None:
+    model, x = make_model("test-linear"), make_images(2)
+    leaf = x.clone().requires_grad_()
+    with Meter(model) as meter:
+        logits = model.head(model.equilibrium(leaf, solve=fixed(3), adjoint=Implicit(fixed(6))).value)
+        torch.autograd.grad(logits[0].square().sum(), leaf)  # the second sample's adjoint is zero from the start
+    assert meter.eval_rows == 2 * (3 + 1) + 1
+    assert meter.vjp_rows == 2 + 5 + 2
+
+
+def test_jacobian_products_of_newton_are_cell_evaluations(make_model, make_images) -> None:
+    model, x = make_model("test-linear"), make_images(2)
+    with torch.no_grad(), Meter(model) as meter:
+        u = model.inject(x)
+        solve = Solve(NewtonKrylov(krylov_size=3), rtol=NEVER, max_steps=2)
+        solve(CellMap(model.evaluate, u), model.initial_state(u))
+    assert meter.eval_rows == 2 * (2 + 3)
+
+
+def test_autograd_of_somebody_else_is_counted(make_model, make_images) -> None:
+    model = make_model("test-linear")
+    with torch.no_grad():
+        u = model.inject(make_images(3))
+    z = model.initial_state(u).requires_grad_()
+    with Meter(model) as meter:
+        for _ in range(2):
+            torch.autograd.grad(model.evaluate(model.evaluate(z, u), u).sum(), z)
+    assert (meter.eval_rows, meter.vjp_rows) == (12, 12)
+
+
+def test_meters_nest(make_model, make_images) -> None:
+    model, x = make_model("test-linear"), make_images(2)
+    with Meter(model) as outer:
+        input_gradient(model, x, fixed(3), Implicit(fixed(2)))
+        with Meter(model) as inner:
+            input_gradient(model, x, fixed(5), Implicit(fixed(4)))
+            assert model.meter is inner
+        assert model.meter is outer
+        with torch.no_grad():
+            model.equilibrium(x, solve=fixed(1))
+    assert (inner.eval_rows, inner.vjp_rows) == (12, 10)
+    assert (outer.eval_rows, outer.vjp_rows) == (8 + 12 + 2, 6 + 10)
+    assert inner.cost(2).solver_steps == 9
+    assert outer.cost(2).solver_steps == 5 + 9 + 1
+
+
+@pytest.mark.xfail(raises=AssertionError, reason="Meter.count_steps does not tell the outer meter, count_solve does")
+def test_steps_that_are_no_solve_reach_the_outer_meter(make_model) -> None:
+    model = make_model("test-linear")
+    with Meter(model) as outer, Meter(model) as inner:
+        inner.count_steps(6)
+    assert inner.cost(2).solver_steps == 3
+    assert outer.cost(2).solver_steps == 3
+
+
+def test_model_gets_its_meter_back_even_after_an_error(make_model) -> None:
+    model = make_model("test-linear")
+    with pytest.raises(KeyError), Meter(model):
+        assert model.meter is not None
+        raise KeyError
+    assert model.meter is None
+
+
+def test_counting_changes_no_value(make_model, make_images) -> None:
+    model, x = make_model("deq-fc"), make_images(2)
+    free = x.clone().requires_grad_()
+    model(free).square().sum().backward()
+    metered = x.clone().requires_grad_()
+    with Meter(model):
+        model(metered).square().sum().backward()
+    assert torch.equal(free.grad, metered.grad)
+
+
+def test_cost_is_a_mean_over_the_samples(make_model, make_images) -> None:
+    model, x = make_model("test-linear"), make_images(4)
+    with Meter(model) as meter, torch.no_grad():
+        model.equilibrium(x, solve=fixed(3))
+    cost = meter.cost(8)
+    assert (cost.cell_evals, cost.solver_steps) == (1.5, 1.5)
+    assert cost.wall_seconds > 0 and cost.peak_memory_mb > 0

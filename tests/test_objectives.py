@@ -1,0 +1,99 @@
+"""What an attack maximises: invariances, signs, and the selection of samples."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from robustbench_deq.objectives import DLR, OBJECTIVES, CrossEntropy, Margin, Targeted
+
+LABELS = torch.tensor([0, 2, 1, 3, 3])
+ALL = [*(OBJECTIVES.get(name) for name in OBJECTIVES), Targeted]
+seeds = st.integers(0, 10_000)
+
+
+def logits_of(seed: int, classes: int = 4) -> Tensor:
+    return torch.randn(len(LABELS), classes, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@given(seeds, st.floats(0.01, 100.0), st.floats(-50.0, 50.0))
+def test_dlr_is_invariant_to_scale_and_shift(seed: int, scale: float, shift: float) -> None:
+    logits, objective = logits_of(seed), DLR(LABELS)
+    torch.testing.assert_close(objective(scale * logits + shift), objective(logits), rtol=1e-8, atol=1e-8)
+
+
+@given(seeds)
+def test_dlr_follows_its_definition(seed: int) -> None:
+    logits = logits_of(seed)
+    found = DLR(LABELS)(logits)
+    for row, label in enumerate(LABELS.tolist()):
+        ordered = sorted(logits[row].tolist(), reverse=True)
+        wrong = max(value for index, value in enumerate(logits[row].tolist()) if index != label)
+        # Croce and Hein 2020, Eq. 6
+        expected = -(float(logits[row, label]) - wrong) / (ordered[0] - ordered[2])
+        assert float(found[row]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_dlr_of_two_classes_is_the_sign_of_the_margin() -> None:
+    logits = torch.tensor([[2.0, 1.0], [2.0, 1.0]])
+    assert DLR(torch.tensor([0, 1]))(logits).tolist() == [-1.0, 1.0]
+
+
+def test_dlr_of_equal_logits_is_finite() -> None:
+    assert bool(torch.isfinite(DLR(LABELS)(torch.zeros(5, 4))).all())
+
+
+@given(seeds)
+def test_margin_and_dlr_are_positive_exactly_where_the_prediction_is_wrong(seed: int) -> None:
+    logits = logits_of(seed)
+    is_wrong = logits.argmax(1) != LABELS
+    assert torch.equal(Margin(LABELS)(logits) > 0, is_wrong)
+    assert torch.equal(DLR(LABELS)(logits) > 0, is_wrong)
+
+
+def test_margin_is_the_gap_to_the_best_wrong_class() -> None:
+    logits = torch.tensor([[1.0, 5.0, 3.0], [1.0, 5.0, 3.0]])
+    assert Margin(torch.tensor([1, 0]))(logits).tolist() == [-2.0, 4.0]
+
+
+@given(seeds)
+def test_cross_entropy_is_the_log_loss_and_targeted_its_negative(seed: int) -> None:
+    logits = logits_of(seed)
+    expected = -logits.log_softmax(1)[torch.arange(5), LABELS]
+    torch.testing.assert_close(CrossEntropy(LABELS)(logits), expected)
+    torch.testing.assert_close(Targeted(LABELS)(logits), -expected)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_losses_are_per_sample_and_select_keeps_the_kind(kind: type) -> None:
+    logits, index = logits_of(1), torch.tensor([4, 0, 2])
+    objective = kind(LABELS)
+    chosen = objective.select(index)
+    assert type(chosen) is kind
+    assert objective(logits).shape == (5,)
+    torch.testing.assert_close(chosen(logits[index]), objective(logits)[index])
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_gradient_of_a_sample_does_not_depend_on_the_others(kind: type) -> None:
+    logits = logits_of(2).requires_grad_()
+    whole = torch.autograd.grad(kind(LABELS)(logits).sum(), logits)[0]
+    one = torch.autograd.grad(kind(LABELS)(logits)[3], logits)[0]
+    torch.testing.assert_close(whole[3], one[3])
+    assert float(whole[3].abs().max()) > 0
+    assert float(one[:3].abs().max()) == 0
+
+
+def test_ascent_on_every_registered_objective_lowers_the_true_class() -> None:
+    for name in OBJECTIVES:
+        logits = logits_of(5)
+        logits[torch.arange(5), LABELS] += 3.0  # all correct
+        leaf = logits.requires_grad_()
+        gradient = torch.autograd.grad(OBJECTIVES.get(name)(LABELS)(leaf).sum(), leaf)[0]
+        assert bool((gradient[torch.arange(5), LABELS] < 0).all()), name
+        better = F.cross_entropy(logits.detach() + 0.1 * gradient, LABELS)
+        assert float(better) > float(F.cross_entropy(logits.detach(), LABELS)), name
