@@ -30,10 +30,10 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis results/demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A stamp is written last: an interrupted step leaves none and is done again.
+# A stamp is written last: an interrupted step leaves none and is done again. The lock brings uv, so this works in either kind
+# of environment (one that uv made has no pip); it needs no network.
 $(VENV)/.ready: $(VENV)/.locked pyproject.toml
-	@if [ -n '$(UV)' ]; then '$(UV)' pip install --quiet --python $(PYTHON) --no-deps --no-build-isolation --editable .; \
-	else $(PYTHON) -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .; fi
+	@$(VENV)/bin/uv pip install --quiet --python $(PYTHON) --offline --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # A candidate is run, not only found: it may be a wrapper with nothing behind it, or lack what venv needs.

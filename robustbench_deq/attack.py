@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Generic, TypeVar, final
 
 import torch
@@ -79,6 +79,7 @@ class AttackResult:
     is_failed    samples `(batch,)` whose perturbation came back not finite; it was replaced by zero
     snapshots    for the curve, if asked for
     residuals    mean relative residual of the state after each solver step, if snapshots were asked for
+    proposal     of the last restart, its diagnostics summed over all restarts
     """
 
     x_adv: Tensor
@@ -133,7 +134,7 @@ class Recorder:
 
 
 def _better(delta: Tensor, loss: Tensor, other: Tensor, other_loss: Tensor) -> tuple[Tensor, Tensor]:
-    wins = ~(loss <= other_loss)
+    wins = (loss > other_loss) | torch.isnan(other_loss)
     return torch.where(per_sample(wins, delta), delta, other), torch.where(wins, loss, other_loss)
 
 
@@ -201,6 +202,7 @@ class Attack(abc.ABC, Generic[A]):
         sample_ids = torch.arange(len(x)) if sample_ids is None else sample_ids
         x = x.detach()
         best: tuple[Tensor, Tensor] | None = None
+        diagnostics: dict[str, float] = {}
         with frozen(model), Meter(model) as meter:
             record = Recorder(meter, self.threat, x, num_snapshots)
             for restart in range(self.config.restarts):
@@ -210,6 +212,8 @@ class Attack(abc.ABC, Generic[A]):
                 proposal = self.run(model, x, y, targets, start, record)
                 mine = (proposal.delta, proposal.loss)
                 best = mine if best is None else _better(*mine, *best)
+                for key, value in proposal.diagnostics.items():
+                    diagnostics[key] = diagnostics.get(key, 0.0) + value
                 last = record.snapshots[-1].step - record._offset if record.snapshots else 0
                 record.next_restart(best, last)
             is_failed = ~torch.isfinite(best[0].detach().flatten(1)).all(1)
@@ -221,7 +225,7 @@ class Attack(abc.ABC, Generic[A]):
             cost=meter.cost(len(x)),
             snapshots=tuple(record.snapshots),
             residuals=tuple(float(value) for value in record.residuals),
-            proposal=proposal,
+            proposal=replace(proposal, diagnostics=diagnostics),
         )
 
 

@@ -73,7 +73,7 @@ def tight_solve(model: EquilibriumModel, u: Tensor) -> Solution:
             break
         again = rung(CellMap(model.evaluate, u[index]), z0[index])
         # Keep whichever of the two states is nearer to an equilibrium (NaN residuals never are).
-        wins = ~(again.residual >= solution.residual[index])
+        wins = (again.residual < solution.residual[index]) | torch.isnan(solution.residual[index])
         index, won = index[wins], [part[wins] for part in again[:4]]
         solution = Solution(*(whole.index_copy(0, index, part) for whole, part in zip(solution[:4], won, strict=True)))
     return solution

@@ -10,6 +10,7 @@ import gzip
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -144,14 +145,17 @@ def read_npz(path: Path) -> Raw:
     """The user's own arrays `images` (n, channels, height, width) and `labels` (n,); nothing is unpickled."""
     where = f"dataset npz:{path}"
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        archive = np.load(path, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise ValueError("one array without a name")
+        with archive:
             images, labels = archive["images"], archive["labels"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         got = "no such file" if isinstance(error, FileNotFoundError) else f"an unusable file ({error})"
         raise UsageError.of(
             where, expected="a .npz file with plain arrays 'images' and 'labels'", got=got, fix="write it with np.savez"
         ) from None
-    if images.ndim != 4 or labels.shape != (len(images),) or labels.dtype.kind not in "iu" or not len(images):
+    if images.ndim != 4 or labels.shape != (len(images),) or labels.dtype.kind not in "iu" or not images.size:
         raise UsageError.of(
             where,
             expected="images (n, channels, height, width) and n integer labels",
@@ -159,11 +163,15 @@ def read_npz(path: Path) -> Raw:
             fix="reshape the arrays",
         )
     if images.dtype != np.uint8:
-        images = images.astype(np.float32)
-        if not np.isfinite(images).all() or images.min() < 0 or images.max() > 1:
+        is_real = images.dtype.kind in "biuf"
+        if not is_real or not np.isfinite(images).all() or images.min() < 0 or images.max() > 1:
             raise UsageError.of(
-                where, expected="uint8 or finite floats in [0, 1]", got="values outside", fix="divide by 255"
+                where,
+                expected="uint8 or finite floats in [0, 1]",
+                got="values outside" if is_real else f"images of type {images.dtype}",
+                fix="divide by 255",
             )
+        images = images.astype(np.float32)
     if labels.min() < 0:
         raise UsageError.of(where, expected="labels >= 0", got=int(labels.min()), fix="number the classes from 0")
     return Raw(images, labels.astype(np.int64), 0)

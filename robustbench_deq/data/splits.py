@@ -76,10 +76,17 @@ def load(name: str, split: SplitName = SplitName.TEST, limit: int | None = None)
     """The first `limit` samples of a split.
 
     Raises:
-        UsageError: for an unknown name, files that cannot be had, or a limit beyond the data.
+        UsageError: for an unknown name, files that cannot be had, an empty split, or a limit beyond the data.
     """
     raw = _read(name)
     ids = split_ids(len(raw.labels), raw.num_train, split)
+    if not len(ids):
+        raise UsageError.of(
+            f"dataset {name}",
+            expected=f"enough samples for a {split.value} split",
+            got=f"{len(raw.labels)} in all",
+            fix="add samples",
+        )
     if limit is not None:
         if not 1 <= limit <= len(ids):
             raise UsageError.of(

@@ -12,7 +12,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Callable, Sequence
 
 import pandas as pd
 
@@ -163,9 +163,14 @@ def _markdown(frame: pd.DataFrame) -> str:
     table = readable(frame)
     for name in TEXT_COLUMNS:
         table[name] = [markdown_text(text) for text in table[name]]
-    rows = [list(table.columns), *table.to_numpy().tolist()]
+    return markdown_table(table, TEXT_COLUMNS)
+
+
+def markdown_table(frame: pd.DataFrame, text_columns: Collection[str] = ()) -> str:
+    """Any table as aligned Markdown; columns other than the first and `text_columns` are set to the right."""
+    rows = [[str(name) for name in frame.columns], *([str(cell) for cell in row] for row in frame.to_numpy(object))]
     widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
-    is_text = [name in TEXT_COLUMNS for name in table.columns]
+    is_text = [index == 0 or name in text_columns for index, name in enumerate(frame.columns)]
     lines = [
         [
             cell.ljust(width) if left else cell.rjust(width)

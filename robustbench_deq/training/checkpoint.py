@@ -1,11 +1,12 @@
 """Checkpoints without pickle: one safetensors file with weights, averaged weights and optimiser state, and one JSON file.
 
-The JSON file carries the digest of the safetensors file it belongs to and is written last; a checkpoint whose two files
-do not match is refused.
+The JSON file carries one digest over itself and the safetensors file it belongs to, and is written last; a checkpoint
+whose two files do not match, or of which a byte has changed, is refused.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ class Checkpoint:
         name = "checkpoint-b.safetensors" if old == "checkpoint-a.safetensors" else "checkpoint-a.safetensors"
         with replacing(self.folder / name) as temporary:
             save_file({key: value.contiguous().cpu().clone() for key, value in tensors.items()}, temporary)
-        write_json(self.meta_path, {**meta, "tensors": name, "sha256": sha256_of(self.folder / name)})
+        meta = {**meta, "tensors": name}
+        write_json(self.meta_path, {**meta, "sha256": self._seal(meta)})
         if old is not None:
             (self.folder / old).unlink(missing_ok=True)
 
@@ -53,7 +55,7 @@ class Checkpoint:
         """Fill model, averaged weights and optimiser. Raises `UsageError` for a missing or damaged checkpoint."""
         meta = self._meta()
         path = self.folder / str(meta.get("tensors"))
-        if not path.is_file() or sha256_of(path) != meta.get("sha256"):
+        if not path.is_file() or self._seal(meta) != meta.get("sha256"):
             raise UsageError.of(
                 f"checkpoint {path}", expected="the file its JSON describes", got="another", fix="start the run anew"
             )
@@ -72,9 +74,17 @@ class Checkpoint:
             ) from None
         return meta
 
+    def _seal(self, meta: dict[str, Any]) -> str:
+        """Digest of the tensors' file and of all else that the JSON file says."""
+        said = json.dumps({key: value for key, value in meta.items() if key != "sha256"}, sort_keys=True)
+        return hashlib.sha256((sha256_of(self.folder / meta["tensors"]) + said).encode()).hexdigest()
+
     def _meta(self) -> dict[str, Any]:
         try:
-            return json.loads(self.meta_path.read_text(encoding="utf-8"))
+            meta = json.loads(self.meta_path.read_text(encoding="utf-8"))
+            if not isinstance(meta, dict):
+                raise ValueError("not a mapping")
+            return meta
         except (OSError, ValueError):
             raise UsageError.of(
                 f"folder {self.folder}", expected="checkpoint.json of an earlier run", got="none", fix="drop --resume"

@@ -20,6 +20,7 @@ from robustbench_deq.adjoints import AdjointTrace, Implicit
 from robustbench_deq.attack import Attack
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.solvers import Solve
+from robustbench_deq.threats import per_sample
 
 
 class BatchLoss(NamedTuple):
@@ -61,6 +62,7 @@ def batch_loss(
         x, z0 = result.x_adv, result.proposal.z
         if result.proposal.mu is not None:
             mu0 = result.proposal.mu / len(x)  # attacks sum the loss over the batch, training takes the mean
+        z0, mu0 = _usable_start(model, x, z0, mu0)
     trace = AdjointTrace()
     solution = model.equilibrium(x, z0, solve=forward, adjoint=Implicit(backward, mu0), trace=trace)
     logits = model.head(solution.value)
@@ -72,6 +74,22 @@ def batch_loss(
     return BatchLoss(
         total, cross_entropy.detach(), (logits.detach().argmax(1) == y).sum(), solution.residual.detach(), trace
     )
+
+
+def _usable_start(
+    model: EquilibriumModel, x: Tensor, z0: Tensor | None, mu0: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The starts, but cold for samples whose state or adjoint the attack has lost to infinity or NaN."""
+    if z0 is not None and bool((is_lost := _is_lost(z0)).any()):
+        with torch.no_grad():
+            z0 = torch.where(per_sample(is_lost, z0), model.initial_state(model.inject(x)), z0)
+    if mu0 is not None:
+        mu0 = mu0.masked_fill(per_sample(_is_lost(mu0), mu0), 0.0)
+    return z0, mu0
+
+
+def _is_lost(start: Tensor) -> Tensor:
+    return ~torch.isfinite(start.flatten(1)).all(1)
 
 
 def jacobian_norm(model: EquilibriumModel, x: Tensor, z: Tensor, generator: torch.Generator) -> Tensor:

@@ -178,7 +178,7 @@ def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: bytes, said: st
 def test_a_folder_without_records_is_refused(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / "records.jsonl").write_bytes(content)
-    with pytest.raises(UsageError, match="robustbench-deq bench"):
+    with pytest.raises(UsageError, match="robustbench-deq attack"):
         load_records(tmp_path)
     with pytest.raises(UsageError, match="no such folder"):
         load_records(tmp_path / "missing")

@@ -1,0 +1,69 @@
+"""What a joint step costs beyond one bare evaluation of the cell and one bare VJP of the same batch.
+
+    python -m benchmarks.step_overhead
+
+Bare: `f = cell(z, inject(x + delta))` with a graph, then `autograd.grad(f, [z, delta], mu)`. A joint step adds the head and
+the loss, both residual norms, the input step with its projection, the kept iterate, and the meter. Target: at most 1.15.
+"""
+
+from __future__ import annotations
+
+import click
+import torch
+
+from attacks import JointPGDConfig
+from benchmarks.timing import alternate, keep
+from robustbench_deq.attack import frozen
+from robustbench_deq.data import load
+from robustbench_deq.joint import AugmentedMap, ProjectedAscent, ascend
+from robustbench_deq.meter import Meter
+from robustbench_deq.models import MODELS, load_model
+from robustbench_deq.objectives import CrossEntropy
+from robustbench_deq.threats import Norm, Threat
+
+STEPS = 20
+
+
+@click.command()
+@click.option("--repeats", default=15, show_default=True)
+@click.option("--batch-size", default=128, show_default=True)
+@click.option("--models", "pattern", default="*.fashion-*", show_default=True)
+def main(repeats: int, batch_size: int, pattern: str) -> None:
+    rows = []
+    for name in MODELS.list(pattern):
+        model, data = load_model(name), load("fashion-mnist" if "fashion" in name else "digits", limit=batch_size)
+        settings = JointPGDConfig(steps=STEPS).settings()
+        ascent = ProjectedAscent(Threat(Norm.L2, 1.0), data.x, step_size=1.0)
+        augmented = AugmentedMap(model, lambda delta, m=model, x=data.x: m.inject(x + delta), CrossEntropy(data.y))
+        with frozen(model), Meter(model):
+            z = model.initial_state(model.inject(data.x))
+            mu, delta = torch.randn_like(z), torch.zeros_like(data.x)
+
+            def bare(z=z, mu=mu, delta=delta, model=model, x=data.x) -> None:
+                for _ in range(STEPS):
+                    a, b = z.detach().requires_grad_(), delta.detach().requires_grad_()
+                    torch.autograd.grad(model.cell(a, model.inject(x + b)), [a, b], mu)
+
+            def joint(z=z, delta=delta, augmented=augmented, ascent=ascent, settings=settings) -> None:
+                ascend(augmented, ascent, settings, z, torch.zeros_like(z), delta)
+
+            joint_seconds, bare_seconds, ratio = alternate(joint, bare, repeats)
+        rows.append(
+            {
+                "model": name,
+                "joint step (ms)": round(1e3 * joint_seconds / STEPS, 3),
+                "bare evaluation and VJP (ms)": round(1e3 * bare_seconds / STEPS, 3),
+                "ratio": round(ratio, 3),
+            }
+        )
+    keep(
+        "step_overhead",
+        f"Cost of one joint step, batch of {batch_size}",
+        "python -m benchmarks.step_overhead",
+        rows,
+        {"rounds": repeats, "steps a round": STEPS, "joint step includes": "its share of the last, graph-free look"},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What the benchmarks share: attacks in turn on one model, medians, and results as JSON and Markdown."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from attacks import ATTACKS
+from robustbench_deq.attack import Attack
+from robustbench_deq.bench.environment import describe_environment
+from robustbench_deq.bench.evaluate import Evaluation, evaluate
+from robustbench_deq.configs import validate
+from robustbench_deq.data import Split
+from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.files import write_json, write_text
+from robustbench_deq.report.tables import markdown_table
+from robustbench_deq.threats import Threat
+
+RESULTS = Path("results")
+
+
+def make_attack(name: str, threat: Threat, **settings: Any) -> Attack:
+    """An attack by its registry name."""
+    kind = ATTACKS.get(name)
+    return kind(threat, validate(kind.config_type, settings, name))
+
+
+def say(message: str) -> None:
+    """A line of progress on standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def in_turn(
+    model: EquilibriumModel, data: Split, attacks: dict[str, Attack], repeats: int, batch_size: int, **options: Any
+) -> dict[str, list[Evaluation]]:
+    """Evaluate each attack `repeats` times, one after another in every round."""
+    results: dict[str, list[Evaluation]] = {label: [] for label in attacks}
+    for turn in range(repeats):
+        for label, attack in attacks.items():
+            result = evaluate(model, attack, data, label=label, batch_size=batch_size, **options)
+            results[label].append(result)
+            record = result.record
+            say(
+                f"round {turn + 1}/{repeats}  {label}: robust {record.robust_accuracy:.1%}, "
+                f"{record.cost.cell_vjps:.0f} VJPs, {record.cost.wall_seconds:.2f} s"
+            )
+    return results
+
+
+def median_seconds(evaluations: list[Evaluation]) -> float:
+    return statistics.median(evaluation.record.cost.wall_seconds for evaluation in evaluations)
+
+
+def median_ratio(slow: list[Evaluation], fast: list[Evaluation]) -> float:
+    """Median over the rounds of how many times longer `slow` took."""
+    return statistics.median(
+        a.record.cost.wall_seconds / b.record.cost.wall_seconds for a, b in zip(slow, fast, strict=True)
+    )
+
+
+def alternate(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> tuple[float, float, float]:
+    """Median seconds of both, and the median of the ratios first / second, taken in turn after one warm-up each."""
+    first(), second()
+    pairs = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        first()
+        middle = time.perf_counter()
+        second()
+        pairs.append((middle - start, time.perf_counter() - middle))
+    return (
+        statistics.median(a for a, _ in pairs),
+        statistics.median(b for _, b in pairs),
+        statistics.median(a / b for a, b in pairs),
+    )
+
+
+def keep(name: str, title: str, command: str, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    """Write `results/NAME.json` and `results/NAME.md`, and print the latter."""
+    environment = describe_environment(torch.device("cpu"))
+    write_json(
+        RESULTS / f"{name}.json", {"command": command, "facts": facts, "rows": rows, "environment": environment}
+    )
+    lines = [f"# {title}", "", f"Made by `{command}` on {environment['num_threads']} threads.", ""]
+    lines += [markdown_table(pd.DataFrame(rows)), ""]
+    lines += [f"- {key}: {json.dumps(value) if isinstance(value, dict) else value}" for key, value in facts.items()]
+    write_text(RESULTS / f"{name}.md", "\n".join(lines) + "\n")
+    print("\n".join(lines))
