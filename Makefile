@@ -10,7 +10,7 @@ ARGS :=
 .PHONY: demo test lint lock clean
 
 demo: $(VENV)/.ready
-	$(PYTHON) benchmarks/demo.py --out results/demo $(ARGS)
+	$(PYTHON) -m benchmarks.demo --out results/demo $(ARGS)
 
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n $(WORKERS) $(ARGS)

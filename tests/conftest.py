@@ -53,9 +53,7 @@ def make_model() -> Callable[..., EquilibriumModel]:
 def make_images() -> Callable[..., Tensor]:
     """`make_images(n, dtype, seed, shape)`: pixels drawn uniformly from [0, 1]."""
 
-    def make(
-        n: int, dtype: torch.dtype = torch.float64, seed: int = 1, shape: tuple[int, int, int] = SHAPE
-    ) -> Tensor:
+    def make(n: int, dtype: torch.dtype = torch.float64, seed: int = 1, shape: tuple[int, int, int] = SHAPE) -> Tensor:
         return torch.rand(n, *shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
     return make

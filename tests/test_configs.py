@@ -63,7 +63,7 @@ def test_missing_key_is_named() -> None:
     class Needs(Config):
         must: int
 
-    with pytest.raises(UsageError, match="here: must: expected .*, got nothing"):
+    with pytest.raises(UsageError, match=r"here: must: expected .*, got nothing"):
         validate(Needs, {}, "here")
 
 

@@ -118,7 +118,7 @@ def test_random_start_lies_inside(norm: Norm, epsilon: float, seed: int, restart
     delta = Threat(norm, epsilon).random_start(x, seed, torch.tensor([5, 0, 2**40]), restart)
     assert bool((norm_of(delta, norm) <= epsilon * (1 + 1e-12)).all())
     assert bool((norm_of(delta, norm) > 0).all())
-    assert 0 <= float((x + delta).min()) and float((x + delta).max()) <= 1
+    assert float((x + delta).min()) >= 0 and float((x + delta).max()) <= 1
 
 
 @given(norms, seeds, st.permutations(range(4)), st.integers(1, 4))

@@ -245,9 +245,7 @@ def test_truncated_files_are_refused(nowhere: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["cifar10", "svhn"])
-def test_files_with_another_digest_are_never_opened(
-    name: str, nowhere: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_with_another_digest_are_never_opened(name: str, nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # CIFAR-10 is published as pickles: the digest check is what keeps a foreign one from running.
     write_files(name, nowhere, monkeypatch)
     path = nowhere / ("cifar-10-batches-py/data_batch_3" if name == "cifar10" else "train_32x32.mat")
@@ -346,7 +344,7 @@ def test_file_that_is_no_npz_is_refused(content: bytes, tmp_path: Path) -> None:
 
 def test_plain_npy_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "own.npy", GOOD)
-    with pytest.raises(UsageError, match="expected a .npz file"):
+    with pytest.raises(UsageError, match=r"expected a \.npz file"):
         load(f"npz:{tmp_path / 'own.npy'}")
 
 

@@ -78,9 +78,7 @@ def test_forward_sees_images_and_nothing_else(family: str, make_model) -> None:
 
 
 @every_family
-def test_injection_does_not_depend_on_the_state_nor_the_cell_on_the_image(
-    family: str, make_model, make_images
-) -> None:
+def test_injection_does_not_depend_on_the_state_nor_the_cell_on_the_image(family: str, make_model, make_images) -> None:
     model, x = make_model(family), make_images(2)
     with torch.no_grad():
         u = model.inject(x)

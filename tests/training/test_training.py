@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -98,11 +99,13 @@ def test_training_lowers_the_loss_and_returns_the_averaged_weights(make_trainer)
 
 def test_averaging_off_returns_the_last_weights(make_trainer, monkeypatch) -> None:
     trainer = make_trainer(epochs=1, ema_decay=0.0)
-    last = {}
-    validate = trainer._validate
-    monkeypatch.setattr(
-        trainer, "_validate", lambda: (last.update({k: v.clone() for k, v in trainer.model.state_dict().items()}), validate())[1]
-    )
+    last, validate = {}, trainer._validate
+
+    def look() -> tuple[float, float | None, int]:
+        last.update({name: value.clone() for name, value in trainer.model.state_dict().items()})
+        return validate()
+
+    monkeypatch.setattr(trainer, "_validate", look)
     for name, value in trainer.run().state_dict().items():
         assert torch.equal(value, last[name])
 
@@ -124,7 +127,7 @@ def test_learning_rate_warms_up_and_falls_to_zero(make_trainer) -> None:
         factors.append(trainer._learning_rate_factor())
     assert factors[:6] == pytest.approx([(step + 1) / 6 for step in range(6)])
     assert factors[6] == pytest.approx(1.0)
-    assert all(later < earlier for earlier, later in zip(factors[6:], factors[7:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(factors[6:]))
     assert factors[-1] < 0.02
 
 
@@ -402,7 +405,7 @@ def test_jacobian_norm_estimates_the_frobenius_norm(make_model, make_images) -> 
     model, x = make_model("test-linear"), make_images(1).expand(4000, -1, -1, -1)
     z = torch.zeros(4000, 5, dtype=torch.float64)
     found = jacobian_norm(model, x, z, torch.Generator().manual_seed(0))
-    assert float(found) == pytest.approx(float(model.a.detach().square().sum()) / 5, rel=0.05)
+    assert float(found.detach()) == pytest.approx(float(model.a.detach().square().sum()) / 5, rel=0.05)
 
 
 @pytest.mark.parametrize("family", ["deq-fc", "deq-conv", "mondeq-fc"])
