@@ -55,7 +55,7 @@ class JointPGDConfig(ObjectiveConfig):
     """Settings of `joint-pgd`; `preset=jiio-2021` gives the published ones, and other keys override it."""
 
     preset: Preset = Field(Preset.DEFAULT, description="default or jiio-2021")
-    steps: int = Field(30, ge=1, description="augmented iterations")
+    steps: int = Field(24, ge=1, description="augmented iterations")
     inner_steps: int | None = Field(1, ge=1, description="iterations of (z, mu) per perturbation step; null adapts")
     tracking: float = Field(0.5, gt=0, le=1, description="adaptive: residual fraction at which the perturbation moves")
     max_inner_steps: int = Field(20, ge=1, description="adaptive: most iterations per perturbation step")
@@ -70,7 +70,8 @@ class JointPGDConfig(ObjectiveConfig):
     history_size: int = Field(5, ge=1, description="history of the accelerator")
     mixing: Mixing = Field(Mixing.STATE, description="what the accelerator mixes: state or all")
     keep: Keep = Field(Keep.LOSS, description="which iterate is returned: loss, jiio or last")
-    warmup_steps: int = Field(5, ge=0, description="evaluations of the cell before the first joint step")
+    warmup_steps: int = Field(20, ge=0, description="most evaluations of the cell before the first joint step")
+    warmup_tolerance: float = Field(0.1, gt=0, description="relative residual at which the warm-up ends")
     failure_residual: float = Field(0.1, gt=0, description="final residual above which a sample falls back")
 
     @model_validator(mode="before")
@@ -159,7 +160,9 @@ class JointPGD(Attack[JointPGDConfig]):
             u = model.inject(x + start)
             z = model.initial_state(u)
             if self.config.warmup_steps:
-                warmup = Solve(Picard(settings.damping_z), rtol=1e-2, max_steps=self.config.warmup_steps)
+                warmup = Solve(
+                    Picard(settings.damping_z), rtol=self.config.warmup_tolerance, max_steps=self.config.warmup_steps
+                )
                 solution = warmup(CellMap(model.evaluate, u), z)
                 model.report(solution)
                 z = solution.value

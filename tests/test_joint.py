@@ -143,12 +143,19 @@ def test_every_driver_reaches_the_known_optimum(driver: dict, norm: Norm, make_m
     matrix = model.input_matrix().detach()
     gradient = (matrix[1 - y] - matrix[y]).view_as(x)
     optimum = 0.2 * (gradient / norm_of(gradient, Norm.L2)[:, None, None, None] if norm is Norm.L2 else gradient.sign())
-    settings = JointSettings(num_steps=300, **driver)
-    found = run(model, x, Margin(y), ProjectedAscent(Threat(norm, 0.2), x, 0.5), settings)
+    ascent = ProjectedAscent(Threat(norm, 0.2), x, 0.5)
+
+    def margin(delta: Tensor) -> Tensor:
+        return Margin(y)(model.head(exact(model, x + delta, y)[0])).detach()
+
+    found = run(model, x, Margin(y), ascent, JointSettings(num_steps=300, keep=Keep.LAST, **driver))
     torch.testing.assert_close(found.variable, optimum, rtol=0, atol=2e-4)
-    z, _ = exact(model, x + found.variable, y)
-    torch.testing.assert_close(found.loss, Margin(y)(model.head(z)).detach(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.loss, margin(optimum), rtol=1e-3, atol=1e-4)
     assert bool((found.num_moves > 10).all())
+    # The highest loss may have been seen a little earlier, through a state that had not settled.
+    kept = run(model, x, Margin(y), ascent, JointSettings(num_steps=300, keep=Keep.LOSS, **driver))
+    gain = (margin(kept.variable) - margin(torch.zeros_like(x))) / (margin(optimum) - margin(torch.zeros_like(x)))
+    assert bool((gain > 0.99).all()), gain
 
 
 @pytest.mark.parametrize("driver", [{}, {"inner_steps": 3}, {"inner_steps": None}, {"accelerator": Anderson()}])
@@ -281,7 +288,7 @@ def kept_by_hand(rule: Keep, limit: float, offers: list[tuple[Tensor, Tensor, Te
     return best
 
 
-@pytest.mark.parametrize("limit", [0.1, 0.05, 1e-9])
+@pytest.mark.parametrize("limit", [0.1, 0.05, -1.0])
 @pytest.mark.parametrize("rule", Keep)
 def test_kept_iterate_is_the_one_of_the_rule(rule: Keep, limit: float, make_model, make_images) -> None:
     model, x = make_model("deq-fc", hidden=8), make_images(6)
@@ -307,7 +314,7 @@ def test_kept_iterate_is_the_one_of_the_rule(rule: Keep, limit: float, make_mode
     torch.testing.assert_close(found.variable, expected)
     if rule is Keep.LOSS and limit == 0.05:  # the case tells the rules apart
         assert len(set(chosen)) > 1 and min(chosen) < 25
-    if rule is Keep.LOSS and limit == 1e-9:  # nothing can be trusted: the last one, and no loss
+    if rule is Keep.LOSS and limit < 0:  # nothing can be trusted: the last one, and no loss
         assert set(chosen) == {25} and bool(torch.isneginf(found.loss).all())
 
 
@@ -346,12 +353,12 @@ def test_batch_mates_do_not_matter(family: str, driver: dict, make_model, make_i
 
 
 class Switched(Linear):
-    """`f(z, u) = c z + u` with c = 0.5, but `factor` for images whose first pixel is above one half."""
+    """`f(z, u) = c z + u` with c = 0.4, but `factor` for images whose first pixel is above one half."""
 
     factor = -4.0
 
     def inject(self, x: Tensor) -> Tensor:
-        return torch.cat([torch.where(x.flatten(1)[:, :1] > 0.5, self.factor, 0.5), super().inject(x)], dim=1)
+        return torch.cat([torch.where(x.flatten(1)[:, :1] > 0.5, self.factor, 0.4), super().inject(x)], dim=1)
 
     def cell(self, z: Tensor, u: Tensor) -> Tensor:
         return u[:, :1] * z + u[:, 1:]
@@ -377,7 +384,7 @@ def switched(make_images) -> Callable[[float], tuple[Switched, Tensor, Tensor, T
 
 def optimum_of(model: Switched, x: Tensor, y: Tensor, threat: Threat) -> Tensor:
     """The strongest L2 perturbation of the margin, for a first pixel on the limit of the box."""
-    factor = torch.where(x[:, 0, 0, 0] > 0.5, model.factor, 0.5)[:, None]
+    factor = torch.where(x[:, 0, 0, 0] > 0.5, model.factor, 0.4)[:, None]
     matrix = (model.readout.weight @ model.injection.weight).detach()
     gradient = ((matrix[1 - y] - matrix[y]) / (1 - factor)).view_as(x)
     points_out = (gradient[:, 0, 0, 0] > 0) == (x[:, 0, 0, 0] > 0.5)

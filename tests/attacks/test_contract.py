@@ -1,0 +1,483 @@
+"""One contract over every registered attack, on a tiny model of every family, in every norm that the attack has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pydantic
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attacks import ATTACKS
+from robustbench_deq.attack import Attack, Proposal
+from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.errors import UsageError
+from robustbench_deq.threats import Norm, Threat, norm_of
+
+FAMILIES = ("test-linear", "deq-fc", "mondeq-fc", "deq-conv")
+EPSILON = {Norm.L2: 0.5, Norm.LINF: 0.06}
+GRADIENT_FREE = {"noise"}
+Y = torch.tensor([0, 1, 2, 1, 0])
+
+
+class Case(NamedTuple):
+    name: str
+    norm: Norm
+
+    def attack(self, epsilon: float | None = None, **settings: Any) -> Attack:
+        """The attack with few steps, unless told otherwise; settings that it does not have are left out."""
+        kind = ATTACKS.get(self.name)
+        settings = {"steps": 6, **settings}
+        known = {key: value for key, value in settings.items() if key in kind.config_type.model_fields}
+        return kind(Threat(self.norm, EPSILON[self.norm] if epsilon is None else epsilon), kind.config_type(**known))
+
+
+def supports(name: str, norm: Norm) -> bool:
+    try:
+        Case(name, norm).attack()
+    except UsageError:
+        return False
+    return True
+
+
+def accepts(name: str, **settings: Any) -> bool:
+    try:
+        Case(name, next(norm for norm in Norm if supports(name, norm))).attack(**settings)
+    except (UsageError, pydantic.ValidationError):
+        return False
+    return True
+
+
+CASES = [Case(name, norm) for name in ATTACKS for norm in Norm if supports(name, norm)]
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}-{case.norm.value}")
+every_family = pytest.mark.parametrize("family", FAMILIES)
+every_attack = pytest.mark.parametrize("name", list(ATTACKS))
+WITH_RESTARTS = [case for case in CASES if accepts(case.name, restarts=2)]
+WITH_RANDOM_START = [case for case in CASES if accepts(case.name, random_start=True)]
+
+
+@pytest.fixture
+def make(make_model, make_images) -> Callable[[str], tuple[EquilibriumModel, Tensor]]:
+    """`make(family)`: a model solved to 1e-8, and five images of which some pixels lie on the limits of the box."""
+
+    def build(family: str) -> tuple[EquilibriumModel, Tensor]:
+        return make_model(family, rtol=1e-8), (1.4 * make_images(5) - 0.2).clamp(0, 1)
+
+    return build
+
+
+def test_every_attack_has_a_norm_and_a_line_for_the_listing() -> None:
+    assert {case.name for case in CASES} == set(ATTACKS)
+    for name in ATTACKS:
+        kind = ATTACKS.get(name)
+        assert kind.name == name
+        assert kind.summary and "\n" not in kind.summary
+        assert all(info.description for info in kind.config_type.model_fields.values()), name
+
+
+def test_a_norm_that_an_attack_does_not_have_is_refused_by_name() -> None:
+    missing = [(name, norm) for name in ATTACKS for norm in Norm if not supports(name, norm)]
+    assert missing
+    for name, norm in missing:
+        with pytest.raises(UsageError, match=rf"{name}: expected norm .*got {norm.value}"):
+            Case(name, norm).attack()
+
+
+# ---------------------------------------------------------------- ball and box
+
+
+@every_family
+@every_case
+def test_result_and_every_snapshot_are_in_ball_and_box(case: Case, family: str, make) -> None:
+    model, x = make(family)
+    result = case.attack()(model, x, Y, num_snapshots=3)
+    assert len(result.snapshots) >= 1
+    for delta in (result.delta, *(snapshot.delta for snapshot in result.snapshots)):
+        assert delta.shape == x.shape and delta.dtype == x.dtype and not delta.requires_grad
+        assert float(norm_of(delta, case.norm).max()) <= EPSILON[case.norm] * (1 + 1e-9)
+        assert float((x + delta).min()) >= 0 and float((x + delta).max()) <= 1
+    assert float(result.x_adv.min()) >= 0 and float(result.x_adv.max()) <= 1
+    torch.testing.assert_close(result.x_adv, x + result.delta, rtol=0, atol=1e-12)
+    assert not result.x_adv.requires_grad
+    assert bool((norm_of(result.delta, case.norm) > 0).all())  # it did something
+    assert not bool(result.is_failed.any())
+
+
+@every_case
+def test_float32_images_stay_in_the_box_and_in_the_ball_to_rounding(case: Case, make) -> None:
+    model, x = make("deq-fc")
+    model, x = model.float(), x.float()
+    result = case.attack()(model, x, Y)
+    assert result.x_adv.dtype == torch.float32
+    assert float(result.x_adv.min()) >= 0 and float(result.x_adv.max()) <= 1
+    assert float(norm_of(result.x_adv - x, case.norm).max()) <= EPSILON[case.norm] * (1 + 1e-5)
+
+
+@every_family
+@every_case
+def test_no_radius_changes_nothing(case: Case, family: str, make) -> None:
+    model, x = make(family)
+    result = case.attack(epsilon=0.0)(model, x, Y, num_snapshots=2)
+    assert not bool(result.is_failed.any())
+    assert torch.equal(result.x_adv, x)
+    assert all(not bool(snapshot.delta.any()) for snapshot in result.snapshots)
+
+
+@every_case
+def test_a_subclass_is_not_trusted_with_the_threat(case: Case, make) -> None:
+    model, x = make("deq-fc")
+    attack = case.attack()
+    attack.run = lambda model, x, *_: Proposal(torch.full_like(x, 100.0), torch.zeros(len(x)))
+    result = attack(model, x, Y)
+    assert float(norm_of(result.delta, case.norm).max()) <= EPSILON[case.norm] * (1 + 1e-9)
+    assert float(result.x_adv.max()) <= 1
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@every_case
+def test_a_perturbation_that_is_not_finite_fails_and_becomes_zero(case: Case, value: float, make) -> None:
+    model, x = make("deq-fc")
+    attack = case.attack()
+
+    def run(model: EquilibriumModel, x: Tensor, *_: object) -> Proposal:
+        delta = torch.full_like(x, 0.01)
+        delta[1], delta[3, 0, 0, 0] = value, value
+        return Proposal(delta, torch.zeros(len(x)))
+
+    attack.run = run
+    result = attack(model, x, Y)
+    assert result.is_failed.tolist() == [False, True, False, True, False]
+    assert not bool(result.delta[result.is_failed].any())
+    assert bool((result.delta[~result.is_failed] > 0).any())
+
+
+# ---------------------------------------------------------------- randomness and batches
+
+
+@every_family
+@every_case
+def test_same_seed_same_bits(case: Case, family: str, make) -> None:
+    model, x = make(family)
+    attack = case.attack(random_start=True) if case in WITH_RANDOM_START else case.attack()
+    torch.manual_seed(1)
+    one = attack(model, x, Y, seed=3)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    other = attack(model, x, Y, seed=3)
+    assert torch.equal(one.x_adv, other.x_adv)
+    assert torch.equal(torch.get_rng_state(), state)  # nothing was drawn from the global generator
+
+
+@pytest.mark.parametrize("case", WITH_RANDOM_START, ids=lambda case: f"{case.name}-{case.norm.value}")
+def test_another_seed_and_another_sample_id_give_another_start(case: Case, make) -> None:
+    model, x = make("deq-fc")
+    starts: list[Tensor] = []
+    attack = case.attack(random_start=True, restarts=1)
+    attack.run = lambda model, x, y, targets, start, record: starts.append(start) or Proposal(start, start.sum((1, 2, 3)))
+    ids = torch.arange(5)
+    attack(model, x, Y, seed=3, sample_ids=ids)
+    attack(model, x, Y, seed=4, sample_ids=ids)
+    attack(model, x, Y, seed=3, sample_ids=ids + 1)
+    differs = [(starts[0] != start).flatten(1).any(1) for start in starts]
+    assert not bool(differs[0].any()) and bool(differs[1].all()) and bool(differs[2].all())
+    same_image = x[:1].expand(5, -1, -1, -1)
+    attack(model, same_image, Y, seed=3, sample_ids=torch.tensor([0, 1, 2, 3, 0]))
+    assert torch.equal(starts[3][0], starts[3][4]) and not torch.equal(starts[3][0], starts[3][1])
+    assert torch.equal(starts[3][0], starts[0][0])
+
+
+@every_family
+@every_case
+def test_batch_mates_do_not_matter(case: Case, family: str, make) -> None:
+    model, x = make(family)
+    attack = case.attack(restarts=2) if case in WITH_RESTARTS else case.attack()
+    ids = torch.tensor([7, 3, 9, 1, 4])
+    whole = attack(model, x, Y, seed=3, sample_ids=ids)
+    for rows in (torch.tensor([0, 1]), torch.tensor([4, 2, 3])):
+        part = attack(model, x[rows], Y[rows], seed=3, sample_ids=ids[rows])
+        torch.testing.assert_close(part.x_adv, whole.x_adv[rows], rtol=0, atol=1e-5)
+
+
+@every_case
+def test_an_empty_batch_is_attacked_or_refused(case: Case, make) -> None:
+    model, x = make("deq-fc")
+    try:
+        result = case.attack()(model, x[:0], Y[:0])
+    except UsageError:
+        return
+    assert result.x_adv.shape == x[:0].shape
+
+
+# ---------------------------------------------------------------- the model is left as it was
+
+
+class Footprint:
+    """Everything about a model that an attack could change."""
+
+    def __init__(self, model: EquilibriumModel) -> None:
+        self.values = {name: value.clone() for name, value in model.state_dict().items()}
+        self.gradients = [(p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+        self.flags = [p.requires_grad for p in model.parameters()]
+        self.modes = [module.training for module in model.modules()]
+        self.solve, self.adjoint, self.meter = model.solve, model.adjoint, model.meter
+
+    def check(self, model: EquilibriumModel) -> None:
+        state = model.state_dict()
+        assert state.keys() == self.values.keys()
+        assert all(torch.equal(state[name], value) for name, value in self.values.items())
+        for parameter, (gradient, saved) in zip(model.parameters(), self.gradients, strict=True):
+            assert parameter.grad is gradient
+            assert gradient is None or torch.equal(gradient, saved)
+        assert [p.requires_grad for p in model.parameters()] == self.flags
+        assert [module.training for module in model.modules()] == self.modes
+        assert (model.solve, model.adjoint, model.meter) == (self.solve, self.adjoint, self.meter)
+
+
+def unusual(model: EquilibriumModel) -> Footprint:
+    """Give the model a mode, gradients, flags and a buffer that an attack could spoil."""
+    model.register_buffer("seen", torch.zeros(()))
+    for index, parameter in enumerate(model.parameters()):
+        parameter.grad = torch.full_like(parameter, 0.5) if index % 2 else None
+        parameter.requires_grad_(index != 1)
+    model.train()
+    list(model.children())[-1].eval()
+    return Footprint(model)
+
+
+@every_family
+@every_case
+def test_model_images_and_labels_are_left_alone(case: Case, family: str, make) -> None:
+    model, x = make(family)
+    footprint = unusual(model)
+    head = model.head
+
+    def counting_head(z: Tensor) -> Tensor:
+        model.seen += 1  # a buffer that every call changes
+        assert not any(module.training for module in model.modules())
+        return head(z)
+
+    model.head = counting_head
+    x_before, y_before = x.clone(), Y.clone()
+    case.attack()(model, x, Y, num_snapshots=2)
+    footprint.check(model)
+    assert torch.equal(x, x_before) and torch.equal(Y, y_before) and x.grad is None
+    assert torch.is_grad_enabled()
+
+
+@every_family
+@every_case
+def test_model_is_left_alone_when_the_attack_raises(case: Case, family: str, make) -> None:
+    model, x = make(family)
+    footprint = unusual(model)
+    cell, calls = model.cell, []
+
+    def failing_cell(z: Tensor, u: Tensor) -> Tensor:
+        calls.append(len(z))
+        model.seen += 1
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return cell(z, u)
+
+    model.cell = failing_cell
+    with pytest.raises(RuntimeError, match="out of memory"):
+        case.attack()(model, x, Y)
+    footprint.check(model)
+    assert torch.is_grad_enabled()
+
+
+@every_case
+def test_gradients_by_the_images_and_no_grad_do_not_matter(case: Case, make) -> None:
+    model, x = make("deq-fc")
+    attack = case.attack()
+    plain = attack(model, x, Y).x_adv
+    leaf = x.clone().requires_grad_()
+    assert torch.equal(attack(model, leaf, Y).x_adv, plain)
+    assert leaf.grad is None
+
+
+# ---------------------------------------------------------------- cost
+
+
+@every_family
+@every_case
+def test_costs_are_counted_and_grow_along_the_curve(case: Case, family: str, make) -> None:
+    model, x = make(family)
+    result = case.attack()(model, x, Y, num_snapshots=3)
+    cost = result.cost
+    assert cost.cell_evals > 0 and cost.wall_seconds > 0 and cost.peak_memory_mb > 0 and cost.solver_steps > 0
+    assert (cost.cell_vjps == 0) == (case.name in GRADIENT_FREE)
+    steps = [snapshot.step for snapshot in result.snapshots]
+    assert steps == sorted(set(steps)) and steps[0] >= 1
+    for name in ("cell_evals", "cell_vjps", "wall_seconds"):
+        values = [getattr(snapshot, name) for snapshot in result.snapshots] + [getattr(cost, name)]
+        assert values == sorted(values)
+
+
+@every_case
+def test_counts_are_those_of_the_cells_that_ran(case: Case, make) -> None:
+    model, x = make("deq-fc")
+    cell, rows = model.cell, []
+    model.cell = lambda z, u: rows.append(len(z)) or cell(z, u)
+    result = case.attack()(model, x, Y)
+    assert result.cost.cell_evals == pytest.approx(sum(rows) / len(x))
+
+
+@every_family
+@pytest.mark.parametrize("steps", [5, 9])
+@pytest.mark.parametrize("norm", Norm)
+def test_joint_step_costs_one_product_whatever_else_is_set(norm: Norm, steps: int, family: str, make) -> None:
+    model, x = make(family)
+    settings = {"steps": steps, "failure_residual": 1e6, "warmup_steps": 3}
+    for changes, runs in (({}, 1), ({"inner_steps": 2}, 1), ({"inner_steps": None}, 1), ({"restarts": 3}, 3)):
+        cost = Case("joint-pgd", norm).attack(**settings, **changes)(model, x, Y).cost
+        assert cost.cell_vjps == runs * steps
+        assert runs * (steps + 2) <= cost.cell_evals <= runs * (steps + 1 + 3)
+
+
+@every_case
+def test_more_steps_cost_more(case: Case, make) -> None:
+    model, x = make("deq-fc")
+    more = {"steps": 12, "restarts": 20} if case.name in GRADIENT_FREE else {"steps": 12}
+    few, many = case.attack()(model, x, Y).cost, case.attack(**more)(model, x, Y).cost
+    assert many.cell_evals > few.cell_evals
+    assert many.cell_vjps > few.cell_vjps or case.name in GRADIENT_FREE
+
+
+@every_attack
+def test_no_snapshots_unless_asked_for(name: str, make) -> None:
+    model, x = make("deq-fc")
+    case = next(case for case in CASES if case.name == name)
+    plain, followed = case.attack()(model, x, Y), case.attack()(model, x, Y, num_snapshots=2)
+    assert plain.snapshots == () and plain.residuals == ()
+    assert 1 <= len(followed.snapshots) <= 2
+    assert torch.equal(plain.x_adv, followed.x_adv)
+    assert (plain.cost.cell_evals, plain.cost.cell_vjps) == (followed.cost.cell_evals, followed.cost.cell_vjps)
+
+
+# ---------------------------------------------------------------- what it is for
+
+
+def loss_of(model: EquilibriumModel, x: Tensor, classes: Tensor) -> Tensor:
+    with torch.no_grad():
+        return F.cross_entropy(model(x), classes, reduction="none")
+
+
+@every_family
+@every_case
+def test_untargeted_runs_raise_the_loss(case: Case, family: str, make) -> None:
+    model, x = make(family)
+    gain = loss_of(model, case.attack(steps=20)(model, x, Y).x_adv, Y) - loss_of(model, x, Y)
+    if case.name in GRADIENT_FREE:
+        assert float(gain.mean()) > 0
+    else:
+        assert bool((gain > 0).all()), gain
+
+
+@every_family
+@every_case
+def test_targeted_runs_lower_the_loss_of_the_target(case: Case, family: str, make) -> None:
+    model, x = make(family)
+    targets = (Y + 1) % 3
+    aimed = case.attack(steps=20)(model, x, Y, targets=targets).x_adv
+    blind = case.attack(steps=20)(model, x, Y).x_adv
+    found = loss_of(model, aimed, targets)
+    assert bool((found <= loss_of(model, blind, targets) + 1e-6).all())
+    assert float(found.mean()) < float(loss_of(model, blind, targets).mean())
+    if case.name not in GRADIENT_FREE:
+        assert bool((found < loss_of(model, x, targets)).all())
+
+
+@every_family
+@pytest.mark.parametrize("case", WITH_RESTARTS, ids=lambda case: f"{case.name}-{case.norm.value}")
+def test_restarts_keep_the_highest_loss(case: Case, family: str, make) -> None:
+    model, x = make(family)
+    attack, proposals = case.attack(restarts=3, random_start=True), []
+    run = attack.run
+    attack.run = lambda *arguments: proposals.append(run(*arguments)) or proposals[-1]
+    result = attack(model, x, Y, num_snapshots=2)
+    losses = torch.stack([proposal.loss for proposal in proposals])
+    assert len(proposals) == 3 and len(set(losses[:, 0].tolist())) == 3  # the starts differ
+    best = losses.argmax(0)
+    expected = torch.stack([proposals[index].delta[row] for row, index in enumerate(best.tolist())])
+    torch.testing.assert_close(result.delta, expected, rtol=0, atol=1e-12)
+    steps = [snapshot.step for snapshot in result.snapshots]
+    assert steps == sorted(set(steps))
+
+
+@every_family
+@pytest.mark.parametrize("case", WITH_RESTARTS, ids=lambda case: f"{case.name}-{case.norm.value}")
+def test_restarts_never_lower_the_loss(case: Case, family: str, make) -> None:
+    model, x = make(family)
+    once, often = (case.attack(restarts=restarts, steps=20)(model, x, Y, seed=5) for restarts in (1, 4))
+    assert bool((loss_of(model, often.x_adv, Y) >= loss_of(model, once.x_adv, Y) - 1e-3).all())
+
+
+def test_a_restart_with_a_loss_of_nan_never_wins(make) -> None:
+    model, x = make("deq-fc")
+    attack, losses = Case("pgd", Norm.L2).attack(restarts=3), iter([torch.nan, 1.0, torch.nan])
+
+    def run(model: EquilibriumModel, x: Tensor, *_: object) -> Proposal:
+        loss = next(losses)
+        return Proposal(torch.full_like(x, 0.01 if loss == 1.0 else -0.01), torch.full((len(x),), loss))
+
+    attack.run = run
+    assert bool((attack(model, x, Y).delta >= 0).all())
+
+
+# ---------------------------------------------------------------- what is refused
+
+BAD = {
+    "pixel above 1": (lambda x: x + 0.5, lambda y: y, "pixels in"),
+    "pixel below 0": (lambda x: x - 0.5, lambda y: y, "pixels in"),
+    "0 to 255": (lambda x: x * 255, lambda y: y, "divide by 255"),
+    "NaN": (lambda x: x.where(x > 0.5, torch.nan), lambda y: y, "finite pixels"),
+    "infinity": (lambda x: x.where(x > 0.5, torch.inf), lambda y: y, "finite pixels"),
+    "one image": (lambda x: x[0], lambda y: y[:1], r"float tensor \(batch, 1, 4, 4\)"),
+    "larger image": (lambda x: torch.nn.functional.pad(x, [1] * 4), lambda y: y, r"got float64 \(5, 1, 6, 6\)"),
+    "three colours": (lambda x: x.expand(-1, 3, -1, -1), lambda y: y, r"got float64 \(5, 3, 4, 4\)"),
+    "integers": (lambda x: (x > 0.5).long(), lambda y: y, "float tensor"),
+    "too few labels": (lambda x: x, lambda y: y[:3], r"integer tensor \(5,\)"),
+    "labels in a column": (lambda x: x, lambda y: y[:, None], r"integer tensor \(5,\)"),
+    "float labels": (lambda x: x, lambda y: y.double(), "integer tensor"),
+    "label too high": (lambda x: x, lambda y: y + 1, "classes 0 to 2"),
+    "negative label": (lambda x: x, lambda y: y - 1, "classes 0 to 2"),
+}
+
+
+@every_attack
+@pytest.mark.parametrize(("spoil_x", "spoil_y", "said"), BAD.values(), ids=BAD)
+def test_input_that_does_not_fit_is_refused(name: str, spoil_x, spoil_y, said: str, make) -> None:
+    model, x = make("deq-fc")
+    footprint = Footprint(model)
+    attack = next(case for case in CASES if case.name == name).attack()
+    with pytest.raises(UsageError, match=said):
+        attack(model, spoil_x(x), spoil_y(Y))
+    footprint.check(model)
+
+
+@every_attack
+def test_targets_that_do_not_fit_are_refused(name: str, make) -> None:
+    model, x = make("deq-fc")
+    attack = next(case for case in CASES if case.name == name).attack()
+    for targets in (Y + 1, Y[:2], Y.double()):
+        with pytest.raises(UsageError, match="labels: expected"):
+            attack(model, x, Y, targets=targets)
+
+
+@every_attack
+def test_settings_are_typed_and_closed(name: str) -> None:
+    kind = ATTACKS.get(name).config_type
+    for bad in ({"restarts": 0}, {"restarts": "many"}, {"no_such_setting": 1}):
+        with pytest.raises(pydantic.ValidationError):
+            kind(**bad)
+    if "steps" in kind.model_fields:
+        for steps in (0, -1, 2.5):
+            with pytest.raises(pydantic.ValidationError):
+                kind(steps=steps)
+    if "step_size" in kind.model_fields:
+        for size in (0.0, -1.0, float("nan"), float("inf")):
+            with pytest.raises(pydantic.ValidationError):
+                kind(step_size=size)
