@@ -29,8 +29,8 @@ from robustbench_deq.configs import merge, parse_assignments, parse_fraction, re
 from robustbench_deq.data import DATASETS, SplitName, load
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import RunError, UsageError
-from robustbench_deq.files import output_folder, write_json
-from robustbench_deq.models import MODELS, describe_model, load_model, save_model
+from robustbench_deq.files import output_folder
+from robustbench_deq.models import MODELS, describe_model, load_model
 from robustbench_deq.report.page import write_report
 from robustbench_deq.threats import Norm, Threat
 from robustbench_deq.training.config import AttackSpec, TrainingConfig
@@ -82,7 +82,9 @@ def _choose_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
-        raise UsageError.of("--device", expected="cpu, cuda or cuda:N of this machine", got=repr(name), fix="omit it") from None
+        raise UsageError.of(
+            "--device", expected="cpu, cuda or cuda:N of this machine", got=repr(name), fix="omit it"
+        ) from None
     return device
 
 

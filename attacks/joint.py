@@ -3,12 +3,12 @@
 The state, the adjoint and the perturbation advance together (`robustbench_deq.joint`); a step costs one evaluation of
 the cell and one vector-Jacobian product, where PGD solves two fixed points.
 
-A cell need not be contractive. A sample whose state does not follow its equilibrium at the end (its relative residual is
-above `failure_residual`, or not finite) is attacked again, alone with its likes, on the next rung of a ladder: damping,
-then Anderson acceleration, then PGD with full solves. The diagnostics say how many samples needed each rung.
+A cell need not be contractive. A sample whose state does not follow its equilibrium at the end (its relative residual
+is above `failure_residual`, or not finite) is attacked again, alone with its likes, on the next rung of a ladder:
+damping, then Anderson acceleration, then PGD with full solves. The diagnostics say how many samples needed each rung.
 
-Source: Gurumurthy, Bai, Manchester, Kolter, NeurIPS 2021. Departures: projection after mixing, the pixel box, per-sample
-acceptance, and the ladder.
+Source: Gurumurthy, Bai, Manchester, Kolter, NeurIPS 2021. Departures: projection after mixing, the pixel box,
+per-sample acceptance, and the ladder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,17 @@ from attacks.sequential import SequentialPGD, SequentialPGDConfig
 from robustbench_deq.attack import ATTACKS, Attack, ObjectiveConfig, Proposal, Recorder
 from robustbench_deq.configs import named_in
 from robustbench_deq.equilibrium import EquilibriumModel
-from robustbench_deq.joint import AugmentedMap, JointResult, JointSettings, Keep, Mixing, ProjectedAscent, Schedule, Watcher, ascend
+from robustbench_deq.joint import (
+    AugmentedMap,
+    JointResult,
+    JointSettings,
+    Keep,
+    Mixing,
+    ProjectedAscent,
+    Schedule,
+    Watcher,
+    ascend,
+)
 from robustbench_deq.objectives import Objective
 from robustbench_deq.solvers import SOLVERS, Anderson, CellMap, Picard, Solve
 

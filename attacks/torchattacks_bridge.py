@@ -1,7 +1,7 @@
 """torchattacks' `PGD` and `PGDL2` on equilibrium models, through the attack protocol.
 
-The library sees an ordinary network: it calls `forward` in evaluation mode and differentiates it, so every gradient step
-costs a cold forward and a cold adjoint solve with the model's own settings. Its random start draws from the global
+The library sees an ordinary network: it calls `forward` in evaluation mode and differentiates it, so every gradient
+step costs a cold forward and a cold adjoint solve with the model's own settings. Its random start draws from the global
 generator, which would make a sample depend on its batch, so it is off.
 
 Source: Kim, "Torchattacks: a PyTorch repository for adversarial attacks", arXiv 2010.01950.
@@ -38,7 +38,10 @@ class _TorchattacksPGD(Attack[TorchattacksConfig]):
         super().__init__(threat, config)
         if threat.norm is not self.norm:
             raise UsageError.of(
-                self.name, expected=f"norm {self.norm.value}", got=threat.norm.value, fix=f"pass --norm {self.norm.value}"
+                self.name,
+                expected=f"norm {self.norm.value}",
+                got=threat.norm.value,
+                fix=f"pass --norm {self.norm.value}",
             )
         if self.config.random_start:
             raise UsageError.of(self.name, expected="random_start=false", got="true", fix="use pgd for random starts")

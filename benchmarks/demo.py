@@ -1,6 +1,6 @@
 """The demo: a shipped DEQ on embedded data, attacked by joint, warm and cold PGD side by side, and a page to look at.
 
-    make demo        or        python -m benchmarks.demo --out results/demo
+make demo        or        python -m benchmarks.demo --out results/demo
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 
 Every point is run on the same test images and judged. Then the cheapest points that come within half a point of the
 strongest are timed again in turn, and the medians of their ratios say who is faster at equal robust accuracy. Both
-grids have the same number of points; that of PGD knows two schedules, two solvers, loose and tight tolerances, that of the
-joint family knows k. Written: the points (CSV), the summary (JSON, Markdown), the Pareto plot.
+grids have the same number of points; that of PGD knows two schedules, two solvers, loose and tight tolerances, that of
+the joint family knows k. Written: the points (CSV), the summary (JSON, Markdown), the Pareto plot.
 """
 
 from __future__ import annotations
@@ -47,9 +47,7 @@ def warm_grid(threat: Threat) -> dict[str, Attack]:
 
 def joint_grid(threat: Threat) -> dict[str, Attack]:
     """The joint family: steps, step sizes, inner iterations (fixed or adaptive), plain or accelerated."""
-    grid = itertools.product(
-        (6, 8, 12, 16, 24, 32), (1.0, 1.5), ((1, None), (2, None), (None, None), (2, "anderson"))
-    )
+    grid = itertools.product((6, 8, 12, 16, 24, 32), (1.0, 1.5), ((1, None), (2, None), (None, None), (2, "anderson")))
     points = {}
     for steps, size, (inner, accelerator) in grid:
         name = f"joint-{steps} cosine {size:g} k={inner or 'adaptive'}{' anderson' if accelerator else ''}"
@@ -179,7 +177,11 @@ def main(pattern: str, limit: int, batch_size: int, repeats: int) -> None:
             f"Joint family against warm-started PGD, {limit} test images",
             "python -m benchmarks.pareto",
             rows,
-            {"equal accuracy": f"within {MARGIN:.1%} of the strongest point", "rounds": repeats, "batch size": batch_size},
+            {
+                "equal accuracy": f"within {MARGIN:.1%} of the strongest point",
+                "rounds": repeats,
+                "batch size": batch_size,
+            },
         )
 
 

@@ -2,8 +2,9 @@
 
     python -m benchmarks.step_overhead
 
-Bare: `f = cell(z, inject(x + delta))` with a graph, then `autograd.grad(f, [z, delta], mu)`. A joint step adds the head and
-the loss, both residual norms, the input step with its projection, the kept iterate, and the meter. Target: at most 1.15.
+Bare: `f = cell(z, inject(x + delta))` with a graph, then `autograd.grad(f, [z, delta], mu)`. A joint step adds the
+head and the loss, both residual norms, the input step with its projection, the kept iterate, and the meter. Target: at
+most 1.15.
 """
 
 from __future__ import annotations

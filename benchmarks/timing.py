@@ -86,9 +86,7 @@ def alternate(first: Callable[[], Any], second: Callable[[], Any], repeats: int)
 def keep(name: str, title: str, command: str, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
     """Write `results/NAME.json` and `results/NAME.md`, and print the latter."""
     environment = describe_environment(torch.device("cpu"))
-    write_json(
-        RESULTS / f"{name}.json", {"command": command, "facts": facts, "rows": rows, "environment": environment}
-    )
+    write_json(RESULTS / f"{name}.json", {"command": command, "facts": facts, "rows": rows, "environment": environment})
     lines = [f"# {title}", "", f"Made by `{command}` on {environment['num_threads']} threads.", ""]
     lines += [markdown_table(pd.DataFrame(rows)), ""]
     lines += [f"- {key}: {json.dumps(value) if isinstance(value, dict) else value}" for key, value in facts.items()]

@@ -1,11 +1,11 @@
 """robustbench-deq: adversarial robustness of deep equilibrium models.
 
-    from attacks import JointPGD
-    from robustbench_deq import Norm, Threat, evaluate, load, load_model
+from attacks import JointPGD
+from robustbench_deq import Norm, Threat, evaluate, load, load_model
 
-    model = load_model("deq-conv.fashion-joint-l2")                  # or your own EquilibriumModel
-    result = evaluate(model, JointPGD(Threat(Norm.L2, 1.0)), load("fashion-mnist", limit=256))
-    print(result.record.robust_accuracy, result.record.robust_accuracy_ci)
+model = load_model("deq-conv.fashion-joint-l2")                  # or your own EquilibriumModel
+result = evaluate(model, JointPGD(Threat(Norm.L2, 1.0)), load("fashion-mnist", limit=256))
+print(result.record.robust_accuracy, result.record.robust_accuracy_ci)
 """
 
 from robustbench_deq.bench.evaluate import Evaluation, evaluate

@@ -1,6 +1,7 @@
 """How a gradient passes an equilibrium `z* = f(z*, u)`: an object handed to the solve, not a flag in it.
 
-For a loss L of z*, with `v = dL/dz*` and `J = df/dz` at z*, every kind returns `mu^T df/d(u, parameters)` for its own mu:
+For a loss L of z*, with `v = dL/dz*` and `J = df/dz` at z*, every kind returns `mu^T df/d(u, parameters)` for its own
+mu:
 
     Implicit      mu = J^T mu + v, solved to a tolerance of its own (implicit function theorem)
     Neumann(k)    mu = sum_{i<k} (J^T)^i v
@@ -35,7 +36,8 @@ DEFAULT_ADJOINT_SOLVE = Solve(Anderson(), rtol=1e-4, max_steps=100)
 
 @dataclass
 class AdjointTrace:
-    """Filled in by the backward pass: the adjoint `mu` `(batch, ...)` and the solve that found it (None if none ran)."""
+    """Filled in by the backward pass: the adjoint `mu` `(batch, ...)` and the solve that found it (None if none
+    ran)."""
 
     mu: Tensor | None = None
     solution: Solution | None = None

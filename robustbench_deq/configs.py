@@ -99,6 +99,10 @@ def parse_assignments(assignments: tuple[str, ...]) -> dict[str, Any]:
         *parents, last = key.strip().split(".")
         for parent in parents:
             here = here.setdefault(parent, {})
+            if not isinstance(here, dict):
+                raise UsageError.of(
+                    "--set", expected=f"either {parent} or keys below it", got=f"both ({text!r})", fix="drop one"
+                )
         here[last] = _scalar(value)
     return values
 

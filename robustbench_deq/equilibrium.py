@@ -1,7 +1,7 @@
 """Deep equilibrium models: `u = inject(x)`, `z* = f(z*, u)`, `logits = head(z*)`.
 
-A state is one tensor whose first axis is the batch; models with several branches pack them. Images are `(batch, channels,
-height, width)` in [0, 1], and normalisation is part of the model. The model never sees a label.
+A state is one tensor whose first axis is the batch; models with several branches pack them. Images are `(batch,
+channels, height, width)` in [0, 1], and normalisation is part of the model. The model never sees a label.
 
 Source: Bai, Kolter, Koltun, "Deep equilibrium models", NeurIPS 2019.
 """
@@ -83,8 +83,8 @@ class EquilibriumModel(nn.Module, abc.ABC):
             trace: filled in by the backward pass.
 
         Returns:
-            A `Solution`. Where gradients are enabled its `value` carries them to `x` and to the parameters, in train and
-            in eval mode alike.
+            A `Solution`. Where gradients are enabled its `value` carries them to `x` and to the parameters, in train
+            and in eval mode alike.
         """
         solve = solve or self.solve
         u = self.inject(x)

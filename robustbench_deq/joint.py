@@ -101,7 +101,8 @@ class Schedule(enum.Enum):
 
 @dataclass(frozen=True)
 class ProjectedAscent:
-    """`d <- Project(d + a(progress) * epsilon * direction(velocity))`, `velocity <- momentum * velocity + direction(g)`.
+    """`d <- Project(d + a(progress) * epsilon * direction(velocity))`, `velocity <- momentum * velocity +
+    direction(g)`.
 
     Args:
         threat: ball, direction and projection.

@@ -93,6 +93,8 @@ class Meter:
     def count_steps(self, rows: int) -> None:
         """Iterations that are not a `Solve`: the joint iteration adds `batch` a step."""
         self._step_counts.append(rows)
+        if self._outer is not None:
+            self._outer.count_steps(rows)
 
     def cost(self, num_samples: int) -> Cost:
         """Totals over `num_samples` samples."""

@@ -2,8 +2,8 @@
 
 `CrossEntropy`   log-loss of the true class.
 `Margin`         largest wrong logit minus the true one (Carlini and Wagner, 2017); positive means fooled.
-`DLR`            the margin divided by the spread of the logits (Croce and Hein, 2020, Eq. 6); invariant to scale and shift.
-`Targeted`       minus the log-loss of a wanted class.
+`DLR`            the margin divided by the spread of the logits (Croce and Hein, 2020, Eq. 6); invariant to scale and
+shift. `Targeted`       minus the log-loss of a wanted class.
 
 Each maps logits `(batch, classes)` to `(batch,)`. Reductions over the batch are sums, everywhere: then the gradient of
 one sample does not depend on how many others there are.

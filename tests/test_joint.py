@@ -1,4 +1,5 @@
-"""The augmented iteration: closed forms on the affine model, costs, rules of keeping, and independence of batch mates."""
+"""The augmented iteration: closed forms on the affine model, costs, rules of keeping, and independence of batch
+mates."""
 
 from __future__ import annotations
 
@@ -394,7 +395,10 @@ def optimum_of(model: Switched, x: Tensor, y: Tensor, threat: Threat) -> Tensor:
 
 @pytest.mark.parametrize(
     ("factor", "rungs"),
-    [(-1.3, {"num_damped": 3, "num_accelerated": 0, "num_full_solve": 0}), (-4.0, {"num_damped": 3, "num_accelerated": 3})],
+    [
+        (-1.3, {"num_damped": 3, "num_accelerated": 0, "num_full_solve": 0}),
+        (-4.0, {"num_damped": 3, "num_accelerated": 3}),
+    ],
 )
 def test_states_that_run_away_fall_back_and_are_judged_all_the_same(factor: float, rungs: dict, switched) -> None:
     model, x, y, is_hard = switched(factor)

@@ -2,8 +2,8 @@
 
     clean verdict -> attack (metered) -> adversarial verdict -> verdicts of the snapshots -> record and per-sample rows
 
-Robust accuracy is over all samples. A sample that is misclassified, unconverged (at the clean or the perturbed image) or
-failed is not robust. The interval is Wilson's at 95 %.
+Robust accuracy is over all samples. A sample that is misclassified, unconverged (at the clean or the perturbed image)
+or failed is not robust. The interval is Wilson's at 95 %.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ class Verdict:
 
 @torch.no_grad()
 def judge(model: EquilibriumModel, x: Tensor, y: Tensor) -> Verdict:
-    """Judge images `x` `(batch, channels, height, width)` with classes `y` `(batch,)`. The model's mode is respected."""
+    """Judge images `x` `(batch, channels, height, width)` with classes `y` `(batch,)`. The model's mode is
+    respected."""
     u = model.inject(x)
     solution = tight_solve(model, u)
     logits = model.head(solution.value)

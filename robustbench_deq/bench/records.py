@@ -239,11 +239,16 @@ def load_records(folder: Path) -> list[Record]:
     if not path.is_file():
         got = f"no {RECORDS_FILE} in it" if path.parent.is_dir() else "no such folder"
         raise UsageError.of(
-            str(folder), expected="a folder of records", got=got, fix="write one with 'robustbench-deq attack MODEL --out DIR'"
+            str(folder),
+            expected="a folder of records",
+            got=got,
+            fix="write one with 'robustbench-deq attack MODEL --out DIR'",
         )
     records = _read(path)
     if not records:
-        raise UsageError.of(str(path), expected="records", got="none", fix="write one with 'robustbench-deq attack MODEL --out DIR'")
+        raise UsageError.of(
+            str(path), expected="records", got="none", fix="write one with 'robustbench-deq attack MODEL --out DIR'"
+        )
     return records
 
 

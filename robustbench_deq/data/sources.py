@@ -92,7 +92,9 @@ def _from_torchvision(name: str, build: Callable[[Path, bool, bool], list], debi
 
 def _join(train: object, test: object) -> Raw:
     images = [_images_of(part) for part in (train, test)]
-    labels = [np.asarray(getattr(part, "targets", getattr(part, "labels", None)), dtype=np.int64) for part in (train, test)]
+    labels = [
+        np.asarray(getattr(part, "targets", getattr(part, "labels", None)), dtype=np.int64) for part in (train, test)
+    ]
     return Raw(np.concatenate(images), np.concatenate(labels), len(labels[0]))
 
 

@@ -90,7 +90,10 @@ def load(name: str, split: SplitName = SplitName.TEST, limit: int | None = None)
     if limit is not None:
         if not 1 <= limit <= len(ids):
             raise UsageError.of(
-                "limit", expected=f"1 to {len(ids)}, the size of {name}'s {split.value} split", got=limit, fix="lower it"
+                "limit",
+                expected=f"1 to {len(ids)}, the size of {name}'s {split.value} split",
+                got=limit,
+                fix="lower it",
             )
         ids = ids[:limit]
     images, labels = raw.images[ids], raw.labels[ids]

@@ -1,4 +1,5 @@
-"""Saved models: a folder with `model.json` (family, config, digest, card) and `model.safetensors`. Nothing is unpickled.
+"""Saved models: a folder with `model.json` (family, config, digest, card) and `model.safetensors`. Nothing is
+unpickled.
 
 `load_model` takes a registry name, such a folder, or `file.py:function` that builds an `EquilibriumModel`.
 """
@@ -58,7 +59,9 @@ class ModelDescription(Config):
 def save_model(model: EquilibriumModel, folder: Path, name: str, card: Card | None = None) -> ModelDescription:
     """Write `model` of a registered family to `folder`."""
     with replacing(folder / WEIGHTS_NAME) as temporary:
-        save_file({key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}, temporary)
+        save_file(
+            {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}, temporary
+        )
     description = ModelDescription(
         name=name,
         family=model.family,

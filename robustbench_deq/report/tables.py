@@ -12,7 +12,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Collection, Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import pandas as pd
 

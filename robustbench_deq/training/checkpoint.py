@@ -1,4 +1,5 @@
-"""Checkpoints without pickle: one safetensors file with weights, averaged weights and optimiser state, and one JSON file.
+"""Checkpoints without pickle: one safetensors file with weights, averaged weights and optimiser state, and one JSON
+file.
 
 The JSON file carries one digest over itself and the safetensors file it belongs to, and is written last; a checkpoint
 whose two files do not match, or of which a byte has changed, is refused.
@@ -70,7 +71,10 @@ class Checkpoint:
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         except (safetensors.SafetensorError, RuntimeError, KeyError) as error:
             raise UsageError.of(
-                f"checkpoint {path}", expected="this config's model", got=str(error).splitlines()[0], fix="use its config"
+                f"checkpoint {path}",
+                expected="this config's model",
+                got=str(error).splitlines()[0],
+                fix="use its config",
             ) from None
         return meta
 

@@ -229,7 +229,9 @@ def random_shift(x: Tensor, largest: int, generator: torch.Generator) -> Tensor:
     down, right = torch.randint(0, 2 * largest + 1, (2, len(x)), generator=generator)
     rows = (down[:, None] + torch.arange(height))[:, None, :, None]
     columns = (right[:, None] + torch.arange(width))[:, None, None, :]
-    return padded[torch.arange(len(x))[:, None, None, None], torch.arange(x.shape[1])[None, :, None, None], rows, columns]
+    return padded[
+        torch.arange(len(x))[:, None, None, None], torch.arange(x.shape[1])[None, :, None, None], rows, columns
+    ]
 
 
 def _key(seed: int, counter: int) -> int:

@@ -1,9 +1,9 @@
 """A training session: everything between a checked config and a saved model with its card.
 
-    FOLDER/config.json        the resolved config
-    FOLDER/checkpoint.*       after every epoch
-    FOLDER/history.csv        a row an epoch, and the plot history.png / history.svg
-    FOLDER/model.*            the trained model and its card
+FOLDER/config.json        the resolved config
+FOLDER/checkpoint.*       after every epoch
+FOLDER/history.csv        a row an epoch, and the plot history.png / history.svg
+FOLDER/model.*            the trained model and its card
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class TrainingSession:
 
     Args:
         command: what made it, for the card.
-        attack, validation_attack, evaluation_attack: built from the config's specs by the caller; None where there is none.
+        attack, validation_attack, evaluation_attack: built from the config's specs by the caller; None where there is
+        none.
     """
 
     config: TrainingConfig
@@ -89,11 +90,16 @@ class TrainingSession:
         try:
             earlier = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            raise UsageError.of(f"folder {folder}", expected="config.json of a run", got="none", fix="use --out") from None
+            raise UsageError.of(
+                f"folder {folder}", expected="config.json of a run", got="none", fix="use --out"
+            ) from None
         if earlier != content:
             changed = [key for key in content if earlier.get(key) != content[key]]
             raise UsageError.of(
-                f"folder {folder}", expected="the config it was made from", got=f"another {changed[0]}", fix="use that one"
+                f"folder {folder}",
+                expected="the config it was made from",
+                got=f"another {changed[0]}",
+                fix="use that one",
             )
         self.trainer.resume()
 

@@ -176,7 +176,9 @@ def test_another_seed_and_another_sample_id_give_another_start(case: Case, make)
     model, x = make("deq-fc")
     starts: list[Tensor] = []
     attack = case.attack(random_start=True, restarts=1)
-    attack.run = lambda model, x, y, targets, start, record: starts.append(start) or Proposal(start, start.sum((1, 2, 3)))
+    attack.run = lambda model, x, y, targets, start, record: (
+        starts.append(start) or Proposal(start, start.sum((1, 2, 3)))
+    )
     ids = torch.arange(5)
     attack(model, x, Y, seed=3, sample_ids=ids)
     attack(model, x, Y, seed=4, sample_ids=ids)
