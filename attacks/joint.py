@@ -83,6 +83,7 @@ class JointPGDConfig(ObjectiveConfig):
     warmup_steps: int = Field(20, ge=0, description="most evaluations of the cell before the first joint step")
     warmup_tolerance: float = Field(0.1, gt=0, description="relative residual at which the warm-up ends")
     failure_residual: float = Field(0.1, gt=0, description="final residual above which a sample falls back")
+    has_fallback: bool = Field(True, description="attack such samples again; training does without")
 
     @model_validator(mode="before")
     @classmethod
@@ -133,6 +134,8 @@ class JointPGD(Attack[JointPGDConfig]):
         result = self._ascend(model, x, objective, start, settings, _watcher(record))
         record.meter.count_steps(config.steps * len(x))
         diagnostics = {"perturbation_steps": float(result.num_moves.float().mean()) if len(x) else 0.0}
+        if not config.has_fallback:
+            return Proposal(result.variable, result.loss, result.z, result.mu, diagnostics)
         failed = ~(result.residual <= config.failure_residual)
         rungs = {
             "damped": replace(settings, damping_z=0.5, damping_mu=0.5, accelerator=None),

@@ -148,6 +148,17 @@ def test_diverging_and_nan_samples_do_not_touch_the_others(name: str) -> None:
         assert_same(solution.value[row], alone.value[0], 1e-8)
 
 
+def test_divergence_is_measured_by_the_first_residual_of_the_sample_itself() -> None:
+    # The first sample starts at its fixed point and leaves the batch; the second grows, but not by 1e6.
+    fn = rotation(1.1)
+    fn = Affine(fn.a.expand(2, -1, -1), fn.b.expand(2, -1))
+    z0 = torch.zeros_like(fn.b)
+    z0[0] = fn.fixed_point()[0]
+    solution = Solve(Picard(), rtol=1e-9, max_steps=30)(fn, z0)
+    assert solution.status.tolist() == [Status.CONVERGED, Status.MAX_STEPS]
+    assert solution.num_steps.tolist() == [1, 30]
+
+
 @every_solver
 @settings(max_examples=8)
 @given(rows=st.permutations(range(5)), kept=st.integers(1, 5))
