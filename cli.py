@@ -120,6 +120,8 @@ def models(pattern: str, is_json: bool) -> None:
                 "parameters": described.num_parameters,
                 "clean": None if card.clean_accuracy is None else round(card.clean_accuracy, 3),
                 "robust": None if card.robust_accuracy is None else round(card.robust_accuracy, 3),
+                "spectral_radius": None if card.spectral_radius is None else round(card.spectral_radius, 2),
+                "picard_steps": card.mean_solver_steps,
                 "robust_at": f"{card.evaluation['norm']} {card.evaluation['epsilon']:g}" if card.evaluation else None,
             }
         )

@@ -18,13 +18,14 @@ from dataclasses import replace
 from typing import Annotated
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from attacks.sequential import SequentialPGD, SequentialPGDConfig
 from robustbench_deq.attack import ATTACKS, Attack, ObjectiveConfig, Proposal, Recorder
 from robustbench_deq.configs import named_in
 from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.errors import UsageError
 from robustbench_deq.joint import (
     AugmentedMap,
     JointResult,
@@ -61,27 +62,35 @@ JIIO_2021 = {
 """The published settings for MNIST: `step_size` 0.6 falls to 0.2 after 5/8 of the steps; all variables start at 0."""
 
 
+def _without_jvp(name: str | None) -> str | None:
+    if name == "newton-krylov":
+        raise UsageError.of(
+            "accelerator", expected="a solver that needs no Jacobian-vector products", got=name, fix="use anderson"
+        )
+    return name
+
+
 class JointPGDConfig(ObjectiveConfig):
     """Settings of `joint-pgd`; `preset=jiio-2021` gives the published ones, and other keys override it."""
 
     preset: Preset = Field(Preset.DEFAULT, description="default or jiio-2021")
     steps: int = Field(24, ge=1, description="augmented iterations")
     inner_steps: int | None = Field(1, ge=1, description="iterations of (z, mu) per perturbation step; null adapts")
-    tracking: float = Field(0.5, gt=0, le=1, description="adaptive: residual fraction at which the perturbation moves")
+    max_lag: float = Field(4.0, gt=0, description="adaptive: perturbation steps the state may be behind")
     max_inner_steps: int = Field(20, ge=1, description="adaptive: most iterations per perturbation step")
     step_size: float = Field(1.0, gt=0, description="first step as a fraction of epsilon")
     schedule: Schedule = Field(Schedule.COSINE, description="cosine, constant or drop")
     momentum: float = Field(0.0, ge=0, lt=1, description="of the perturbation's direction")
     damping_z: float = Field(1.0, gt=0, le=1, description="damping of the state; 1 is none")
     damping_mu: float = Field(1.0, gt=0, le=1, description="damping of the adjoint; 1 is none")
-    accelerator: Annotated[str | None, named_in(SOLVERS)] = Field(
+    accelerator: Annotated[str | None, named_in(SOLVERS), AfterValidator(_without_jvp)] = Field(
         None, description="a solver for the inner iteration; null is the plain one"
     )
     history_size: int = Field(5, ge=1, description="history of the accelerator")
     mixing: Mixing = Field(Mixing.STATE, description="what the accelerator mixes: state or all")
     keep: Keep = Field(Keep.LOSS, description="which iterate is returned: loss, jiio or last")
     warmup_steps: int = Field(20, ge=0, description="most evaluations of the cell before the first joint step")
-    warmup_tolerance: float = Field(0.1, gt=0, description="relative residual at which the warm-up ends")
+    warmup_tolerance: float = Field(0.03, gt=0, description="relative residual at which the warm-up ends")
     failure_residual: float = Field(0.1, gt=0, description="final residual above which a sample falls back")
     has_fallback: bool = Field(True, description="attack such samples again; training does without")
 
@@ -101,7 +110,7 @@ class JointPGDConfig(ObjectiveConfig):
         return JointSettings(
             num_steps=self.steps,
             inner_steps=self.inner_steps,
-            tracking=self.tracking,
+            max_lag=self.max_lag,
             max_inner_steps=self.max_inner_steps,
             damping_z=self.damping_z,
             damping_mu=self.damping_mu,

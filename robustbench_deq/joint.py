@@ -156,8 +156,7 @@ class JointSettings:
     Args:
         num_steps: evaluations of the augmented map.
         inner_steps: k, iterations of (z, mu) per step of the variable; None chooses k per sample and step.
-        tracking: for the adaptive mode, the fraction of the residual left by the last step of the variable at which the
-            next one is taken.
+        max_lag: for the adaptive mode, how many steps of the variable the state may be behind its equilibrium.
         max_inner_steps: for the adaptive mode, the largest k.
         damping_z, damping_mu: in (0, 1]; 1 is the plain iteration.
         accelerator: a step-wise solver for the inner iteration; None is the plain (damped) one.
@@ -166,7 +165,7 @@ class JointSettings:
 
     num_steps: int
     inner_steps: int | None = 1
-    tracking: float = 0.5
+    max_lag: float = 4.0
     max_inner_steps: int = 20
     damping_z: float = 1.0
     damping_mu: float = 1.0
@@ -192,7 +191,7 @@ class JointResult(NamedTuple):
 
 
 Watcher = Callable[[int, Tensor, Tensor, Tensor], None]
-"""Called in each step with its number, the kept variable, its loss, and the residual of the state."""
+"""Called with the number of finished steps, the variable that would be returned, its loss, and the state's residual."""
 
 
 def ascend(
@@ -228,18 +227,22 @@ def ascend(
         absolute, residual = residual_norms(z, now.f)
         keeper.offer(step, variable, now.loss, residual, now.g, mu)
         if watch is not None:
-            watch(step + 1, *keeper.kept, residual)
+            watch(step, *keeper.kept, residual)
         moved = variable
         is_moving = None
         if may_move:
             progress = step / settings.num_steps
-            moved, velocity = ascent.step(variable, now.gradient, velocity, progress)
+            moved, next_velocity = ascent.step(variable, now.gradient, velocity, progress)
             if settings.inner_steps is None:
-                is_moving = pace.is_ready(absolute)
-                moved = torch.where(per_sample(is_moving, moved), moved, variable)
+                is_moving = pace.is_ready(absolute, ascent.schedule.factor(progress))
+                mask = per_sample(is_moving, moved)
+                moved = torch.where(mask, moved, variable)
+                if velocity is not None:
+                    next_velocity = torch.where(mask, next_velocity, velocity)
                 num_moves += is_moving
             else:
                 num_moves += 1
+            velocity = next_velocity
             u = None
         z, mu, mixed = mixer.mix(z, mu, variable, now, moved)
         variable = ascent.restrict(mixed) if settings.mixing is Mixing.ALL else mixed
@@ -250,7 +253,11 @@ def ascend(
     with torch.no_grad():
         f = CellMap(augmented.model.evaluate, augmented.inject(variable))(z)
         _, residual = residual_norms(z, f)
-        keeper.offer(settings.num_steps, variable, augmented.objective(augmented.model.head(f)), residual, mu, mu)
+        if settings.keep is not Keep.JIIO:  # the published rule compares joint residuals, and has no such look
+            loss = augmented.objective(augmented.model.head(f))
+            keeper.offer(settings.num_steps, variable, loss, residual, mu, mu)
+    if watch is not None:
+        watch(settings.num_steps, *keeper.kept, residual)
     return JointResult(*keeper.kept, f, mu, residual, num_moves)
 
 
@@ -289,20 +296,26 @@ class _Keeper:
 class _Pace:
     """When the adaptive mode lets a row's variable move.
 
-    A step of the variable leaves the state behind its equilibrium; the residual seen right after it measures by how
-    much. The next step waits until the inner iterations have brought that residual down to the fraction `tracking`.
+    A step of the variable leaves the state behind its equilibrium. The residual seen right after the first step, over that
+    step's length, tells how far one step throws the state off. From then on the variable waits until the residual is at
+    most what `max_lag` steps of the present length would leave: a fast cell is never held back (k = 1), a slow one gets
+    the inner iterations it needs.
     """
 
     def __init__(self, settings: JointSettings, rows: int, z: Tensor) -> None:
-        self.tracking, self.limit = settings.tracking, settings.max_inner_steps
-        self.start = torch.full((rows,), -1.0, device=z.device, dtype=z.dtype)
+        self.max_lag, self.limit = settings.max_lag, settings.max_inner_steps
+        self.per_length = torch.full((rows,), torch.nan, device=z.device, dtype=z.dtype)
         self.count = torch.zeros(rows, dtype=torch.int32, device=z.device)
+        self.last_length: float | None = None
 
-    def is_ready(self, residual: Tensor) -> Tensor:
-        self.start = torch.where(self.start < 0, residual, self.start)
+    def is_ready(self, residual: Tensor, length: float) -> Tensor:
+        """Rows that may move now, given the absolute residuals `(rows,)` and the length of the step to come."""
+        if self.last_length is None:  # nothing has moved yet
+            self.last_length = length
+            return torch.ones_like(residual, dtype=torch.bool)
+        self.per_length = torch.where(torch.isnan(self.per_length), residual / self.last_length, self.per_length)
         self.count += 1
-        ready = (residual <= self.tracking * self.start) | (self.count >= self.limit)
-        self.start = torch.where(ready, -1.0, self.start)
+        ready = (residual <= self.max_lag * self.per_length * length) | (self.count >= self.limit)
         self.count = torch.where(ready, 0, self.count)
         return ready
 
