@@ -337,7 +337,11 @@ def train(
     place = contextlib.nullcontext(resume) if resume else output_folder(out or Path("results/runs") / parsed.name)
     with place as folder, _bar(parsed.name, session.num_batches, "loss {:.4f}") as advance:
         session.prepare(folder, is_resumed=resume is not None)
-        described = session.run(lambda done, loss: advance(done, loss))
+        try:
+            described = session.run(lambda done, loss: advance(done, loss))
+        except KeyboardInterrupt:
+            done = len(session.trainer.history)
+            raise RunError(f"interrupted after epoch {done}; continue with --resume {folder}") from None
     card = described.card
     click.echo(f"{described.name}  saved in {folder}")
     click.echo(f"clean accuracy    {card.clean_accuracy:.1%} on {card.test_samples} test images")

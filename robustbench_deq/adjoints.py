@@ -129,25 +129,24 @@ class Implicit(Adjoint):
         return _AttachAdjoint.apply(f, adjoint_of)
 
 
-def neumann(terms: int) -> Implicit:
-    """`terms` terms of the Neumann series: `terms - 1` Picard steps of the adjoint equation from `mu = v`."""
-    return Implicit(_FixedSteps(terms))
+@dataclass(frozen=True)
+class Neumann(Adjoint):
+    """`num_terms` terms of the Neumann series: `num_terms - 1` Picard steps of the adjoint equation from `mu = v`."""
 
+    num_terms: int = 10
 
-class _FixedSteps:
-    """A stand-in for `Solve` that takes a fixed number of Picard steps and does not look at the residual."""
+    def attach(self, model: EquilibriumModel, z: Tensor, u: Tensor, trace: AdjointTrace) -> Tensor:
+        leaf = z.detach().requires_grad_()
+        f = model.evaluate(leaf, u)
 
-    def __init__(self, terms: int) -> None:
-        self.terms = terms
+        def adjoint_of(v: Tensor) -> Tensor:
+            step, mu = AdjointMap(model, leaf, u, v, graph=(f, leaf)), v
+            for _ in range(self.num_terms - 1):
+                mu = step(mu)
+            trace.mu = mu
+            return mu
 
-    def __call__(self, fn: FixedPointMap, z0: Tensor) -> Solution:
-        z = z0
-        for _ in range(self.terms - 1):
-            z = fn(z)
-        batch = len(z0)
-        zeros = torch.zeros(batch, dtype=torch.int8, device=z.device)
-        steps = torch.full((batch,), self.terms - 1, dtype=torch.int32, device=z.device)
-        return Solution(z, zeros, z.new_full((batch,), torch.nan), steps)
+        return _AttachAdjoint.apply(f, adjoint_of)
 
 
 @dataclass(frozen=True)
@@ -191,7 +190,7 @@ class Unrolled(Adjoint):
 ADJOINTS: Registry[Callable[[Solve], Adjoint]] = Registry("adjoint")
 """Names to functions of the adjoint's own `Solve`, which only the implicit kind uses."""
 ADJOINTS.register("implicit")(Implicit)
-ADJOINTS.register("neumann")(lambda backward: neumann(terms=10))
+ADJOINTS.register("neumann")(lambda backward: Neumann())
 ADJOINTS.register("phantom")(lambda backward: Phantom())
 ADJOINTS.register("jacobian-free")(lambda backward: jacobian_free())
 ADJOINTS.register("unrolled")(lambda backward: Unrolled())

@@ -220,7 +220,7 @@ class Attack(abc.ABC, Generic[A]):
             x_adv=(x + delta).clamp_(0.0, 1.0),
             delta=delta,
             is_failed=is_failed,
-            cost=meter.cost(len(x)),
+            cost=meter.cost(max(len(x), 1)),
             snapshots=tuple(record.snapshots),
             residuals=tuple(float(value) for value in record.residuals),
             proposal=replace(proposal, diagnostics=diagnostics),

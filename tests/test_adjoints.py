@@ -113,7 +113,7 @@ def test_neumann_is_the_partial_sum(terms: int, make_model, make_images) -> None
     model, x = make_model("test-linear"), make_images(2)
     a, u, v = linear_pieces(model, x)
     mu = sum(v @ torch.linalg.matrix_power(a, i) for i in range(terms))
-    torch.testing.assert_close(weighted_gradient(model, x, neumann(terms)), mu @ u)
+    torch.testing.assert_close(weighted_gradient(model, x, Neumann(terms)), mu @ u)
 
 
 @pytest.mark.parametrize(("steps", "damping"), [(1, 1.0), (1, 0.5), (4, 0.5), (5, 1.0)])

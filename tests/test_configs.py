@@ -103,7 +103,6 @@ def test_malformed_assignment_is_refused(text: str) -> None:
         parse_assignments((text,))
 
 
-@pytest.mark.xfail(raises=TypeError, reason="configs.parse_assignments walks into a value as if it were a mapping")
 def test_key_that_is_a_value_and_a_mapping_is_refused() -> None:
     with pytest.raises(UsageError):
         parse_assignments(("inner=3", "inner.solver=picard"))

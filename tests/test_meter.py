@@ -126,7 +126,6 @@ def test_meters_nest(make_model, make_images) -> None:
     assert outer.cost(2).solver_steps == 5 + 9 + 1
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="Meter.count_steps does not tell the outer meter, count_solve does")
 def test_steps_that_are_no_solve_reach_the_outer_meter(make_model) -> None:
     model = make_model("test-linear")
     with Meter(model) as outer, Meter(model) as inner:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from robustbench_deq.configs import Config
 from robustbench_deq.equilibrium import EquilibriumModel
@@ -15,7 +15,7 @@ from robustbench_deq.registry import Registry
 class ModelConfig(Config):
     """Shape of the data and its normalisation, which lives inside the model."""
 
-    input_shape: tuple[int, int, int] = Field(description="channels, height, width")
+    input_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(description="channels, height, width")
     num_classes: int = Field(10, ge=2, description="number of classes")
     pixel_mean: float = Field(0.0, description="subtracted from every pixel")
     pixel_std: float = Field(1.0, gt=0, description="divides every pixel")

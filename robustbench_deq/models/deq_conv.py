@@ -15,7 +15,7 @@ near one into the Jacobian, and the solves of the untrained cell then take more 
 from __future__ import annotations
 
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from robustbench_deq.equilibrium import EquilibriumModel
@@ -25,8 +25,14 @@ from robustbench_deq.models.base import ModelConfig, add_family
 class DEQConvConfig(ModelConfig):
     channels: int = Field(48, ge=2, description="channels of the state and inside the cell; even")
     groups: int = Field(8, ge=1, description="groups of the group norms; divides channels and half of them")
-    strides: tuple[int, int] = Field((2, 2), description="strides of the injection's two convolutions")
+    strides: tuple[PositiveInt, PositiveInt] = Field((2, 2), description="strides of the injection's two convolutions")
     init_scale: float = Field(0.5, gt=0, description="factor on the default initialisation of the cell's convolutions")
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> DEQConvConfig:
+        if self.channels % 2 or (self.channels // 2) % self.groups:
+            raise ValueError(f"channels ({self.channels}) that are a multiple of 2 * groups ({2 * self.groups})")
+        return self
 
 
 @add_family("deq-conv", DEQConvConfig)

@@ -84,6 +84,10 @@ class Trainer:
         self.num_batches = max(1, len(train) // config.batch_size)
         self.step = 0
 
+    @property
+    def has_checkpoint(self) -> bool:
+        return self.checkpoint is not None and self.checkpoint.meta_path.exists()
+
     def resume(self) -> int:
         """Load the last checkpoint and return the number of finished epochs."""
         meta = self.checkpoint.load(self.model, self.average, self.optimizer)

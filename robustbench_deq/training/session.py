@@ -69,7 +69,7 @@ class TrainingSession:
         """Write the config to `folder`, or load the checkpoint that lies there.
 
         Raises:
-            UsageError: when a resumed folder was made from another config, or holds no checkpoint.
+            UsageError: when a resumed folder is not one of `train`, or was made from another config.
         """
         self.folder = folder
         validation = load(self.config.data, SplitName.VALIDATION, self.config.validation.limit)
@@ -101,7 +101,8 @@ class TrainingSession:
                 got=f"another {changed[0]}",
                 fix="use that one",
             )
-        self.trainer.resume()
+        if self.trainer.has_checkpoint:  # a run that was interrupted in its first epoch has none
+            self.trainer.resume()
 
     def run(self, progress: Callable[[int, float], None] | None = None) -> ModelDescription:
         """Train, evaluate on the test split, save. `progress` gets (batches done, running loss)."""
