@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,6 +46,8 @@ class Commands(click.Group):
     """A group that turns every failure into one line and an exit code."""
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        # torch's own forward-mode code still calls what torch deprecates; users can do nothing about it.
+        warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=FutureWarning)
         try:
             return super().main(*args, standalone_mode=False, **kwargs)
         except (UsageError, click.UsageError) as error:

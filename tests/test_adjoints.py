@@ -13,10 +13,10 @@ from robustbench_deq.adjoints import (
     AdjointMap,
     AdjointTrace,
     Implicit,
+    Neumann,
     Phantom,
     Unrolled,
     jacobian_free,
-    neumann,
 )
 from robustbench_deq.models import FAMILIES
 from robustbench_deq.solvers import SOLVERS, Anderson, NewtonKrylov, Picard, Solve, Status

@@ -64,7 +64,9 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv(cli.DEBUG_VARIABLE, raising=False)
 
 
-def write_npz(path: Path, shape: tuple[int, ...] = (12, 1, 8, 8), spoil: Callable[[np.ndarray], Any] | None = None) -> str:
+def write_npz(
+    path: Path, shape: tuple[int, ...] = (12, 1, 8, 8), spoil: Callable[[np.ndarray], Any] | None = None
+) -> str:
     images = np.random.default_rng(0).random(shape, dtype=np.float32)
     images = images if spoil is None else spoil(images)
     np.savez(path, images=images, labels=np.arange(shape[0]) % 3)
@@ -130,7 +132,19 @@ def is_number(value: object) -> bool:
 def test_json_is_one_object_with_all_fields(name: str) -> None:
     norm = "linf" if name == "torchattacks-pgd" else "l2"
     steps = () if "steps" not in ATTACKS.get(name).config_type.model_fields else ("--steps", "3")
-    args = ("attack", "test-linear.tiny", "--attack", name, "--norm", norm, "--epsilon", "8/255", "--limit", "8", *steps)
+    args = (
+        "attack",
+        "test-linear.tiny",
+        "--attack",
+        name,
+        "--norm",
+        norm,
+        "--epsilon",
+        "8/255",
+        "--limit",
+        "8",
+        *steps,
+    )
     result = invoke(*args, "--json")
     assert result.exit_code == 0, result.output
     assert result.stderr == ""

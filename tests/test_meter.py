@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustbench_deq.adjoints import ADJOINTS, Implicit, Phantom, Unrolled, neumann
+from robustbench_deq.adjoints import ADJOINTS, Implicit, Neumann, Phantom, Unrolled
 from robustbench_deq.meter import Meter
 from robustbench_deq.solvers import CellMap, NewtonKrylov, Picard, Solve
 
@@ -40,7 +40,7 @@ def test_implicit_gradient_costs_both_solves_and_one_more_each(
 
 @pytest.mark.parametrize(
     ("adjoint", "evals", "vjps"),
-    [(neumann(4), 7 + 1, 3 + 1), (Phantom(5), 7 + 5, 5), (ADJOINTS.get("jacobian-free")(fixed(1)), 7 + 1, 1)],
+    [(Neumann(4), 7 + 1, 3 + 1), (Phantom(5), 7 + 5, 5), (ADJOINTS.get("jacobian-free")(fixed(1)), 7 + 1, 1)],
 )
 def test_other_adjoints_cost_what_they_say(adjoint, evals: int, vjps: int, make_model, make_images) -> None:
     model, x = make_model("test-linear"), make_images(2)

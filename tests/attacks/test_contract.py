@@ -298,6 +298,9 @@ def test_gradients_by_the_images_and_no_grad_do_not_matter(case: Case, make) -> 
     leaf = x.clone().requires_grad_()
     assert torch.equal(attack(model, leaf, Y).x_adv, plain)
     assert leaf.grad is None
+    with torch.no_grad():
+        assert torch.equal(attack(model, x, Y).x_adv, plain)
+        assert not torch.is_grad_enabled()
 
 
 # ---------------------------------------------------------------- cost
@@ -354,7 +357,7 @@ def test_no_snapshots_unless_asked_for(name: str, make) -> None:
     case = next(case for case in CASES if case.name == name)
     plain, followed = case.attack()(model, x, Y), case.attack()(model, x, Y, num_snapshots=2)
     assert plain.snapshots == () and plain.residuals == ()
-    assert 1 <= len(followed.snapshots) <= 2
+    assert 1 <= len(followed.snapshots) <= 2 * case.attack().config.restarts
     assert torch.equal(plain.x_adv, followed.x_adv)
     assert (plain.cost.cell_evals, plain.cost.cell_vjps) == (followed.cost.cell_evals, followed.cost.cell_vjps)
 
@@ -385,10 +388,11 @@ def test_targeted_runs_lower_the_loss_of_the_target(case: Case, family: str, mak
     targets = (Y + 1) % 3
     aimed = case.attack(steps=20)(model, x, Y, targets=targets).x_adv
     blind = case.attack(steps=20)(model, x, Y).x_adv
-    found = loss_of(model, aimed, targets)
-    assert bool((found <= loss_of(model, blind, targets) + 1e-6).all())
-    assert float(found.mean()) < float(loss_of(model, blind, targets).mean())
-    if case.name not in GRADIENT_FREE:
+    found, unaimed = loss_of(model, aimed, targets), loss_of(model, blind, targets)
+    assert float(found.mean()) < float(unaimed.mean())
+    if case.name in GRADIENT_FREE:  # the same draws, of which it picks the best
+        assert bool((found <= unaimed + 1e-6).all())
+    else:
         assert bool((found < loss_of(model, x, targets)).all())
 
 
@@ -412,9 +416,11 @@ def test_restarts_keep_the_highest_loss(case: Case, family: str, make) -> None:
 @every_family
 @pytest.mark.parametrize("case", WITH_RESTARTS, ids=lambda case: f"{case.name}-{case.norm.value}")
 def test_restarts_never_lower_the_loss(case: Case, family: str, make) -> None:
+    """The attack's own estimates choose; a state that has nearly settled makes them good to a hundredth."""
     model, x = make(family)
-    once, often = (case.attack(restarts=restarts, steps=20)(model, x, Y, seed=5) for restarts in (1, 4))
-    assert bool((loss_of(model, often.x_adv, Y) >= loss_of(model, once.x_adv, Y) - 1e-3).all())
+    settings = {"steps": 40, "failure_residual": 1e-3, "tolerance": 1e-5}
+    once, often = (case.attack(restarts=restarts, **settings)(model, x, Y, seed=5) for restarts in (1, 4))
+    assert bool((loss_of(model, often.x_adv, Y) >= 0.99 * loss_of(model, once.x_adv, Y)).all())
 
 
 def test_a_restart_with_a_loss_of_nan_never_wins(make) -> None:

@@ -8,8 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from attacks import JointPGD, JointPGDConfig, Noise, NoiseConfig, SequentialPGD, SequentialPGDConfig
-from attacks import TorchattacksConfig, TorchattacksPGDL2
+from attacks import (
+    JointPGD,
+    JointPGDConfig,
+    Noise,
+    NoiseConfig,
+    SequentialPGD,
+    SequentialPGDConfig,
+    TorchattacksConfig,
+    TorchattacksPGDL2,
+)
 from robustbench_deq.attack import Attack, Proposal, Recorder
 from robustbench_deq.bench.evaluate import Evaluation, evaluate
 from robustbench_deq.bench.judge import judge
@@ -57,8 +65,10 @@ def check_rows_agree_with_record(found: Evaluation) -> None:
     assert record.num_failed == int(rows["is_failed"].sum())
     assert record.max_perturbation == pytest.approx(rows["perturbation"].max())
     finite = rows["adversarial_loss"].dropna()
-    assert record.adversarial_loss == pytest.approx(finite.mean(), rel=1e-5) if len(finite) else (
-        record.adversarial_loss is None
+    assert (
+        record.adversarial_loss == pytest.approx(finite.mean(), rel=1e-5)
+        if len(finite)
+        else (record.adversarial_loss is None)
     )
     should = rows["is_clean_correct"] & rows["is_converged"] & ~rows["is_failed"]
     should &= rows["adversarial_prediction"] == rows["label"]
