@@ -350,7 +350,8 @@ def train(
     click.echo(f"clean accuracy    {card.clean_accuracy:.1%} on {card.test_samples} test images")
     if card.robust_accuracy is not None:
         low, high = card.robust_accuracy_ci
-        click.echo(f"robust accuracy   {card.robust_accuracy:.1%}  [{low:.1%}, {high:.1%}]  {card.evaluation}")
+        at = f"{card.evaluation['norm']} {card.evaluation['epsilon']:g}, {card.evaluation['attack']}"
+        click.echo(f"robust accuracy   {card.robust_accuracy:.1%}  [{low:.1%}, {high:.1%}]  {at}")
 
 
 @main.command()

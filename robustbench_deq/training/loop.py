@@ -102,7 +102,7 @@ class Trainer:
             RunError: when the loss leaves the finite numbers; the last checkpoint stays.
         """
         began = time.perf_counter() - (self.history[-1].total_seconds if self.history else 0.0)
-        for epoch in range(len(self.history), self.config.epochs):
+        for epoch in range(len(self.history), self.config.stop_after or self.config.epochs):
             start = time.perf_counter()
             loss, accuracy, failures = self._epoch(epoch, progress)
             seconds = time.perf_counter() - start

@@ -25,7 +25,7 @@ from robustbench_deq.data import DATASETS, Split, SplitName, load
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import replacing, write_json
-from robustbench_deq.models import FAMILIES, Card, ModelDescription, save_model
+from robustbench_deq.models import FAMILIES, Card, ModelDescription, load_model, save_model
 from robustbench_deq.models.diagnostics import picard_solution, spectral_radius
 from robustbench_deq.report.history import plot_history
 from robustbench_deq.training.config import TrainingConfig
@@ -56,7 +56,9 @@ class TrainingSession:
         self.num_batches = self.config.epochs * max(1, len(self._train) // self.config.batch_size)
 
     def build_model(self) -> EquilibriumModel:
-        """The untrained model, from the config's seed."""
+        """The model to be trained: from the config's seed, or the one it names as `initial`."""
+        if self.config.initial is not None:
+            return load_model(self.config.initial)
         spec = self.config.model
         family = FAMILIES.get(spec.family)
         shape: dict[str, object] = {"input_shape": tuple(self._train.x.shape[1:])}

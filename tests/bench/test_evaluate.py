@@ -99,8 +99,9 @@ def test_json_of_the_record_holds_the_promised_fields(setup) -> None:
     model, data = setup()
     found = to_json(evaluate(model, joint(), data, num_snapshots=3).record)
     promised = {
-        "schema_version", "model", "attack", "threat", "data", "clean_accuracy", "robust_accuracy", "robust_accuracy_ci",
-        "adversarial_loss", "num_unconverged", "num_failed", "max_perturbation", "cost", "curve", "seed", "environment",
+        "schema_version", "model", "attack", "threat", "data", "clean_accuracy", "robust_accuracy",
+        "robust_accuracy_ci", "adversarial_loss", "num_unconverged", "num_failed", "max_perturbation", "cost", "curve",
+        "seed", "environment",
     }  # fmt: skip
     assert promised <= found.keys()
     costs = {"cell_evals", "cell_vjps", "solver_steps", "wall_seconds", "peak_memory_mb"}
