@@ -19,7 +19,7 @@ from robustbench_deq.models import load_model
 from robustbench_deq.threats import Norm, Threat
 
 MODEL = "deq-conv.fashion-joint-l2"
-COUNTS = (20, 80, 320)
+COUNTS = (20, 80, 160)
 
 
 def measure(steps: int, attack: str) -> float:

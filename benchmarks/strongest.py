@@ -25,12 +25,12 @@ def ensemble(threat: Threat) -> dict[str, Attack]:
         "joint-100": make_attack("joint-pgd", threat, steps=100),
         "joint-100 margin": make_attack("joint-pgd", threat, steps=100, objective="margin"),
         "joint-100 dlr": make_attack("joint-pgd", threat, steps=100, objective="dlr"),
-        "joint-100 margin, 2 random starts": make_attack(
-            "joint-pgd", threat, steps=100, objective="margin", random_start=True, restarts=2
+        "joint-100 margin, random start": make_attack(
+            "joint-pgd", threat, steps=100, objective="margin", random_start=True
         ),
-        "PGD-40 tight": make_attack("pgd", threat, steps=40, tolerance=1e-3, schedule="cosine", step_size=1.0),
-        "PGD-40 margin tight": make_attack(
-            "pgd", threat, steps=40, tolerance=1e-3, schedule="cosine", step_size=1.0, objective="margin"
+        "PGD-20 tight": make_attack("pgd", threat, steps=20, tolerance=1e-3, schedule="cosine", step_size=1.0),
+        "PGD-20 margin tight": make_attack(
+            "pgd", threat, steps=20, tolerance=1e-3, schedule="cosine", step_size=1.0, objective="margin"
         ),
         "PGD-20 phantom": make_attack("pgd", threat, steps=20, tolerance=1e-3, adjoint="phantom"),
     }

@@ -30,7 +30,7 @@ CONFIG = Path("configs/training/fashion-deq-conv-joint-l2.yaml")
 
 
 @click.command()
-@click.option("--batches", default=8, show_default=True, help="batches a round")
+@click.option("--batches", default=3, show_default=True, help="batches a round")
 @click.option("--repeats", default=3, show_default=True)
 def main(batches: int, repeats: int) -> None:
     joint = validate(TrainingConfig, read_yaml(CONFIG), str(CONFIG))
