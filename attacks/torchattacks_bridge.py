@@ -9,6 +9,7 @@ Source: Kim, "Torchattacks: a PyTorch repository for adversarial attacks", arXiv
 
 from __future__ import annotations
 
+import torch
 import torchattacks
 from pydantic import Field
 from torch import Tensor
@@ -57,6 +58,8 @@ class _TorchattacksPGD(Attack[TorchattacksConfig]):
     ) -> Proposal:
         config, epsilon = self.config, self.threat.epsilon
         record.plan(config.steps)
+        if epsilon == 0.0:  # the library would divide zero by zero
+            return Proposal(torch.zeros_like(x), x.new_full((len(x),), -torch.inf))
         library = self.library_type(
             model, eps=epsilon, alpha=config.step_size * epsilon, steps=config.steps, random_start=False
         )

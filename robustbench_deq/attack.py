@@ -193,15 +193,15 @@ class Attack(abc.ABC, Generic[A]):
         Raises:
             UsageError: for images or labels that do not fit the model.
         """
+        x = x.detach()
         model.check_images(x)
         check_labels(y, len(x), model.num_classes)
         if targets is not None:
             check_labels(targets, len(x), model.num_classes)
         sample_ids = torch.arange(len(x)) if sample_ids is None else sample_ids
-        x = x.detach()
         best: tuple[Tensor, Tensor] | None = None
         diagnostics: dict[str, float] = {}
-        with frozen(model), Meter(model) as meter:
+        with torch.enable_grad(), frozen(model), Meter(model) as meter:
             record = Recorder(meter, self.threat, x, num_snapshots)
             for restart in range(self.config.restarts):
                 start = torch.zeros_like(x)
@@ -214,13 +214,14 @@ class Attack(abc.ABC, Generic[A]):
                     diagnostics[key] = diagnostics.get(key, 0.0) + value
                 last = record.snapshots[-1].step - record._offset if record.snapshots else 0
                 record.next_restart(best, last)
-            is_failed = ~torch.isfinite(best[0].detach().flatten(1)).all(1)
-            delta = self.threat.project(torch.nan_to_num(best[0].detach()), x)
+            delta = best[0].detach()
+            is_failed = ~torch.isfinite(delta.flatten(1)).all(1)
+            delta = self.threat.project(delta.masked_fill(per_sample(is_failed, delta), 0.0), x)
         return AttackResult(
             x_adv=(x + delta).clamp_(0.0, 1.0),
             delta=delta,
             is_failed=is_failed,
-            cost=meter.cost(max(len(x), 1)),
+            cost=meter.cost(len(x)),
             snapshots=tuple(record.snapshots),
             residuals=tuple(float(value) for value in record.residuals),
             proposal=replace(proposal, diagnostics=diagnostics),

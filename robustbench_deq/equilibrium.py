@@ -108,9 +108,11 @@ class EquilibriumModel(nn.Module, abc.ABC):
                 got=f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}",
                 fix="reshape the data or choose a model of its shape",
             )
-        if x.numel() and not bool(torch.isfinite(x).all()):
+        if len(x) == 0:
+            raise UsageError.of("images", expected="at least one image", got="an empty batch", fix="pass some data")
+        if not bool(torch.isfinite(x).all()):
             raise UsageError.of("images", expected="finite pixels", got="NaN or infinity", fix="clean the data")
-        if x.numel() and (float(x.min()) < 0.0 or float(x.max()) > 1.0):
+        if float(x.min()) < 0.0 or float(x.max()) > 1.0:
             raise UsageError.of(
                 "images",
                 expected="pixels in [0, 1]",

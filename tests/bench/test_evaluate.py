@@ -267,9 +267,10 @@ def test_curve_of_restarts_does_not_rise_between_them(setup) -> None:
 
 def test_residuals_fall_along_a_cold_solve(setup) -> None:
     model, data = setup()
-    record = evaluate(model, joint(steps=30, step_size=1e-6), data, num_snapshots=1).record
-    assert len(record.residuals) == 30
-    assert record.residuals[-1] < 1e-3 < record.residuals[0]
+    record = evaluate(model, joint(steps=30, step_size=1e-6, warmup_steps=0), data, num_snapshots=1).record
+    assert len(record.residuals) == 30 + 1  # before every step and after the last
+    assert record.residuals == sorted(record.residuals, reverse=True)
+    assert record.residuals[-1] < 1e-3 and record.residuals[0] == pytest.approx(1, abs=1e-3)
     assert evaluate(model, joint(), data).record.residuals == []
 
 
