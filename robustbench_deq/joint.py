@@ -298,8 +298,8 @@ class _Pace:
 
     A step of the variable leaves the state behind its equilibrium. The residual seen right after the first step, over
     that step's length, tells how far one step throws the state off. From then on the variable waits until the residual
-    is at most what `max_lag` steps of the present length would leave: a fast cell is never held back (k = 1), a slow one
-    gets the inner iterations it needs.
+    is at most what `max_lag` steps of the present length would leave: a fast cell is never held back (k = 1), a slow
+    one gets the inner iterations it needs.
     """
 
     def __init__(self, settings: JointSettings, rows: int, z: Tensor) -> None:
