@@ -74,7 +74,7 @@ class JointPGDConfig(ObjectiveConfig):
     """Settings of `joint-pgd`; `preset=jiio-2021` gives the published ones, and other keys override it."""
 
     preset: Preset = Field(Preset.DEFAULT, description="default or jiio-2021")
-    steps: int = Field(24, ge=1, description="augmented iterations")
+    steps: int = Field(40, ge=1, description="augmented iterations")
     inner_steps: int | None = Field(1, ge=1, description="iterations of (z, mu) per perturbation step; null adapts")
     max_lag: float = Field(4.0, gt=0, description="adaptive: perturbation steps the state may be behind")
     max_inner_steps: int = Field(20, ge=1, description="adaptive: most iterations per perturbation step")

@@ -246,6 +246,17 @@ def test_adaptive_pace_holds_back_slow_cells_and_never_fast_ones(make_model, mak
     assert torch.equal(final[0.3][None].variable, final[0.3][1].variable)
 
 
+@pytest.mark.parametrize("warmup_tolerance", [0.03, 1e-3, 1e-9])
+def test_adaptive_pace_is_not_held_back_by_a_well_settled_start(
+    warmup_tolerance: float, make_model, make_images
+) -> None:
+    """The adjoint starts at zero, so the first step is none: the residual after it says nothing about a step."""
+    config = JointPGDConfig(steps=60, inner_steps=None, warmup_steps=100, warmup_tolerance=warmup_tolerance)
+    model = make_model("test-linear", contraction=0.3)
+    result = JointPGD(Threat(Norm.L2, 0.3), config)(model, make_images(4), LABELS)
+    assert result.proposal.diagnostics["perturbation_steps"] >= 50
+
+
 # ---------------------------------------------------------------- steps of the variable
 
 
