@@ -7,6 +7,7 @@ and an error is one line.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import shlex
@@ -50,6 +51,9 @@ class Commands(click.Group):
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=FutureWarning)
         try:
             return super().main(*args, standalone_mode=False, **kwargs)
+        except getattr(click.exceptions, "NoArgsIsHelpError", ()) as error:
+            click.echo(error.format_message(), err=True)
+            sys.exit(2)
         except (UsageError, click.UsageError) as error:
             _fail(2, str(error) if isinstance(error, UsageError) else error.format_message())
         except (KeyboardInterrupt, click.Abort):
@@ -70,8 +74,15 @@ def _fail(code: int, message: str) -> None:
     sys.exit(code)
 
 
+def _version() -> str:
+    try:
+        return importlib.metadata.version("robustbench-deq")
+    except importlib.metadata.PackageNotFoundError:
+        return "of a checkout that is not installed"
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="robustbench-deq")
+@click.version_option(_version(), prog_name="robustbench-deq")
 def main() -> None:
     """Adversarial robustness of deep equilibrium models: attack, train, report."""
 
@@ -143,7 +154,8 @@ def list_attacks(is_json: bool) -> None:
         fields = kind.config_type.model_fields
         if is_json:
             schema = kind.config_type.model_json_schema()
-            rows.append({"name": name, "summary": kind.summary, "settings": schema["properties"]})
+            row = {"name": name, "summary": kind.summary, "settings": schema["properties"]}
+            rows.append(row | ({"$defs": schema["$defs"]} if "$defs" in schema else {}))
         else:
             rows.append({"name": name, "summary": kind.summary, "settings": len(fields)})
     _listing(rows, "attacks", is_json)

@@ -140,10 +140,11 @@ class JointPGD(Attack[JointPGDConfig]):
         objective = config.bind(y, targets)
         settings = config.settings()
         record.plan(config.steps)
-        result = self._ascend(model, x, objective, start, settings, _watcher(record))
+        result = self._ascend(model, x, objective, start, settings, _watcher(record, config.steps))
         record.meter.count_steps(config.steps * len(x))
         diagnostics = {"perturbation_steps": float(result.num_moves.float().mean()) if len(x) else 0.0}
         if not config.has_fallback:
+            record(config.steps, result.variable, result.loss)
             return Proposal(result.variable, result.loss, result.z, result.mu, diagnostics)
         failed = ~(result.residual <= config.failure_residual)
         rungs = {
@@ -167,6 +168,7 @@ class JointPGD(Attack[JointPGDConfig]):
             picked = None if targets is None else targets[index]
             last = full.run(model, x[index], y[index], picked, start[index], _silent(record))
             delta, loss = delta.index_copy(0, index, last.delta), loss.index_copy(0, index, last.loss)
+        record(config.steps, delta, loss)
         return Proposal(delta, loss, result.z, result.mu, diagnostics)
 
     def _ascend(
@@ -197,10 +199,13 @@ def _replace_rows(result: JointResult, index: Tensor, part: JointResult) -> Join
     return JointResult(*(whole.index_copy(0, index, rows) for whole, rows in zip(result, part, strict=True)))
 
 
-def _watcher(record: Recorder) -> Watcher:
+def _watcher(record: Recorder, num_steps: int) -> Watcher:
+    """Hands every step but the last to the recorder; the ladder may still change what that one returns."""
+
     def watch(step: int, delta: Tensor, loss: Tensor, residual: Tensor) -> None:
         record.follow(residual)
-        record(step, delta, loss)
+        if step < num_steps:
+            record(step, delta, loss)
 
     return watch
 

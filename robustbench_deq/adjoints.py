@@ -56,7 +56,9 @@ class AdjointMap(FixedPointMap):
 
     def transpose(self, mu: Tensor) -> Tensor:
         """`J^T mu`."""
-        return torch.autograd.grad(self.f, self.leaf, mu, retain_graph=True)[0]
+        if not self.f.requires_grad:  # a cell may ignore its state
+            return torch.zeros_like(mu)
+        return torch.autograd.grad(self.f, self.leaf, mu, retain_graph=True, materialize_grads=True)[0]
 
     def __call__(self, mu: Tensor) -> Tensor:
         return self.transpose(mu) + self.v

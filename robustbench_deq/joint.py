@@ -79,7 +79,10 @@ class AugmentedMap:
         f = self.model.evaluate(z, u)
         loss = self.objective(self.model.head(z))
         inputs = [z] if variable is None else [z, variable]
-        g, *rest = torch.autograd.grad([f, loss], inputs, [mu, torch.ones_like(loss)])
+        outputs, seeds = [loss], [torch.ones_like(loss)]
+        if f.requires_grad:  # a cell may ignore its state
+            outputs, seeds = [f, loss], [mu, *seeds]
+        g, *rest = torch.autograd.grad(outputs, inputs, seeds, materialize_grads=True)
         return Evaluation(f.detach(), g, rest[0] if rest else None, loss.detach())
 
 
@@ -237,6 +240,7 @@ def ascend(
                 is_moving = pace.is_ready(absolute, ascent.schedule.factor(progress))
                 mask = per_sample(is_moving, moved)
                 moved = torch.where(mask, moved, variable)
+                pace.note(moved - variable)
                 if velocity is not None:
                     next_velocity = torch.where(mask, next_velocity, velocity)
                 num_moves += is_moving
@@ -306,18 +310,23 @@ class _Pace:
         self.max_lag, self.limit = settings.max_lag, settings.max_inner_steps
         self.per_length = torch.full((rows,), torch.nan, device=z.device, dtype=z.dtype)
         self.count = torch.zeros(rows, dtype=torch.int32, device=z.device)
-        self.last_length: float | None = None
+        self.has_moved = torch.zeros(rows, dtype=torch.bool, device=z.device)
+        self.last_length = 1.0
 
     def is_ready(self, residual: Tensor, length: float) -> Tensor:
         """Rows that may move now, given the absolute residuals `(rows,)` and the length of the step to come."""
-        if self.last_length is None:  # nothing has moved yet
-            self.last_length = length
-            return torch.ones_like(residual, dtype=torch.bool)
-        self.per_length = torch.where(torch.isnan(self.per_length), residual / self.last_length, self.per_length)
+        fresh = residual / self.last_length
+        self.per_length = torch.where(self.has_moved & torch.isnan(self.per_length), fresh, self.per_length)
         self.count += 1
         ready = (residual <= self.max_lag * self.per_length * length) | (self.count >= self.limit)
+        ready = ready | torch.isnan(self.per_length)  # nothing has moved yet: mu starts at 0, and so does the gradient
         self.count = torch.where(ready, 0, self.count)
+        self.last_length = length
         return ready
+
+    def note(self, displacement: Tensor) -> None:
+        """Tell how far the rows `(rows, ...)` have just moved."""
+        self.has_moved = self.has_moved | (displacement.flatten(1) != 0).any(1)
 
 
 class _Mixer:

@@ -80,7 +80,7 @@ def evaluate(
     """
     device = device or torch.device("cpu")
     model = model.to(device).eval()
-    model.check_images(data.x[:1])
+    model.check_images(data.x)
     check_labels(data.y, len(data), model.num_classes)
     batches: list[_Batch] = []
     num_robust = 0

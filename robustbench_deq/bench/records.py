@@ -194,6 +194,16 @@ class RecordStore:
                 got=error.strerror or error,
                 fix="name another",
             ) from None
+        finally:
+            self._remove_if_empty()
+
+    def _remove_if_empty(self) -> None:
+        """Leave nothing behind when the first append failed."""
+        path, samples = self.folder / RECORDS_FILE, self.folder / SAMPLES_FOLDER
+        if path.exists() and path.stat().st_size == 0:
+            path.unlink()
+            if samples.is_dir() and not any(samples.iterdir()):
+                samples.rmdir()
 
     def load_samples(self, record_id: str) -> pd.DataFrame:
         """The per-sample rows of a record. Raises `UsageError` when there are none."""

@@ -165,7 +165,7 @@ def _from_file(source: str) -> EquilibriumModel:
         model = build()
     except UsageError:
         raise
-    except Exception as error:  # whatever the user's file raises
+    except (Exception, SystemExit) as error:  # whatever the user's file raises
         reason = str(error).splitlines()[0] if str(error) else "no message"
         raise UsageError.of(
             f"model {source}", expected="a model", got=f"{type(error).__name__}: {reason}", fix="correct the file"

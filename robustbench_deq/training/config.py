@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from robustbench_deq.configs import Config, parse_fraction
+from robustbench_deq.configs import Config, named_in, parse_fraction
 from robustbench_deq.solvers import SOLVERS, Solve
 
 
@@ -34,7 +34,7 @@ class AttackSpec(Config):
 
 
 class SolveSpec(Config):
-    solver: str = "anderson"
+    solver: Annotated[str, named_in(SOLVERS)] = "anderson"
     tolerance: float = Field(1e-3, gt=0)
     max_steps: int = Field(40, ge=1)
 
