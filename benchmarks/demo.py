@@ -54,7 +54,7 @@ def gallery_of(result: Evaluation, data: Split, count: int) -> list[GalleryRow]:
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results/demo"), show_default=True)
-@click.option("--limit", default=256, show_default=True)
+@click.option("--limit", default=128, show_default=True)
 def main(out: Path, limit: int) -> None:
     data, threat = load(DATA, limit=limit), Threat(Norm.L2, EPSILON)
     shutil.rmtree(out, ignore_errors=True)  # the demo's own folder: it is made anew each time

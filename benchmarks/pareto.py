@@ -156,7 +156,7 @@ def pareto_front(points: pd.DataFrame, cost: str) -> pd.DataFrame:
 
 @click.command()
 @click.option("--models", "pattern", default="*-*.*-*", show_default=True, help="which registered models")
-@click.option("--limit", default=256, show_default=True)
+@click.option("--limit", default=128, show_default=True)
 @click.option("--batch-size", default=128, show_default=True)
 @click.option("--repeats", default=3, show_default=True, help="rounds for the finalists")
 def main(pattern: str, limit: int, batch_size: int, repeats: int) -> None:
