@@ -89,6 +89,7 @@ class JointPGDConfig(ObjectiveConfig):
     history_size: int = Field(5, ge=1, description="history of the accelerator")
     mixing: Mixing = Field(Mixing.STATE, description="what the accelerator mixes: state or all")
     keep: Keep = Field(Keep.LOSS, description="which iterate is returned: loss, jiio or last")
+    keep_residual: float = Field(0.02, gt=0, description="keep=loss: residual up to which an iterate's loss is trusted")
     warmup_steps: int = Field(20, ge=0, description="most evaluations of the cell before the first joint step")
     warmup_tolerance: float = Field(0.03, gt=0, description="relative residual at which the warm-up ends")
     failure_residual: float = Field(0.1, gt=0, description="final residual above which a sample falls back")
@@ -117,7 +118,8 @@ class JointPGDConfig(ObjectiveConfig):
             accelerator=accelerator,
             mixing=self.mixing,
             keep=self.keep,
-            keep_residual=self.failure_residual,
+            keep_residual=self.keep_residual,
+            last_residual=self.failure_residual,
         )
 
 

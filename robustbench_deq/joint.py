@@ -163,7 +163,9 @@ class JointSettings:
         max_inner_steps: for the adaptive mode, the largest k.
         damping_z, damping_mu: in (0, 1]; 1 is the plain iteration.
         accelerator: a step-wise solver for the inner iteration; None is the plain (damped) one.
-        keep_residual: `Keep.LOSS` trusts the loss of an iterate whose residual is at most this.
+        keep_residual: `Keep.LOSS` trusts the loss of an iterate whose residual is at most this: a state on its way may
+            show a loss that its equilibrium does not have.
+        last_residual: the same for the last iterate, whose state has settled most.
     """
 
     num_steps: int
@@ -175,7 +177,8 @@ class JointSettings:
     accelerator: Solver | None = None
     mixing: Mixing = Mixing.STATE
     keep: Keep = Keep.LOSS
-    keep_residual: float = 0.1
+    keep_residual: float = 0.02
+    last_residual: float = 0.1
 
 
 class JointResult(NamedTuple):
@@ -269,7 +272,7 @@ class _Keeper:
     """The kept iterate of the variable, per row."""
 
     def __init__(self, settings: JointSettings, variable: Tensor) -> None:
-        self.rule, self.limit = settings.keep, settings.keep_residual
+        self.rule, self.settings = settings.keep, settings
         self.variable = variable
         self.loss = torch.full((len(variable),), -torch.inf, device=variable.device, dtype=variable.dtype)
         self.residual = torch.full_like(self.loss, torch.inf)
@@ -289,7 +292,8 @@ class _Keeper:
             self.residual = torch.where(takes, joint, self.residual)
         else:
             # An untrusted iterate is only taken while nothing better is known, so that something is returned.
-            is_trusted = residual <= self.limit
+            is_last = step == self.settings.num_steps
+            is_trusted = residual <= (self.settings.last_residual if is_last else self.settings.keep_residual)
             takes = (is_trusted & (loss > self.loss)) | torch.isneginf(self.loss)
             loss = torch.where(is_trusted, loss, -torch.inf)
         takes = takes & torch.isfinite(residual)

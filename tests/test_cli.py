@@ -288,7 +288,7 @@ def test_wrong_usage_of_attack_is_one_line(args: tuple, said: str, tmp_path: Pat
         ((12, 1, 8, 8), lambda images: images * 255, "finite floats in [0, 1]"),
         ((12, 1, 8, 8), lambda images: images - 1, "finite floats in [0, 1]"),
         ((12, 1, 8, 8), lambda images: np.where(images > 0.99, np.nan, images), "finite floats in [0, 1]"),
-        ((12, 1, 9, 9), None, "float tensor (batch, 1, 8, 8), got float32 (1, 1, 9, 9)"),
+        ((12, 1, 9, 9), None, "float tensor (batch, 1, 8, 8), got float32 (3, 1, 9, 9)"),
         ((12, 3, 8, 8), None, "float tensor (batch, 1, 8, 8)"),
         ((12, 8, 8), None, "images (n, channels, height, width)"),
         ((12, 1, 8, 8), lambda images: images.astype(object), "plain arrays"),

@@ -205,8 +205,7 @@ def test_no_line_without_its_samples(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(pd.DataFrame, "to_parquet", fail)
     with pytest.raises(UsageError, match="No space left on device"):
         store_with(tmp_path, "a")
-    assert (tmp_path / "records.jsonl").read_bytes() == b""
-    assert list((tmp_path / "samples").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
