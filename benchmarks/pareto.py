@@ -3,8 +3,9 @@
     python -m benchmarks.pareto
 
 Every point is run on the same test images and judged. Then the cheapest points that come within half a point of the
-strongest (or, where a family has none, its own strongest) are timed again in turn, and the medians of their ratios say who is faster at equal robust accuracy. Both
-grids have 24 points. Written: the points (CSV), the summary (JSON, Markdown), the Pareto plot.
+strongest (or, where a family has none, its own strongest) are timed again in turn, and the medians of their ratios say
+who is faster at equal robust accuracy. Both grids have 24 points. Written: the points (CSV), the summary (JSON,
+Markdown), the Pareto plot.
 """
 
 from __future__ import annotations

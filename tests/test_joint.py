@@ -229,20 +229,26 @@ def test_adaptive_pace_lies_between_never_waiting_and_the_most_it_may(
 
 def test_adaptive_pace_holds_back_slow_cells_and_never_fast_ones(make_model, make_images) -> None:
     x = make_images(4)
-    ascent = ProjectedAscent(Threat(Norm.L2, 0.3), x, 0.5, Schedule.CONSTANT)
+    ascent = ProjectedAscent(Threat(Norm.L2, 0.3), x, 0.05, Schedule.CONSTANT)  # stays off the boundary for long
     moves, final = {}, {}
-    for contraction in (0.3, 0.97):
+    for contraction in (0.3, 0.97):  # their states lag 1.4 and 33 steps behind a variable that never waits
         model = make_model("test-linear", contraction=contraction)
         found = {
             k: run(
-                model, x, CrossEntropy(LABELS), ascent, JointSettings(40, inner_steps=k, max_lag=1.5), is_settled=True
+                model,
+                x,
+                CrossEntropy(LABELS),
+                ascent,
+                JointSettings(40, inner_steps=k, max_lag=1.5),
+                is_settled=True,
             )
             for k in (1, None)
         }
         moves[contraction] = found[None].num_moves.tolist()
         final[contraction] = found
     assert moves[0.3] == [40] * 4
-    assert max(moves[0.97]) < 40 and min(moves[0.97]) >= 40 // 20
+    # A row whose first displacement was its largest may never be held back; most are.
+    assert sorted(moves[0.97])[2] < 0.8 * 40 and min(moves[0.97]) >= 40 // 20
     assert torch.equal(final[0.3][None].variable, final[0.3][1].variable)
 
 
