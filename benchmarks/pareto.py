@@ -115,8 +115,8 @@ def run_model(name: str, limit: int, batch_size: int, repeats: int) -> tuple[lis
     return points, row
 
 
-def draw(points: pd.DataFrame, clean: dict[str, float]) -> None:
-    """`results/pareto.png` and `.svg`: every point, and each family's Pareto front, a row of facets a cost."""
+def draw(points: pd.DataFrame, clean: dict[str, float], stem: str) -> None:
+    """`results/NAME.png` and `.svg`: every point, and each family's Pareto front, a row of facets a cost."""
     names = list(points["model"].unique())
     looks = dict(zip(("warm PGD", "joint"), zip(COLOURS, MARKERS, strict=False), strict=False))
     with style():
@@ -148,7 +148,7 @@ def draw(points: pd.DataFrame, clean: dict[str, float]) -> None:
             for family, (colour, marker) in looks.items()
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=2)
-    save(figure, RESULTS / "pareto")
+    save(figure, RESULTS / stem)
 
 
 def pareto_front(points: pd.DataFrame, cost: str) -> pd.DataFrame:
@@ -162,20 +162,22 @@ def pareto_front(points: pd.DataFrame, cost: str) -> pd.DataFrame:
 @click.option("--limit", default=128, show_default=True)
 @click.option("--batch-size", default=128, show_default=True)
 @click.option("--repeats", default=3, show_default=True, help="rounds for the finalists")
-def main(pattern: str, limit: int, batch_size: int, repeats: int) -> None:
+@click.option("--name", default="pareto", show_default=True, help="of the files in results/")
+def main(pattern: str, limit: int, batch_size: int, repeats: int, name: str) -> None:
+    stem = name
     points, rows = [], []
     for name in [name for name in MODELS.list(pattern) if not name.startswith("test-")]:
         more, row = run_model(name, limit, batch_size, repeats)
         points += more
         rows.append(row)
         frame = pd.DataFrame(points)
-        with replacing(RESULTS / "pareto.csv") as temporary:
+        with replacing(RESULTS / f"{stem}.csv") as temporary:
             frame.to_csv(temporary, index=False, float_format="%.6g")
-        draw(frame, {row["model"]: row["clean"] for row in rows})
+        draw(frame, {row["model"]: row["clean"] for row in rows}, stem)
         keep(
-            "pareto",
+            stem,
             f"Joint family against warm-started PGD, {limit} test images",
-            "python -m benchmarks.pareto",
+            f"python -m benchmarks.pareto --models '{pattern}' --limit {limit} --repeats {repeats} --name {stem}",
             rows,
             {
                 "equal accuracy": f"within {MARGIN:.1%} of the strongest point",
