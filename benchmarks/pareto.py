@@ -16,7 +16,7 @@ from typing import Any
 import click
 import pandas as pd
 from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import NullFormatter, PercentFormatter
 
 from benchmarks.timing import RESULTS, in_turn, keep, make_attack, median_ratio, median_seconds, say
 from robustbench_deq.attack import Attack
@@ -137,6 +137,7 @@ def draw(points: pd.DataFrame, clean: dict[str, float], stem: str) -> None:
                 here = points.loc[points["model"] == name, "robust_accuracy"]
                 axes.set_ylim(here.min() - 0.005, here.min() + 0.06)
                 axes.set_xscale("log")
+                axes.xaxis.set_minor_formatter(NullFormatter())
                 axes.set_xlabel(label)
                 axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
                 if row == 0:
