@@ -233,6 +233,7 @@ def test_adaptive_pace_holds_back_slow_cells_and_never_fast_ones(make_model, mak
     moves, final = {}, {}
     for contraction in (0.3, 0.97):  # their states lag 1.4 and 33 steps behind a variable that never waits
         model = make_model("test-linear", contraction=contraction)
+        model.a.data = contraction * torch.eye(len(model.a), dtype=model.a.dtype)  # a norm alone does not make it slow
         found = {
             k: run(
                 model,
@@ -247,8 +248,7 @@ def test_adaptive_pace_holds_back_slow_cells_and_never_fast_ones(make_model, mak
         moves[contraction] = found[None].num_moves.tolist()
         final[contraction] = found
     assert moves[0.3] == [40] * 4
-    # A row whose first displacement was its largest may never be held back; most are.
-    assert sorted(moves[0.97])[2] < 0.8 * 40 and min(moves[0.97]) >= 40 // 20
+    assert max(moves[0.97]) < 40 and min(moves[0.97]) >= 40 // 20
     assert torch.equal(final[0.3][None].variable, final[0.3][1].variable)
 
 
