@@ -8,7 +8,7 @@ is above `failure_residual`, or not finite) is attacked again, alone with its li
 damping, then Anderson acceleration, then PGD with full solves. The diagnostics say how many samples needed each rung.
 
 Source: Gurumurthy, Bai, Manchester, Kolter, NeurIPS 2021. Departures: projection after mixing, the pixel box,
-per-sample acceptance, and the ladder.
+per-sample acceptance, the adjoint's start, and the ladder.
 """
 
 from __future__ import annotations
@@ -46,6 +46,13 @@ class Preset(enum.Enum):
     JIIO_2021 = "jiio-2021"
 
 
+class AdjointStart(enum.Enum):
+    """Where the adjoint starts. From zero the first step has no gradient, and nothing moves."""
+
+    LOSS = "loss"
+    ZERO = "zero"
+
+
 JIIO_2021 = {
     "steps": 80,
     "inner_steps": 1,
@@ -58,6 +65,7 @@ JIIO_2021 = {
     "mixing": Mixing.ALL,
     "keep": Keep.JIIO,
     "warmup_steps": 0,
+    "adjoint_start": AdjointStart.ZERO,
 }
 """The published settings for MNIST: `step_size` 0.6 falls to 0.2 after 5/8 of the steps; all variables start at 0."""
 
@@ -92,6 +100,7 @@ class JointPGDConfig(ObjectiveConfig):
     keep_residual: float = Field(0.02, gt=0, description="keep=loss: residual up to which an iterate's loss is trusted")
     warmup_steps: int = Field(20, ge=0, description="most evaluations of the cell before the first joint step")
     warmup_tolerance: float = Field(0.03, gt=0, description="relative residual at which the warm-up ends")
+    adjoint_start: AdjointStart = Field(AdjointStart.LOSS, description="the loss's gradient by the state, or zero")
     failure_residual: float = Field(0.1, gt=0, description="final residual above which a sample falls back")
     has_fallback: bool = Field(True, description="attack such samples again; training does without")
 
@@ -194,7 +203,9 @@ class JointPGD(Attack[JointPGDConfig]):
                 z = solution.value
         augmented = AugmentedMap(model, lambda delta: model.inject(x + delta), objective)
         ascent = ProjectedAscent(self.threat, x, self.config.step_size, self.config.schedule, self.config.momentum)
-        return ascend(augmented, ascent, settings, z, torch.zeros_like(z), start, watch)
+        starts_at_loss = self.config.adjoint_start is AdjointStart.LOSS
+        mu = augmented.loss_gradient(z) if starts_at_loss else torch.zeros_like(z)
+        return ascend(augmented, ascent, settings, z, mu, start, watch)
 
 
 def _replace_rows(result: JointResult, index: Tensor, part: JointResult) -> JointResult:

@@ -74,6 +74,12 @@ class AugmentedMap:
         with torch.enable_grad():
             return self._evaluate(z, mu, u, None)
 
+    def loss_gradient(self, z: Tensor) -> Tensor:
+        """dL/dz at `z`, the first term of the adjoint's Neumann series; asks only the head."""
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            return torch.autograd.grad(self.objective(self.model.head(z)).sum(), z, materialize_grads=True)[0]
+
     def _evaluate(self, z: Tensor, mu: Tensor, u: Tensor, variable: Tensor | None) -> Evaluation:
         z = z.detach().requires_grad_()
         f = self.model.evaluate(z, u)
@@ -130,7 +136,7 @@ class ProjectedAscent:
             velocity = self.momentum * velocity + direction
             direction = self.threat.direction(velocity)
         length = self.step_size * self.schedule.factor(progress) * self.threat.epsilon
-        return self.threat.project(variable + length * direction, self.x), velocity
+        return self.threat.project(torch.add(variable, direction, alpha=length), self.x), velocity
 
     def restrict(self, variable: Tensor) -> Tensor:
         """The feasible point nearest to `variable`, after something else has moved it."""
@@ -323,7 +329,7 @@ class _Pace:
         self.per_length = torch.where(self.has_moved & torch.isnan(self.per_length), fresh, self.per_length)
         self.count += 1
         ready = (residual <= self.max_lag * self.per_length * length) | (self.count >= self.limit)
-        ready = ready | torch.isnan(self.per_length)  # nothing has moved yet: mu starts at 0, and so does the gradient
+        ready = ready | torch.isnan(self.per_length)  # nothing has moved yet
         self.count = torch.where(ready, 0, self.count)
         self.last_length = length
         return ready

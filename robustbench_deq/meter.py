@@ -7,6 +7,7 @@ reads shapes only; it never waits for the device.
 
 from __future__ import annotations
 
+import itertools
 import resource
 import time
 from dataclasses import dataclass, field
@@ -52,7 +53,8 @@ class Meter:
     def __enter__(self) -> Meter:
         self._outer = self.model.meter
         self.model.meter = self
-        self._device = next(iter(self.model.parameters())).device
+        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
+        self._device = next((tensor.device for tensor in tensors), torch.device("cpu"))
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         self._start = self.now()

@@ -76,6 +76,28 @@ def test_one_look_gives_all_three_right_hand_sides(make_model, make_images) -> N
     assert not any(part.requires_grad for part in found)
 
 
+def test_gradient_of_the_loss_by_the_state_costs_no_evaluation(make_model, make_images) -> None:
+    model, x = make_model("test-linear"), make_images(4)
+    z = torch.randn(4, 5, dtype=x.dtype, generator=torch.Generator().manual_seed(3))
+    augmented = AugmentedMap(model, lambda d: model.inject(x + d), CrossEntropy(LABELS))
+    with Meter(model) as meter:
+        found = augmented.loss_gradient(z)
+    with torch.no_grad():
+        wrong = model.head(z).softmax(1) - F.one_hot(LABELS, 3)
+        torch.testing.assert_close(found, wrong @ model.readout.weight)
+    assert (meter.eval_rows, meter.vjp_rows) == (0, 0)
+
+
+@pytest.mark.parametrize(("start", "moves"), [("loss", True), ("zero", False)])
+def test_only_an_adjoint_that_starts_at_the_loss_moves_in_the_first_step(
+    start: str, moves: bool, make_model, make_images
+) -> None:
+    model, x = make_model("test-linear"), make_images(4)
+    config = JointPGDConfig(steps=1, keep="last", adjoint_start=start)
+    delta = JointPGD(Threat(Norm.L2, 0.1), config)(model, x, LABELS).delta
+    assert bool((norm_of(delta, Norm.L2) > 1e-3).all()) is moves and bool((delta != 0).any()) is moves
+
+
 @pytest.mark.parametrize("family", ["test-linear", "deq-fc", "mondeq-fc", "deq-conv"])
 def test_inner_look_is_the_same_without_the_gradient_by_the_variable(family: str, make_model, make_images) -> None:
     model, x = make_model(family), make_images(4)

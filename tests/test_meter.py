@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from robustbench_deq.adjoints import ADJOINTS, Implicit, Neumann, Phantom, Unrolled
+from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.meter import Meter
 from robustbench_deq.solvers import CellMap, NewtonKrylov, Picard, Solve
 
@@ -140,6 +141,26 @@ def test_model_gets_its_meter_back_even_after_an_error(make_model) -> None:
         assert model.meter is not None
         raise KeyError
     assert model.meter is None
+
+
+def test_a_model_without_parameters_is_metered() -> None:
+    class Half(EquilibriumModel):
+        def inject(self, x: Tensor) -> Tensor:
+            return x.flatten(1)
+
+        def cell(self, z: Tensor, u: Tensor) -> Tensor:
+            return 0.5 * z + u
+
+        def head(self, z: Tensor) -> Tensor:
+            return z
+
+        def initial_state(self, u: Tensor) -> Tensor:
+            return torch.zeros_like(u)
+
+    model = Half()
+    with Meter(model) as meter, torch.no_grad():
+        model.equilibrium(torch.rand(2, 1, 2, 2), solve=fixed(3))
+    assert meter.cost(2).cell_evals == 3
 
 
 def test_counting_changes_no_value(make_model, make_images) -> None:

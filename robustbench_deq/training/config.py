@@ -57,7 +57,6 @@ class TrainingConfig(Config):
 
     Attributes:
         initial: weights to start from instead of the seed's.
-        stop_after: ends the run early, on the schedule of all `epochs`.
         attack: null for standard training; else the adversary, and the loss is taken at its images.
         attack_warmup_epochs: epochs over which the adversary's radius grows from zero.
         jacobian_weight: factor of the Hutchinson estimate of `||J_z||_F^2 / state size` (Bai et al., ICML 2021).
@@ -73,7 +72,6 @@ class TrainingConfig(Config):
     seed: int = Field(0, ge=0)
     initial: str | None = Field(None, description="a saved model or registry name to start from; null: from the seed")
     epochs: int = Field(10, ge=1)
-    stop_after: int | None = Field(None, ge=1, description="stop after this epoch of the schedule")
     batch_size: int = Field(128, ge=1)
     train_limit: int | None = Field(None, ge=1)
     learning_rate: float = Field(2e-3, gt=0)

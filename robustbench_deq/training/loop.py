@@ -102,7 +102,7 @@ class Trainer:
             RunError: when the loss leaves the finite numbers; the last checkpoint stays.
         """
         began = time.perf_counter() - (self.history[-1].total_seconds if self.history else 0.0)
-        for epoch in range(len(self.history), self.config.stop_after or self.config.epochs):
+        for epoch in range(len(self.history), self.config.epochs):
             start = time.perf_counter()
             loss, accuracy, failures = self._epoch(epoch, progress)
             seconds = time.perf_counter() - start
@@ -200,7 +200,10 @@ class Trainer:
         # The decay grows from 0, so that early weights are forgotten.
         decay = min(self.config.ema_decay, self.step / (self.step + 10))
         for name, value in self.model.state_dict().items():
-            self.average[name].lerp_(value, 1 - decay)
+            if value.is_floating_point():
+                self.average[name].lerp_(value, 1 - decay)
+            else:
+                self.average[name].copy_(value)
 
     def _validate(self) -> tuple[float, float | None, int]:
         """Clean and robust accuracy of the averaged weights, judged; and how many samples did not converge."""
