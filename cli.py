@@ -7,13 +7,15 @@ and an error is one line.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import importlib.metadata
 import json
 import os
 import shlex
 import sys
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +33,7 @@ from robustbench_deq.configs import merge, parse_assignments, parse_fraction, re
 from robustbench_deq.data import DATASETS, SplitName, load
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import RunError, UsageError
-from robustbench_deq.files import output_folder
+from robustbench_deq.files import output_folder, whole_folder
 from robustbench_deq.models import MODELS, describe_model, load_model
 from robustbench_deq.report.page import write_report
 from robustbench_deq.threats import Norm, Threat
@@ -41,6 +43,7 @@ from robustbench_deq.training.session import TrainingSession
 DEBUG_VARIABLE = "ROBUSTBENCH_DEQ_DEBUG"
 DEFAULT_LIMIT = 1000
 NUM_SNAPSHOTS = 8
+SECONDS_A_LINE = 30
 
 
 class Commands(click.Group):
@@ -154,8 +157,8 @@ def list_attacks(is_json: bool) -> None:
         fields = kind.config_type.model_fields
         if is_json:
             schema = kind.config_type.model_json_schema()
-            row = {"name": name, "summary": kind.summary, "settings": schema["properties"]}
-            rows.append(row | ({"$defs": schema["$defs"]} if "$defs" in schema else {}))
+            settings = _without_references(schema["properties"], schema.get("$defs", {}))
+            rows.append({"name": name, "summary": kind.summary, "settings": settings})
         else:
             rows.append({"name": name, "summary": kind.summary, "settings": len(fields)})
     _listing(rows, "attacks", is_json)
@@ -167,6 +170,17 @@ def list_attacks(is_json: bool) -> None:
             click.echo(f"\n{name}")
             for key, info in kind.config_type.model_fields.items():
                 click.echo(f"  {key}={json.dumps(defaults[key])}  {info.description or ''}")
+
+
+def _without_references(schema: Any, definitions: dict[str, Any]) -> Any:
+    """A JSON schema with every `$ref` replaced by what it refers to."""
+    if isinstance(schema, list):
+        return [_without_references(part, definitions) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    named = definitions[schema["$ref"].rsplit("/", 1)[-1]] if "$ref" in schema else {}
+    own = {key: value for key, value in schema.items() if key != "$ref"}
+    return {key: _without_references(value, definitions) for key, value in {**named, **own}.items()}
 
 
 @main.command()
@@ -307,8 +321,11 @@ def _echo_result(result: Evaluation, out: Path | None) -> None:
 
 @contextlib.contextmanager
 def _bar(title: str, total: int, note: str) -> Iterator[Any]:
-    """A progress bar on standard error; yields `advance(done, value)`. Silent when that is no terminal."""
+    """Progress on standard error; yields `advance(done, value)`. A bar on a terminal, else a line now and then."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _line_by_line(title, total, note)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -318,9 +335,27 @@ def _bar(title: str, total: int, note: str) -> Iterator[Any]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(title, total=total, note="")
         yield lambda done, value: progress.update(task, completed=done, note=note.format(value))
+
+
+def _line_by_line(title: str, total: int, note: str) -> Callable[[int, float], None]:
+    """Progress for a log: a line every `SECONDS_A_LINE` seconds, with the time left."""
+    start = last = time.monotonic()
+    first: int | None = None
+
+    def advance(done: int, value: float) -> None:
+        nonlocal last, first
+        now = time.monotonic()
+        first = done if first is None else first
+        if now - last < SECONDS_A_LINE or done == first:
+            return
+        last = now
+        left = datetime.timedelta(seconds=round((now - start) / (done - first) * (total - done)))
+        click.echo(f"{title}  {done}/{total}  {note.format(value)}  left {left}", err=True)
+
+    return advance
 
 
 @main.command()
@@ -372,9 +407,10 @@ def train(
 def report(folders: tuple[Path, ...], out: Path | None) -> None:
     """Tables, figures and a page from the records in FOLDERS."""
     records = [record for folder in folders for record in load_records(folder)]
-    with output_folder(out or folders[0] / "report") as folder:
+    target = out or folders[0] / "report"
+    with whole_folder(target) as folder:
         written = write_report(records, folder)
-    click.echo(f"{len(records)} records, {len(written)} files in {folder}; open {folder / 'index.html'}")
+    click.echo(f"{len(records)} records, {len(written)} files in {target}; open {target / 'index.html'}")
 
 
 if __name__ == "__main__":

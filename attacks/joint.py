@@ -39,6 +39,7 @@ from robustbench_deq.joint import (
 )
 from robustbench_deq.objectives import Objective
 from robustbench_deq.solvers import SOLVERS, Anderson, CellMap, Picard, Solve
+from robustbench_deq.threats import per_sample
 
 
 class Preset(enum.Enum):
@@ -169,18 +170,18 @@ class JointPGD(Attack[JointPGDConfig]):
                 continue
             again = self._ascend(model, x[index], objective.select(index), start[index], changed, None)
             record.meter.count_steps(config.steps * len(index))
-            result = _replace_rows(result, index, again)
+            result = _merge(result, index, again)
             failed = ~(result.residual <= config.failure_residual)
         index = failed.nonzero()[:, 0]
         diagnostics["num_full_solve"] = float(len(index))
-        delta, loss = result.variable, result.loss
         if len(index):
             full = SequentialPGD(self.threat, SequentialPGDConfig(steps=20, objective=config.objective, tolerance=1e-3))
             picked = None if targets is None else targets[index]
             last = full.run(model, x[index], y[index], picked, start[index], _silent(record))
-            delta, loss = delta.index_copy(0, index, last.delta), loss.index_copy(0, index, last.loss)
-        record(config.steps, delta, loss)
-        return Proposal(delta, loss, result.z, result.mu, diagnostics)
+            again = JointResult(last.delta, last.loss, last.z, last.mu, result.residual[index], result.num_moves[index])
+            result = _merge(result, index, again)
+        record(config.steps, result.variable, result.loss)
+        return Proposal(result.variable, result.loss, result.z, result.mu, diagnostics)
 
     def _ascend(
         self,
@@ -208,8 +209,12 @@ class JointPGD(Attack[JointPGDConfig]):
         return ascend(augmented, ascent, settings, z, mu, start, watch)
 
 
-def _replace_rows(result: JointResult, index: Tensor, part: JointResult) -> JointResult:
-    return JointResult(*(whole.index_copy(0, index, rows) for whole, rows in zip(result, part, strict=True)))
+def _merge(result: JointResult, index: Tensor, again: JointResult) -> JointResult:
+    """`result` with the rows `index` run again: all is the rerun's, but the better perturbation stays."""
+    wins = ~(result.loss[index] > again.loss)
+    variable = torch.where(per_sample(wins, again.variable), again.variable, result.variable[index])
+    again = again._replace(variable=variable, loss=torch.where(wins, again.loss, result.loss[index]))
+    return JointResult(*(whole.index_copy(0, index, rows) for whole, rows in zip(result, again, strict=True)))
 
 
 def _watcher(record: Recorder, num_steps: int) -> Watcher:

@@ -5,6 +5,8 @@ The highest loss over `restarts` draws is kept per sample.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -15,7 +17,7 @@ from robustbench_deq.equilibrium import EquilibriumModel
 
 class NoiseConfig(ObjectiveConfig):
     restarts: int = Field(10, ge=1, description="draws; the highest loss is kept per sample")
-    random_start: bool = Field(True, description="always true: the draw is the attack")
+    random_start: Literal[True] = Field(True, description="always true: the draw is the attack")
 
 
 @ATTACKS.register("noise")

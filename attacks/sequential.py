@@ -13,24 +13,23 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from robustbench_deq.adjoints import ADJOINTS, AdjointTrace, Implicit
 from robustbench_deq.attack import ATTACKS, Attack, ObjectiveConfig, Proposal, Recorder
 from robustbench_deq.configs import named_in
 from robustbench_deq.equilibrium import EquilibriumModel
-from robustbench_deq.joint import ProjectedAscent, Schedule
+from robustbench_deq.joint import ProjectedAscent, Schedule, keep_better
 from robustbench_deq.solvers import SOLVERS, Solve
-from robustbench_deq.threats import per_sample
 
 
 class SequentialPGDConfig(ObjectiveConfig):
-    """Settings of `pgd`. `adjoint_*` default to their forward counterparts."""
+    """Settings of `pgd`. The adjoint's solver, tolerance and most steps default to the forward ones."""
 
     steps: int = Field(20, ge=1, description="gradient steps")
-    step_size: float = Field(0.25, gt=0, description="first step as a fraction of epsilon")
-    schedule: Schedule = Field(Schedule.CONSTANT, description="cosine, constant or drop")
+    step_size: float = Field(1.0, gt=0, description="first step as a fraction of epsilon")
+    schedule: Schedule = Field(Schedule.COSINE, description="cosine, constant or drop")
     momentum: float = Field(0.0, ge=0, lt=1, description="of the perturbation's direction")
     warm_start: bool = Field(True, description="start each solve from the last state and adjoint")
     solver: Annotated[str, named_in(SOLVERS)] = Field("anderson", description="forward solver")
@@ -42,6 +41,18 @@ class SequentialPGDConfig(ObjectiveConfig):
     adjoint_solver: Annotated[str | None, named_in(SOLVERS)] = Field(None, description="solver of the implicit adjoint")
     adjoint_tolerance: float | None = Field(None, gt=0, description="relative residual of the adjoint solve")
     adjoint_max_steps: int | None = Field(None, ge=1, description="most steps of the adjoint solve")
+    adjoint_steps: int | None = Field(None, ge=1, description="terms or steps of neumann, phantom, unrolled")
+
+    @model_validator(mode="after")
+    def _check_adjoint(self) -> SequentialPGDConfig:
+        solves = self.adjoint == "implicit"
+        unused = ("adjoint_steps",) if solves else ("adjoint_solver", "adjoint_tolerance", "adjoint_max_steps")
+        if self.adjoint == "jacobian-free":
+            unused += ("adjoint_steps",)
+        for name in unused:
+            if getattr(self, name) is not None:
+                raise ValueError(f"no {name} with adjoint={self.adjoint}, which does not use it")
+        return self
 
     def forward_solve(self, has_trace: bool) -> Solve:
         solver = SOLVERS.get(self.solver)()
@@ -74,7 +85,7 @@ class SequentialPGD(Attack[SequentialPGDConfig]):
         config = self.config
         objective = config.bind(y, targets)
         forward = config.forward_solve(has_trace=record.num_snapshots > 0)
-        adjoint = ADJOINTS.get(config.adjoint)(config.backward_solve())
+        adjoint = ADJOINTS.get(config.adjoint)(config.backward_solve(), config.adjoint_steps)
         ascent = ProjectedAscent(self.threat, x, config.step_size, config.schedule, config.momentum)
         record.plan(config.steps)
         delta, z, mu = start, None, None
@@ -94,9 +105,9 @@ class SequentialPGD(Attack[SequentialPGDConfig]):
             if solution.trace is not None:
                 record.follow(solution.trace)
             unconverged_forward += ~solution.is_converged
-            takes = (loss.detach() > kept_loss) & solution.is_converged | torch.isneginf(kept_loss)
-            kept = torch.where(per_sample(takes, delta), delta, kept)
-            kept_loss = torch.where(takes, loss.detach(), kept_loss)
+            kept, kept_loss = keep_better(
+                kept, kept_loss, delta, loss.detach(), solution.is_converged, torch.isfinite(solution.residual)
+            )
             record(step, kept, kept_loss)
             if is_last:
                 break

@@ -15,6 +15,7 @@ from robustbench_deq.attack import Attack
 from robustbench_deq.bench.evaluate import Evaluation, evaluate
 from robustbench_deq.bench.records import RecordStore
 from robustbench_deq.data import Split, load
+from robustbench_deq.files import output_folder
 from robustbench_deq.models import describe_model, load_model
 from robustbench_deq.report.gallery import GalleryRow
 from robustbench_deq.report.page import write_report
@@ -23,6 +24,7 @@ from robustbench_deq.threats import Norm, Threat
 
 MODELS = ("deq-conv.digits-standard", "deq-conv.digits-joint-l2", "mondeq-fc.digits-joint-l2")
 DATA, EPSILON = "digits", 0.5
+DEFAULT_OUT = Path("results/demo")
 
 
 def demo_attacks(threat: Threat) -> dict[str, Attack]:
@@ -53,11 +55,17 @@ def gallery_of(result: Evaluation, data: Split, count: int) -> list[GalleryRow]:
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("results/demo"), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=DEFAULT_OUT, show_default=True)
 @click.option("--limit", default=128, show_default=True)
 def main(out: Path, limit: int) -> None:
+    if out == DEFAULT_OUT:
+        shutil.rmtree(out, ignore_errors=True)  # the demo's own folder: it is made anew each time
+    with output_folder(out):
+        run(out, limit)
+
+
+def run(out: Path, limit: int) -> None:
     data, threat = load(DATA, limit=limit), Threat(Norm.L2, EPSILON)
-    shutil.rmtree(out, ignore_errors=True)  # the demo's own folder: it is made anew each time
     store = RecordStore(out / "records")
     records, gallery = [], []
     for name in MODELS:

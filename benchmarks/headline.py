@@ -48,7 +48,6 @@ def main(repeats: int, batch_size: int) -> None:
     keep(
         "headline",
         f"{MODEL}, L2 epsilon {EPSILON}, {LIMIT} test images",
-        "python -m benchmarks.headline",
         rows,
         {"clean accuracy": ours[0].record.clean_accuracy, "rounds": repeats, "batch size": batch_size},
     )

@@ -14,7 +14,7 @@ import click
 
 from benchmarks.timing import keep, make_attack
 from robustbench_deq.data import load
-from robustbench_deq.meter import peak_memory_mb
+from robustbench_deq.meter import peak_memory_mb, reset_peak_memory
 from robustbench_deq.models import load_model
 from robustbench_deq.threats import Norm, Threat
 
@@ -29,9 +29,11 @@ def measure(steps: int, attack: str) -> float:
     model, data = load_model(MODEL), load("fashion-mnist", limit=128)
     with torch.no_grad():
         model(data.x[:8])
-    before = peak_memory_mb(torch.device("cpu"))
-    make_attack(attack, Threat(Norm.L2, 1.0), steps=steps)(model, data.x, data.y, num_snapshots=8)
-    return peak_memory_mb(torch.device("cpu")) - before
+    cpu = torch.device("cpu")
+    reset_peak_memory(cpu)
+    before = peak_memory_mb(cpu)
+    result = make_attack(attack, Threat(Norm.L2, 1.0), steps=steps)(model, data.x, data.y, num_snapshots=8)
+    return result.cost.peak_memory_mb - before
 
 
 @click.command()
@@ -50,7 +52,7 @@ def main(one: tuple[str, int] | None) -> None:
                 check=True,
             )
             rows.append({"attack": attack, "steps": steps, "peak above start (MB)": round(float(answer.stdout), 1)})
-    keep("memory", "Peak memory against steps, 128 images", "python -m benchmarks.memory", rows, {"model": MODEL})
+    keep("memory", "Peak memory against steps, 128 images", rows, {"model": MODEL})
 
 
 if __name__ == "__main__":

@@ -178,7 +178,6 @@ def main(pattern: str, limit: int, batch_size: int, repeats: int, name: str) -> 
         keep(
             stem,
             f"Joint family against warm-started PGD, {limit} test images",
-            f"python -m benchmarks.pareto --models '{pattern}' --limit {limit} --repeats {repeats} --name {stem}",
             rows,
             {
                 "equal accuracy": f"within {MARGIN:.1%} of the strongest point",

@@ -60,7 +60,6 @@ def main(repeats: int, batch_size: int, pattern: str) -> None:
     keep(
         "step_overhead",
         f"Cost of one joint step, batch of {batch_size}",
-        "python -m benchmarks.step_overhead",
         rows,
         {"rounds": repeats, "steps a round": STEPS, "joint step includes": "its share of the last, graph-free look"},
     )

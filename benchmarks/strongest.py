@@ -59,7 +59,6 @@ def main(pattern: str, limit: int, batch_size: int) -> None:
         keep(
             "strongest",
             f"Robust accuracy under the strongest ensemble, {limit} test images",
-            "python -m benchmarks.strongest",
             rows,
             {"images": limit},
         )

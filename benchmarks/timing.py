@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -83,8 +84,10 @@ def alternate(first: Callable[[], Any], second: Callable[[], Any], repeats: int)
     )
 
 
-def keep(name: str, title: str, command: str, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Write `results/NAME.json` and `results/NAME.md`, and print the latter."""
+def keep(name: str, title: str, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    """Write `results/NAME.json` and `results/NAME.md` with the command that runs, and print the latter."""
+    module = Path(sys.argv[0]).stem
+    command = shlex.join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]])
     environment = describe_environment(torch.device("cpu"))
     write_json(RESULTS / f"{name}.json", {"command": command, "facts": facts, "rows": rows, "environment": environment})
     lines = [f"# {title}", "", f"Made by `{command}` on {environment['num_threads']} threads.", ""]

@@ -71,7 +71,7 @@ def main(batches: int, repeats: int) -> None:
         for label, times in seconds.items()
     ]
     facts = {"batch size": joint.batch_size, "batches a round": batches, "rounds": repeats, "joint attack": attack}
-    keep("training_cost", "Cost of training", "python -m benchmarks.training_cost", rows, facts)
+    keep("training_cost", "Cost of training", rows, facts)
 
 
 if __name__ == "__main__":

@@ -189,10 +189,11 @@ class Unrolled(Adjoint):
         return Phantom(self.num_steps, self.damping).attach(model, z, u, trace)
 
 
-ADJOINTS: Registry[Callable[[Solve], Adjoint]] = Registry("adjoint")
-"""Names to functions of the adjoint's own `Solve`, which only the implicit kind uses."""
-ADJOINTS.register("implicit")(Implicit)
-ADJOINTS.register("neumann")(lambda backward: Neumann())
-ADJOINTS.register("phantom")(lambda backward: Phantom())
-ADJOINTS.register("jacobian-free")(lambda backward: jacobian_free())
-ADJOINTS.register("unrolled")(lambda backward: Unrolled())
+ADJOINTS: Registry[Callable[[Solve, int | None], Adjoint]] = Registry("adjoint")
+"""Names to functions of the adjoint's own `Solve`, which only the implicit kind uses, and of the number of terms or
+steps, which only neumann, phantom and unrolled use (None is their default)."""
+ADJOINTS.register("implicit")(lambda backward, num_steps=None: Implicit(backward))
+ADJOINTS.register("neumann")(lambda backward, num_steps=None: Neumann(num_steps or Neumann.num_terms))
+ADJOINTS.register("phantom")(lambda backward, num_steps=None: Phantom(num_steps or Phantom.num_steps))
+ADJOINTS.register("jacobian-free")(lambda backward, num_steps=None: jacobian_free())
+ADJOINTS.register("unrolled")(lambda backward, num_steps=None: Unrolled(num_steps or Unrolled.num_steps))

@@ -39,7 +39,8 @@ class ObjectiveConfig(AttackConfig):
 
     def bind(self, y: Tensor, targets: Tensor | None) -> Objective:
         """The objective for labels `y`, or for reaching `targets` where they are given."""
-        return OBJECTIVES.get(self.objective)(y) if targets is None else Targeted(targets)
+        kind = OBJECTIVES.get(self.objective)
+        return kind(y) if targets is None else Targeted(kind(targets))
 
 
 @dataclass(frozen=True)

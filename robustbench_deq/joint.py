@@ -297,14 +297,28 @@ class _Keeper:
             takes = takes | (step < 10)
             self.residual = torch.where(takes, joint, self.residual)
         else:
-            # An untrusted iterate is only taken while nothing better is known, so that something is returned.
             is_last = step == self.settings.num_steps
             is_trusted = residual <= (self.settings.last_residual if is_last else self.settings.keep_residual)
-            takes = (is_trusted & (loss > self.loss)) | torch.isneginf(self.loss)
-            loss = torch.where(is_trusted, loss, -torch.inf)
+            self.variable, self.loss = keep_better(
+                self.variable, self.loss, variable, loss, is_trusted, torch.isfinite(residual)
+            )
+            return
         takes = takes & torch.isfinite(residual)
         self.loss = torch.where(takes, loss, self.loss)
         self.variable = torch.where(per_sample(takes, variable), variable, self.variable)
+
+
+def keep_better(
+    kept: Tensor, kept_loss: Tensor, variable: Tensor, loss: Tensor, is_trusted: Tensor, is_usable: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Per row the variable of the highest trusted loss, and that loss.
+
+    Until a row has a trusted loss it keeps the newest usable variable, so that something is returned, at a loss of
+    minus infinity. `is_trusted`, `is_usable` and the losses are `(rows,)`.
+    """
+    loss = torch.where(is_trusted, loss, -torch.inf)
+    takes = ((loss > kept_loss) | torch.isneginf(kept_loss)) & is_usable
+    return torch.where(per_sample(takes, variable), variable, kept), torch.where(takes, loss, kept_loss)
 
 
 class _Pace:

@@ -7,10 +7,13 @@ reads shapes only; it never waits for the device.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import re
 import resource
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -29,7 +32,7 @@ class Cost:
     cell_evals, cell_vjps   evaluations of the cell and vector-Jacobian products through it
     solver_steps            iterations of all solves (forward, adjoint, joint)
     wall_seconds            of the attack alone
-    peak_memory_mb          of the device; on the CPU the peak resident size of the process
+    peak_memory_mb          on the device; on the CPU the peak resident size of the process during the attack
     """
 
     cell_evals: float
@@ -55,8 +58,8 @@ class Meter:
         self.model.meter = self
         tensors = itertools.chain(self.model.parameters(), self.model.buffers())
         self._device = next((tensor.device for tensor in tensors), torch.device("cpu"))
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
+        if self._outer is None:
+            reset_peak_memory(self._device)
         self._start = self.now()
         return self
 
@@ -110,7 +113,21 @@ class Meter:
         )
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_mb` begin anew where the system can: on CUDA, and on the CPU under Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_mb(device: torch.device) -> float:
+    """Peak megabytes since the last reset: allocated on the device, or resident in the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    with contextlib.suppress(OSError):
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -3,7 +3,7 @@
 `CrossEntropy`   log-loss of the true class.
 `Margin`         largest wrong logit minus the true one (Carlini and Wagner, 2017); positive means fooled.
 `DLR`            the margin divided by the spread of the logits (Croce and Hein, 2020, Eq. 6); invariant to scale and
-shift. `Targeted`       minus the log-loss of a wanted class.
+shift. `Targeted`       minus any of these at a wanted class.
 
 Each maps logits `(batch, classes)` to `(batch,)`. Reductions over the batch are sums, everywhere: then the gradient of
 one sample does not depend on how many others there are.
@@ -58,8 +58,14 @@ class DLR(_Labelled):
         return Margin(self.labels)(logits) / spread
 
 
-class Targeted(_Labelled):
-    """`labels` are the classes to be reached."""
+class Targeted:
+    """Minus an objective whose labels are the classes to be reached."""
+
+    def __init__(self, objective: _Labelled) -> None:
+        self.objective = objective
+
+    def select(self, index: Tensor) -> Targeted:
+        return Targeted(self.objective.select(index))
 
     def __call__(self, logits: Tensor) -> Tensor:
-        return -F.cross_entropy(logits, self.labels, reduction="none")
+        return -self.objective(logits)

@@ -30,9 +30,10 @@ MAY_IMPORT = {
     "data": BASE | {"registry", "configs", "files"},
     "attack": NUMERICS | {"joint"},
     "report": BASE | {"files", "configs", "bench.records"},
+    "bench": NUMERICS | {"files", "models", "data", "attack"},
+    "training": NUMERICS | {"files", "models", "data", "attack", "bench", "report"},
 }
-"""For each part of the package, all that it may import of the others. A part that is not named is only held to the
-rules for everybody."""
+"""For each part of the package, all that it may import of the others."""
 
 
 def part_of(path: Path) -> str:

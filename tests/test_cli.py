@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +22,16 @@ import torchvision
 import yaml
 
 import cli
-from attacks import ATTACKS, JointPGD
+from attacks import ATTACKS, JointPGD, JointPGDConfig
 from robustbench_deq.bench.records import load_records
+from robustbench_deq.configs import read_yaml, validate
 from robustbench_deq.data import DATASETS, sources, splits
 from robustbench_deq.errors import RunError
-from robustbench_deq.models import MODELS, describe_model, load_folder, save_model
+from robustbench_deq.models import FAMILIES, MODELS, describe_model, load_folder, save_model
+from robustbench_deq.report.page import command_of
+from robustbench_deq.threats import Norm, Threat
 from robustbench_deq.training.checkpoint import Checkpoint
+from robustbench_deq.training.config import TrainingConfig
 from robustbench_deq.training.loop import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -106,7 +115,7 @@ def test_attacks_lists_every_setting_with_its_default() -> None:
 def test_json_of_the_attacks_stands_alone() -> None:
     """A setting that is one of several values says which; nothing refers to a place that is not there."""
     text = succeeds("attacks", "--json")
-    assert '"$ref": "#/$defs/' not in text or '"$defs": {' in text
+    assert "$ref" not in text
     assert '"cosine"' in text and '"jiio-2021"' in text
 
 
@@ -169,7 +178,7 @@ def test_json_is_one_object_with_all_fields(name: str) -> None:
             is_number(point[key]) for key in ("step", "cell_evals", "cell_vjps", "wall_seconds", "robust_accuracy")
         )
     assert isinstance(found["environment"], dict) and found["environment"]["torch"]
-    assert found["attack_config"] == json.loads(json.dumps(found["attack_config"]))
+    assert found["attack_config"] == JointPGDConfig(steps=3).model_dump(mode="json") | {"targeted": False}
 
 
 def test_options_reach_the_attack() -> None:
@@ -181,6 +190,24 @@ def test_options_reach_the_attack() -> None:
     assert config["targeted"] is True
     assert (found["seed"], found["batch_size"], found["label"], found["data"]["split"]) == (4, 3, "cold", "validation")
     assert json.loads(succeeds(*QUICK, "--attack", "pgd", "--set", "steps=2", "--json"))["attack_config"]["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--attack", "joint-pgd", "--set", "preset=jiio-2021", "--label", "JIIO, as published"),
+        ("--attack", "pgd", "--set", "adjoint=phantom", "--targeted", "--seed", "3", "--batch-size", "5"),
+        ("--attack", "noise", "--split", "validation"),
+    ],
+)
+def test_command_of_a_record_makes_the_run_again(more: tuple[str, ...], tmp_path: Path) -> None:
+    quick = [word for word in QUICK if word not in ("--steps", "3")] if "noise" in more else QUICK
+    succeeds(*quick, *more, "--out", tmp_path)
+    record = load_records(tmp_path)[0]
+    again = json.loads(succeeds(*shlex.split(command_of(record))[1:], "--json"))
+    for key in ("label", "attack_config", "robust_accuracy", "adversarial_loss", "seed", "batch_size"):
+        assert again[key] == getattr(record, key), key
+    assert (again["data"]["digest"], again["data"]["split"]) == (record.data.digest, record.data.split)
 
 
 def test_same_call_same_numbers_whatever_the_batch() -> None:
@@ -601,3 +628,72 @@ def test_a_report_into_a_folder_with_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "page" / "mine.txt").write_text("mine")
     assert "expected an empty or new folder" in refused("report", tmp_path / "one", "--out", tmp_path / "page")
     assert [path.name for path in (tmp_path / "page").iterdir()] == ["mine.txt"]
+
+
+# As users start it
+
+
+def test_runs_from_a_checkout_and_as_installed() -> None:
+    for command in ([sys.executable, "cli.py"], [str(Path(sys.executable).parent / "robustbench-deq")]):
+        answer = subprocess.run([*command, "datasets", "--json"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert answer.returncode == 0, answer.stderr
+        assert json.loads(answer.stdout)["datasets"][0]["name"] == "digits"
+
+
+def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "cli.py", *QUICK[:-4], "--steps", "200000", "--epsilon", "0.5", "--out", str(out)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not out.exists() and time.monotonic() < deadline:  # the folder is made when the attack begins
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1 and stdout == ""
+    assert stderr.splitlines() == ["Error: interrupted; finished results and checkpoints are kept"]
+    assert not out.exists()
+
+
+def test_demo_refuses_a_folder_that_holds_something(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("kept")
+    answer = subprocess.run(
+        [sys.executable, "-m", "benchmarks.demo", "--out", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert answer.returncode != 0 and "an empty or new folder" in answer.stderr
+    assert (tmp_path / "mine").read_text() == "kept"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "training").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_training_config_is_sound(path: Path) -> None:
+    config = validate(TrainingConfig, read_yaml(path), path.name)
+    for spec in (config.attack, config.validation.attack, config.evaluation.attack):
+        if spec is not None:
+            cli.build_attack(spec.name, Threat(Norm.parse(spec.threat.norm), spec.threat.epsilon), spec.config)
+    family = FAMILIES.get(config.model.family)
+    info = DATASETS.get(config.data)
+    values = {"input_shape": info.input_shape, "num_classes": info.num_classes, **config.model.config}
+    family.build(validate(family.config_type, values, path.name))
+
+
+def test_model_of_the_readme_is_attacked() -> None:
+    found = json.loads(succeeds("attack", "configs/models/own_model.py:build", *QUICK[2:], "--json"))
+    assert 0 <= found["robust_accuracy"] <= found["clean_accuracy"]
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "SECONDS_A_LINE", 0)
+    result = invoke(*QUICK, "--batch-size", "2", "--json")
+    lines = result.stderr.splitlines()
+    assert [line.split()[-5] for line in lines] == ["4/8", "6/8", "8/8"], lines
+    assert all("robust" in line and "left 0:00:0" in line for line in lines)
+    assert json.loads(result.stdout)["model"] == "test-linear.tiny"

@@ -377,6 +377,19 @@ def test_kept_iterate_is_the_one_of_the_rule(rule: Keep, limit: float, make_mode
         assert set(chosen) == {25} and bool(torch.isneginf(found.loss).all())
 
 
+@pytest.mark.parametrize("norm", Norm)
+def test_mixed_variables_are_back_in_ball_and_box_before_they_are_used(norm: Norm, make_model, make_images) -> None:
+    model, x = make_model("test-linear"), make_images(4).round()  # half of the pixels on the limits
+    threat, seen = Threat(norm, 0.3), []
+    settings = JointSettings(num_steps=12, accelerator=Anderson(), mixing=Mixing.ALL, keep=Keep.LAST)
+    objective, ascent = CrossEntropy(LABELS), ProjectedAscent(threat, x, 0.8)
+    run(model, x, objective, ascent, settings, watch=lambda step, delta, loss, residual: seen.append(delta))
+    assert len(seen) == 13
+    for delta in seen:
+        assert float(norm_of(delta, norm).max()) <= 0.3 * (1 + 1e-9)
+        assert float((x + delta).min()) >= 0.0 and float((x + delta).max()) <= 1.0
+
+
 def test_watcher_sees_every_step_and_a_kept_loss_that_never_falls(make_model, make_images) -> None:
     model, x = make_model("deq-fc"), make_images(4)
     ascent = ProjectedAscent(Threat(Norm.L2, 0.4), x, 0.8)
@@ -453,15 +466,18 @@ def optimum_of(model: Switched, x: Tensor, y: Tensor, threat: Threat) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("factor", "rungs"),
+    ("factor", "steps", "rungs"),
     [
-        (-1.3, {"num_damped": 3, "num_accelerated": 0, "num_full_solve": 0}),
-        (-4.0, {"num_damped": 3, "num_accelerated": 3}),
+        (-1.3, 80, {"num_damped": 3, "num_accelerated": 0, "num_full_solve": 0}),
+        (-4.0, 80, {"num_damped": 3, "num_accelerated": 3, "num_full_solve": 0}),
+        (-4.0, 3, {"num_damped": 3, "num_accelerated": 3, "num_full_solve": 3}),
     ],
 )
-def test_states_that_run_away_fall_back_and_are_judged_all_the_same(factor: float, rungs: dict, switched) -> None:
+def test_states_that_run_away_fall_back_and_are_judged_all_the_same(
+    factor: float, steps: int, rungs: dict, switched
+) -> None:
     model, x, y, is_hard = switched(factor)
-    threat, config = Threat(Norm.L2, 0.2), JointPGDConfig(steps=80, objective="margin")
+    threat, config = Threat(Norm.L2, 0.2), JointPGDConfig(steps=steps, objective="margin")
     result = JointPGD(threat, config)(model, x, y)
     assert {key: result.proposal.diagnostics[key] for key in rungs} == rungs
     assert not bool(result.is_failed.any())

@@ -12,7 +12,7 @@ from torch import Tensor
 from robustbench_deq.objectives import DLR, OBJECTIVES, CrossEntropy, Margin, Targeted
 
 LABELS = torch.tensor([0, 2, 1, 3, 3])
-ALL = [*(OBJECTIVES.get(name) for name in OBJECTIVES), Targeted]
+NAMED = [OBJECTIVES.get(name) for name in OBJECTIVES]
 seeds = st.integers(0, 10_000)
 
 
@@ -65,10 +65,15 @@ def test_cross_entropy_is_the_log_loss_and_targeted_its_negative(seed: int) -> N
     logits = logits_of(seed)
     expected = -logits.log_softmax(1)[torch.arange(5), LABELS]
     torch.testing.assert_close(CrossEntropy(LABELS)(logits), expected)
-    torch.testing.assert_close(Targeted(LABELS)(logits), -expected)
+    torch.testing.assert_close(Targeted(CrossEntropy(LABELS))(logits), -expected)
 
 
-@pytest.mark.parametrize("kind", ALL)
+def test_targeted_margin_is_the_lead_of_the_wanted_class() -> None:
+    logits = torch.tensor([[1.0, 5.0, 3.0], [1.0, 5.0, 3.0]])
+    assert Targeted(Margin(torch.tensor([1, 0])))(logits).tolist() == [2.0, -4.0]
+
+
+@pytest.mark.parametrize("kind", NAMED)
 def test_losses_are_per_sample_and_select_keeps_the_kind(kind: type) -> None:
     logits, index = logits_of(1), torch.tensor([4, 0, 2])
     objective = kind(LABELS)
@@ -76,9 +81,11 @@ def test_losses_are_per_sample_and_select_keeps_the_kind(kind: type) -> None:
     assert type(chosen) is kind
     assert objective(logits).shape == (5,)
     torch.testing.assert_close(chosen(logits[index]), objective(logits)[index])
+    wanted = Targeted(objective).select(index)
+    torch.testing.assert_close(wanted(logits[index]), -objective(logits)[index])
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", NAMED)
 def test_gradient_of_a_sample_does_not_depend_on_the_others(kind: type) -> None:
     logits = logits_of(2).requires_grad_()
     whole = torch.autograd.grad(kind(LABELS)(logits).sum(), logits)[0]

@@ -70,14 +70,23 @@ def _read_digits() -> Raw:
 def _from_torchvision(name: str, build: Callable[[Path, bool, bool], list], debian: Path | None = None) -> Raw:
     """Read both official splits with `build(folder, is_train, download)` from the first place that has them."""
     for folder in _folders():
-        try:
-            return _join(build(folder, True, False), build(folder, False, False))
-        except RuntimeError:
-            continue
+        whole = _read_from(folder, name, build)
+        if whole is not None:
+            return whole
     cache = cache_folder()
     if debian is not None and debian.is_dir():
-        _unpack_fashion_mnist(debian, cache)
-        return _join(build(cache, True, False), build(cache, False, False))
+        try:
+            _unpack_fashion_mnist(debian, cache)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UsageError.of(
+                f"dataset {name}",
+                expected=f"to unpack {debian} into {cache}",
+                got=getattr(error, "strerror", None) or error,
+                fix="install the package anew, or make the folder writable",
+            ) from None
+        whole = _read_from(cache, name, build)
+        if whole is not None:
+            return whole
     try:
         return _join(build(cache, True, True), build(cache, False, True))
     except Exception as error:  # torchvision raises whatever its transport raises
@@ -87,6 +96,21 @@ def _from_torchvision(name: str, build: Callable[[Path, bool, bool], list], debi
             expected=f"its files in ${DATA_VARIABLE} or in {cache}, or a network to download them",
             got=f"no files, and a failed download ({type(error).__name__})",
             fix=f"{package}put torchvision's files there, or use --data digits or --data npz:FILE",
+        ) from None
+
+
+def _read_from(folder: Path, name: str, build: Callable[[Path, bool, bool], list]) -> Raw | None:
+    """Both splits from `folder`, or None where it has none. Raises `UsageError` for files that cannot be read."""
+    try:
+        return _join(build(folder, True, False), build(folder, False, False))
+    except Exception as error:  # torchvision raises whatever its readers raise
+        if isinstance(error, RuntimeError) and "not found" in str(error):
+            return None
+        raise UsageError.of(
+            f"dataset {name} in {folder}",
+            expected="torchvision's files, whole",
+            got=f"files that cannot be read ({type(error).__name__})",
+            fix="remove or replace them",
         ) from None
 
 

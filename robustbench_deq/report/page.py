@@ -173,9 +173,12 @@ def command_of(record: Record) -> str:
     """The command line that makes the run again; the data digest tells whether it was on the same samples."""
     words = ["robustbench-deq", "attack", record.model, "--attack", record.attack]
     words += ["--norm", record.threat.norm, "--epsilon", repr(record.threat.epsilon)]
-    words += ["--data", record.data.name, "--limit", str(record.data.num_samples)]
-    words += ["--batch-size", str(record.batch_size), "--seed", str(record.seed)]
-    for key, value in _flat(record.attack_config).items():
+    words += ["--data", record.data.name, "--split", record.data.split, "--limit", str(record.data.num_samples)]
+    words += ["--batch-size", str(record.batch_size), "--seed", str(record.seed), "--label", record.label]
+    config = dict(record.attack_config)
+    if config.pop("targeted", False):
+        words.append("--targeted")
+    for key, value in _flat(config).items():
         words += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
     return shlex.join(words)
 

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from robustbench_deq.errors import UsageError
+from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.threats import per_sample
 
 DIVERGENCE_FACTOR = 1e6
@@ -94,6 +94,16 @@ class Solution(NamedTuple):
     @property
     def is_converged(self) -> Tensor:
         return self.status == Status.CONVERGED
+
+    def require_converged(self) -> Solution:
+        """This solution. Raises `RunError` unless every sample has converged."""
+        failed = ~self.is_converged
+        if bool(failed.any()):
+            raise RunError(
+                f"{int(failed.sum())} of {len(failed)} samples have no equilibrium "
+                f"(largest relative residual {float(self.residual.max()):.2g})"
+            )
+        return self
 
 
 class Solver(abc.ABC):

@@ -164,7 +164,7 @@ class Trainer:
             if not math.isfinite(float(norm)):
                 raise RunError(
                     f"training diverged in epoch {epoch + 1}, batch {batch + 1}: the gradient is not finite; "
-                    "lower learning_rate or raise jacobian_weight, then resume from the last checkpoint"
+                    "start anew with a lower learning_rate or a higher jacobian_weight"
                 )
             self.optimizer.step()
             self.step += 1
@@ -220,8 +220,9 @@ class Trainer:
             unconverged += int((~verdict.is_converged).sum())
             if self.validation_attack is not None:
                 ids = self.validation.sample_ids[part]
-                x_adv = self.validation_attack(self.model, x, y, sample_ids=ids).x_adv
-                robust += int((judge(self.model, x_adv, y).is_correct & verdict.is_correct).sum())
+                result = self.validation_attack(self.model, x, y, sample_ids=ids)
+                is_correct = judge(self.model, result.x_adv, y).is_correct & verdict.is_correct
+                robust += int((is_correct & ~result.is_failed).sum())
         self.model.load_state_dict(current)
         count = len(self.validation)
         return clean / count, (robust / count if self.validation_attack is not None else None), unconverged

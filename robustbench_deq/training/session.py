@@ -22,7 +22,7 @@ from robustbench_deq.bench.evaluate import evaluate
 from robustbench_deq.bench.judge import judge, tight_solve
 from robustbench_deq.configs import merge, validate
 from robustbench_deq.data import DATASETS, Split, SplitName, load
-from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.equilibrium import EquilibriumModel, check_labels
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import replacing, write_json
 from robustbench_deq.models import FAMILIES, Card, ModelDescription, load_model, save_model
@@ -64,6 +64,8 @@ class TrainingSession:
         shape: dict[str, object] = {"input_shape": tuple(self._train.x.shape[1:])}
         if self.config.data in DATASETS:
             shape["num_classes"] = DATASETS.get(self.config.data).num_classes
+        else:
+            shape["num_classes"] = max(2, int(self._train.y.max()) + 1)
         torch.manual_seed(self.config.seed)
         return family.build(validate(family.config_type, merge(shape, spec.config), f"model {spec.family}"))
 
@@ -75,9 +77,13 @@ class TrainingSession:
         """
         self.folder = folder
         validation = load(self.config.data, SplitName.VALIDATION, self.config.validation.limit)
+        model = self.build_model()
+        for split in (self._train, validation, load(self.config.data, SplitName.TEST)):
+            model.check_images(split.x)
+            check_labels(split.y, len(split), model.num_classes)
         self.trainer = Trainer(
             self.config,
-            self.build_model(),
+            model,
             self._train,
             validation,
             self.attack,

@@ -15,9 +15,9 @@ from attacks import ATTACKS
 from robustbench_deq.attack import Attack, Proposal
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
+from robustbench_deq.models import FAMILIES
 from robustbench_deq.threats import Norm, Threat, norm_of
 
-FAMILIES = ("test-linear", "deq-fc", "mondeq-fc", "deq-conv")
 EPSILON = {Norm.L2: 0.5, Norm.LINF: 0.06}
 GRADIENT_FREE = {"noise"}
 Y = torch.tensor([0, 1, 2, 1, 0])
@@ -53,7 +53,7 @@ def accepts(name: str, **settings: Any) -> bool:
 
 CASES = [Case(name, norm) for name in ATTACKS for norm in Norm if supports(name, norm)]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}-{case.norm.value}")
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize("family", list(FAMILIES))
 every_attack = pytest.mark.parametrize("name", list(ATTACKS))
 WITH_RESTARTS = [case for case in CASES if accepts(case.name, restarts=2)]
 WITH_RANDOM_START = [case for case in CASES if accepts(case.name, random_start=True)]

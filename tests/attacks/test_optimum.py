@@ -101,6 +101,17 @@ def test_pgd_with_other_adjoints_comes_as_near_as_its_gradient(adjoint: str, lea
         assert float(share.max()) < 0.999
 
 
+@pytest.mark.parametrize("norm", Norm)
+def test_pgd_moves_samples_whose_solves_never_converge(norm: Norm, affine) -> None:
+    model, x = affine
+    settings = {"tolerance": 1e-12, "max_steps": 3, "solver": "picard", "warm_start": False, "objective": "margin"}
+    result = build("pgd", norm, EPSILON[norm], **settings)(model, x, Y)
+    assert result.proposal.diagnostics["unconverged_forward_solves"] > 0
+    assert bool(torch.isneginf(result.proposal.loss).all())
+    share = share_of_optimum(model, x, result, norm)
+    assert bool((share > 0.9).all()), share
+
+
 def test_adjoint_has_a_solver_and_a_tolerance_of_its_own(affine) -> None:
     model, x = affine
     settings = {"tolerance": 1e-8, "max_steps": 300, "steps": 3, "warm_start": False, "solver": "picard"}

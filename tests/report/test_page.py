@@ -150,7 +150,8 @@ def test_command_makes_the_run_again(make_record) -> None:
             "--epsilon",
             "1.0",
         ),
-        *("--data", "digits", "--limit", "256", "--batch-size", "128", "--seed", "0"),
+        *("--data", "digits", "--split", "test", "--limit", "256", "--batch-size", "128", "--seed", "0"),
+        *("--label", record.label),
         *("--set", "steps=40", "--set", "warm=false", "--set", "solver.rtol=0.001"),
     ]
 

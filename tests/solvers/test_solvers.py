@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from robustbench_deq.errors import UsageError
+from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.solvers import SOLVERS, Anderson, CellMap, FixedPointMap, NewtonKrylov, Picard, Solve, Status
 from robustbench_deq.solvers.anderson import solve_small
 from robustbench_deq.solvers.base import residual_norms
@@ -351,3 +351,13 @@ def test_small_systems_fall_back_per_sample() -> None:
     assert_same(solution[1], torch.zeros(2, dtype=torch.float64))
     assert_same(singular @ solution[2], rhs[2, :, 0], 1e-4)
     assert bool(torch.isfinite(solution).all())
+
+
+def test_failure_is_an_exception_when_asked(make_model, make_images) -> None:
+    model, x = make_model("test-linear"), make_images(3)
+    with torch.no_grad():
+        short = model.equilibrium(x, solve=Solve(Picard(), rtol=1e-12, max_steps=2))
+        with pytest.raises(RunError, match="3 of 3 samples have no equilibrium"):
+            short.require_converged()
+        whole = model.equilibrium(x)
+    assert whole.require_converged() is whole

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attacks import JointPGD, JointPGDConfig
+from attacks import JointPGD, JointPGDConfig, SequentialPGD, SequentialPGDConfig
 from robustbench_deq.adjoints import Implicit
 from robustbench_deq.attack import Attack, Proposal
 from robustbench_deq.data import Split, SplitName, load
@@ -59,6 +59,11 @@ def small_config(**changes: object) -> TrainingConfig:
 def joint_pgd() -> JointPGD:
     config = JointPGDConfig(steps=4, warmup_steps=2, random_start=True)
     return JointPGD(Threat(Norm.L2, 0.5), config)
+
+
+def pgd() -> SequentialPGD:
+    config = SequentialPGDConfig(steps=3, tolerance=1e-2, random_start=True)
+    return SequentialPGD(Threat(Norm.L2, 0.5), config)
 
 
 @pytest.fixture
@@ -141,18 +146,39 @@ def test_the_radius_of_the_adversary_grows_over_the_warmup(make_trainer) -> None
     assert trainer._adversary() is trainer.attack
 
 
-def test_adversarial_training_reports_a_robust_accuracy_below_the_clean_one(digits) -> None:
-    trainer = Trainer(small_config(epochs=4), small_model(), *digits, joint_pgd(), joint_pgd())
+@pytest.mark.parametrize("adversary", [joint_pgd, pgd])
+def test_adversarial_training_reports_a_robust_accuracy_below_the_clean_one(adversary, digits) -> None:
+    trainer = Trainer(small_config(epochs=4), small_model(), *digits, adversary(), joint_pgd())
     trainer.run()
     for row in trainer.history:
         assert 0.0 <= row.robust_accuracy <= row.clean_accuracy
     assert trainer.history[-1].train_loss < trainer.history[0].train_loss
 
 
+def test_failed_samples_are_not_robust_in_validation(digits) -> None:
+    class Lost(JointPGD):
+        def run(self, model, x, *args) -> Proposal:
+            proposal = super().run(model, x, *args)
+            return dataclasses.replace(proposal, delta=torch.full_like(x, torch.nan))
+
+    trainer = Trainer(small_config(), small_model(), *digits, None, Lost(Threat(Norm.L2, 0.5)))
+    clean, robust, _ = trainer._validate()
+    assert clean > 0 and robust == 0
+
+
+def test_averages_of_whole_numbers_are_the_last_ones(digits) -> None:
+    model = small_model()
+    model.register_buffer("count", torch.tensor(0))
+    trainer = Trainer(small_config(), model, *digits, None, None)
+    model.count.add_(7)
+    trainer._update_average()
+    assert int(trainer.average["count"]) == 7
+
+
 # Resuming
 
 
-@pytest.mark.parametrize("attack", [None, joint_pgd], ids=["standard", "joint-pgd"])
+@pytest.mark.parametrize("attack", [None, joint_pgd, pgd], ids=["standard", "joint-pgd", "pgd"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_resumed_run_ends_bit_identical_to_the_undisturbed_one(make_trainer, attack, batch: int, tmp_path) -> None:
     attack = attack and attack()
