@@ -46,10 +46,11 @@ def warm_grid(threat: Threat) -> dict[str, Attack]:
         points[name] = make_attack("pgd", threat, steps=steps, tolerance=tolerance, solver=solver, **more)
 
     for steps, tolerance, solver in itertools.product((5, 10, 20, 40), (1e-2, 5e-2, 2e-1), ("picard", "anderson")):
-        add(steps, tolerance, solver)
+        if (steps, tolerance) != (40, 1e-2):  # the most expensive by far, for accuracies that 20 steps reach
+            add(steps, tolerance, solver)
     for steps, tolerance in itertools.product((10, 20), (5e-2, 2e-1)):
         add(steps, tolerance, "broyden")
-    for steps, (schedule, size) in itertools.product((10, 20, 40), STEP_RULES.items()):
+    for steps, (schedule, size) in itertools.product((10, 20), STEP_RULES.items()):
         add(steps, 5e-2, "picard", schedule=schedule, step_size=size)
     return points
 
@@ -67,7 +68,7 @@ def joint_grid(threat: Threat) -> dict[str, Attack]:
         (8, 12, 16, 24, 32, 64), ((1, {}), (2, {}), (None, {}), (2, {"accelerator": "anderson", "history_size": 3}))
     ):
         add(steps, inner, **more)
-    for steps in (12, 24, 48):
+    for steps in (12, 24):
         add(steps, 1, momentum=0.75)
         for schedule, size in STEP_RULES.items():
             add(steps, 1, schedule=schedule, step_size=size)

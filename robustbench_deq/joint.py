@@ -183,7 +183,7 @@ class JointSettings:
     accelerator: Solver | None = None
     mixing: Mixing = Mixing.STATE
     keep: Keep = Keep.LOSS
-    keep_residual: float = 0.02
+    keep_residual: float = 0.005
     last_residual: float = 0.1
 
 
@@ -314,10 +314,10 @@ def keep_better(
     """Per row the variable of the highest trusted loss, and that loss.
 
     Until a row has a trusted loss it keeps the newest usable variable, so that something is returned, at a loss of
-    minus infinity. `is_trusted`, `is_usable` and the losses are `(rows,)`.
+    minus infinity (which is not below minus infinity). `is_trusted`, `is_usable` and the losses are `(rows,)`.
     """
     loss = torch.where(is_trusted, loss, -torch.inf)
-    takes = ((loss > kept_loss) | torch.isneginf(kept_loss)) & is_usable
+    takes = (loss >= kept_loss) & is_usable
     return torch.where(per_sample(takes, variable), variable, kept), torch.where(takes, loss, kept_loss)
 
 
