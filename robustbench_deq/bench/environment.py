@@ -35,17 +35,19 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this file is in, "-dirty" if files were changed since; None outside one."""
+    """The commit of the checkout this file is in, "-dirty" if files other than results were changed since; None outside
+    one."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
+    commit = _git(root, "rev-parse", "--short=12", "HEAD")
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)results")
+    return commit and commit + ("-dirty" if changed else "")
+
+
+def _git(root: Path, *words: str) -> str | None:
     try:
-        answer = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
+        answer = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() or None
