@@ -99,7 +99,7 @@ class JointPGDConfig(ObjectiveConfig):
     mixing: Mixing = Field(Mixing.STATE, description="what the accelerator mixes: state or all")
     keep: Keep = Field(Keep.LOSS, description="which iterate is returned: loss, jiio or last")
     keep_residual: float = Field(
-        0.005, gt=0, description="keep=loss: residual up to which an iterate's loss is trusted"
+        0.005, gt=0, description="keep=loss: residual up to which a loss is trusted"
     )
     warmup_steps: int = Field(20, ge=0, description="most evaluations of the cell before the first joint step")
     warmup_tolerance: float = Field(0.03, gt=0, description="relative residual at which the warm-up ends")

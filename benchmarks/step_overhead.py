@@ -22,7 +22,7 @@ from robustbench_deq.models import MODELS, load_model
 from robustbench_deq.objectives import CrossEntropy
 from robustbench_deq.threats import Norm, Threat
 
-STEPS = 20
+STEPS = JointPGDConfig().steps
 
 
 @click.command()
