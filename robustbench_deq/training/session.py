@@ -25,7 +25,7 @@ from robustbench_deq.data import DATASETS, Split, SplitName, load
 from robustbench_deq.equilibrium import EquilibriumModel, check_labels
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import replacing, write_json
-from robustbench_deq.models import FAMILIES, Card, ModelDescription, load_model, save_model
+from robustbench_deq.models import FAMILIES, Card, ModelDescription, describe_model, load_model, save_model
 from robustbench_deq.models.diagnostics import picard_solution, spectral_radius
 from robustbench_deq.report.history import plot_history
 from robustbench_deq.training.config import TrainingConfig
@@ -134,13 +134,18 @@ class TrainingSession:
         config = self.config
         size = len(load(config.data, SplitName.TEST))
         test = load(config.data, SplitName.TEST, min(config.evaluation.limit, size))
-        seconds = self.trainer.history[-1].total_seconds if self.trainer.history else 0.0
+        minutes = self.trainer.history[-1].total_seconds / 60 if self.trainer.history else 0.0
+        command = self.command
+        if config.initial is not None:  # an earlier stage is part of how the weights were made
+            earlier = describe_model(config.initial).card
+            minutes += earlier.train_minutes or 0.0
+            command = " && ".join(filter(None, (earlier.command, command)))
         card = Card(
             data=config.data,
             threat=config.attack.threat.model_dump() if config.attack else None,
-            command=self.command,
+            command=command,
             seed=config.seed,
-            train_minutes=round(seconds / 60, 1),
+            train_minutes=round(minutes, 1),
             test_samples=len(test),
             **_diagnose(model, test, self.device),
         )
