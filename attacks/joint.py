@@ -55,6 +55,7 @@ class AdjointStart(enum.Enum):
 
 
 JIIO_2021 = {
+    "objective": "cross-entropy",
     "steps": 80,
     "inner_steps": 1,
     "step_size": 0.6,
@@ -83,11 +84,11 @@ class JointPGDConfig(ObjectiveConfig):
     """Settings of `joint-pgd`; `preset=jiio-2021` gives the published ones, and other keys override it."""
 
     preset: Preset = Field(Preset.DEFAULT, description="default or jiio-2021")
-    steps: int = Field(40, ge=1, description="augmented iterations")
+    steps: int = Field(32, ge=1, description="augmented iterations")
     inner_steps: int | None = Field(1, ge=1, description="iterations of (z, mu) per perturbation step; null adapts")
     max_lag: float = Field(4.0, gt=0, description="adaptive: perturbation steps the state may be behind")
     max_inner_steps: int = Field(20, ge=1, description="adaptive: most iterations per perturbation step")
-    step_size: float = Field(1.0, gt=0, description="first step as a fraction of epsilon")
+    step_size: float = Field(2.0, gt=0, description="first step as a fraction of epsilon")
     schedule: Schedule = Field(Schedule.COSINE, description="cosine, constant or drop")
     momentum: float = Field(0.0, ge=0, lt=1, description="of the perturbation's direction")
     damping_z: float = Field(1.0, gt=0, le=1, description="damping of the state; 1 is none")
@@ -98,9 +99,7 @@ class JointPGDConfig(ObjectiveConfig):
     history_size: int = Field(5, ge=1, description="history of the accelerator")
     mixing: Mixing = Field(Mixing.STATE, description="what the accelerator mixes: state or all")
     keep: Keep = Field(Keep.LOSS, description="which iterate is returned: loss, jiio or last")
-    keep_residual: float = Field(
-        0.005, gt=0, description="keep=loss: residual up to which a loss is trusted"
-    )
+    keep_residual: float = Field(0.005, gt=0, description="keep=loss: residual up to which a loss is trusted")
     warmup_steps: int = Field(20, ge=0, description="most evaluations of the cell before the first joint step")
     warmup_tolerance: float = Field(0.03, gt=0, description="relative residual at which the warm-up ends")
     adjoint_start: AdjointStart = Field(AdjointStart.LOSS, description="the loss's gradient by the state, or zero")

@@ -21,6 +21,7 @@ from robustbench_deq.attack import ATTACKS, Attack, ObjectiveConfig, Proposal, R
 from robustbench_deq.configs import named_in
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.joint import ProjectedAscent, Schedule, keep_better
+from robustbench_deq.objectives import objective_at
 from robustbench_deq.solvers import SOLVERS, Solve
 
 
@@ -101,17 +102,19 @@ class SequentialPGD(Attack[SequentialPGDConfig]):
                 if config.warm_start and isinstance(adjoint, Implicit):
                     adjoint = adjoint.warm_started(mu)
                 solution = model.equilibrium(x + leaf, z, solve=forward, adjoint=adjoint, trace=trace)
-                loss = objective(model.head(solution.value))
+                logits = model.head(solution.value)
+                loss = objective(logits.detach())
             if solution.trace is not None:
                 record.follow(solution.trace)
             unconverged_forward += ~solution.is_converged
             kept, kept_loss = keep_better(
-                kept, kept_loss, delta, loss.detach(), solution.is_converged, torch.isfinite(solution.residual)
+                kept, kept_loss, delta, loss, solution.is_converged, torch.isfinite(solution.residual)
             )
             record(step, kept, kept_loss)
             if is_last:
                 break
-            gradient = torch.autograd.grad(loss.sum(), leaf)[0]
+            ascended = objective_at(objective, step / config.steps)(logits)
+            gradient = torch.autograd.grad(ascended.sum(), leaf)[0]
             if trace.solution is not None:
                 unconverged_adjoint += ~trace.solution.is_converged
             delta, velocity = ascent.step(delta, gradient, velocity, step / config.steps)

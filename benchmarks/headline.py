@@ -25,7 +25,8 @@ def main(repeats: int, batch_size: int) -> None:
     attacks = {
         "joint-pgd (default)": make_attack("joint-pgd", threat),
         "joint-pgd, preset jiio-2021": make_attack("joint-pgd", threat, preset="jiio-2021"),
-        "cold PGD-20, Anderson": make_attack("pgd", threat, warm_start=False, tolerance=1e-3),
+        "cold PGD-20": make_attack("pgd", threat, warm_start=False, tolerance=1e-3, objective="cross-entropy"),
+        "cold PGD-20, ce-then-margin": make_attack("pgd", threat, warm_start=False, tolerance=1e-3),
         "torchattacks PGDL2-20": make_attack("torchattacks-pgdl2", threat),
     }
     results = in_turn(model, data, attacks, repeats, batch_size)

@@ -35,7 +35,9 @@ class AttackConfig(Config):
 class ObjectiveConfig(AttackConfig):
     """Settings of attacks that maximise a loss."""
 
-    objective: Annotated[str, named_in(OBJECTIVES)] = Field("cross-entropy", description="cross-entropy, margin or dlr")
+    objective: Annotated[str, named_in(OBJECTIVES)] = Field(
+        "ce-then-margin", description="cross-entropy, margin, dlr or ce-then-margin"
+    )
 
     def bind(self, y: Tensor, targets: Tensor | None) -> Objective:
         """The objective for labels `y`, or for reaching `targets` where they are given."""

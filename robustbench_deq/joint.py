@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from robustbench_deq.equilibrium import EquilibriumModel
-from robustbench_deq.objectives import Objective
+from robustbench_deq.objectives import Objective, objective_at
 from robustbench_deq.solvers import CellMap, Solver
 from robustbench_deq.solvers.base import residual_norms
 from robustbench_deq.threats import Threat, per_sample
@@ -39,7 +39,7 @@ class Evaluation(NamedTuple):
     f         `f(z, u(d))`, like z
     g         `J_z^T mu + dL/dz`, like mu
     gradient  `J_d^T mu`, like d; None when it was not asked for
-    loss      objective at `head(z)`, one per row of z
+    loss      objective at `head(z)`, one per row of z: by this iterates are compared, whatever is ascended
     """
 
     f: Tensor
@@ -63,32 +63,41 @@ class AugmentedMap:
     inject: Callable[[Tensor], Tensor]
     objective: Objective
 
-    def evaluate(self, z: Tensor, mu: Tensor, variable: Tensor) -> Evaluation:
-        """One cell evaluation and one vector-Jacobian product to the state and to the variable."""
+    def evaluate(self, z: Tensor, mu: Tensor, variable: Tensor, progress: float = 0.0) -> Evaluation:
+        """One cell evaluation and one vector-Jacobian product to the state and to the variable.
+
+        Args:
+            progress: of the run, from 0 to 1, for objectives that ascend one loss after another.
+        """
         with torch.enable_grad():
             variable = variable.detach().requires_grad_()
-            return self._evaluate(z, mu, self.inject(variable), variable)
+            return self._evaluate(z, mu, self.inject(variable), variable, progress)
 
-    def evaluate_state(self, z: Tensor, mu: Tensor, u: Tensor) -> Evaluation:
+    def evaluate_state(self, z: Tensor, mu: Tensor, u: Tensor, progress: float = 0.0) -> Evaluation:
         """The same at a known injection, without the gradient by the variable: an inner iteration."""
         with torch.enable_grad():
-            return self._evaluate(z, mu, u, None)
+            return self._evaluate(z, mu, u, None, progress)
 
     def loss_gradient(self, z: Tensor) -> Tensor:
         """dL/dz at `z`, the first term of the adjoint's Neumann series; asks only the head."""
         with torch.enable_grad():
             z = z.detach().requires_grad_()
-            return torch.autograd.grad(self.objective(self.model.head(z)).sum(), z, materialize_grads=True)[0]
+            loss = objective_at(self.objective, 0.0)(self.model.head(z))
+            return torch.autograd.grad(loss.sum(), z, materialize_grads=True)[0]
 
-    def _evaluate(self, z: Tensor, mu: Tensor, u: Tensor, variable: Tensor | None) -> Evaluation:
+    def _evaluate(self, z: Tensor, mu: Tensor, u: Tensor, variable: Tensor | None, progress: float) -> Evaluation:
         z = z.detach().requires_grad_()
         f = self.model.evaluate(z, u)
-        loss = self.objective(self.model.head(z))
+        logits = self.model.head(z)
+        ascended = objective_at(self.objective, progress)
+        loss = ascended(logits)
         inputs = [z] if variable is None else [z, variable]
         outputs, seeds = [loss], [torch.ones_like(loss)]
         if f.requires_grad:  # a cell may ignore its state
             outputs, seeds = [f, loss], [mu, *seeds]
         g, *rest = torch.autograd.grad(outputs, inputs, seeds, materialize_grads=True)
+        if ascended is not self.objective:
+            loss = self.objective(logits.detach())
         return Evaluation(f.detach(), g, rest[0] if rest else None, loss.detach())
 
 
@@ -229,13 +238,14 @@ def ascend(
 
     for step in range(settings.num_steps):
         may_move = settings.inner_steps is None or (step + 1) % settings.inner_steps == 0
+        progress = step / settings.num_steps
         if may_move:
-            now = augmented.evaluate(z, mu, variable)
+            now = augmented.evaluate(z, mu, variable, progress)
         else:
             if u is None:
                 with torch.no_grad():
                     u = augmented.inject(variable)
-            now = augmented.evaluate_state(z, mu, u)
+            now = augmented.evaluate_state(z, mu, u, progress)
         absolute, residual = residual_norms(z, now.f)
         keeper.offer(step, variable, now.loss, residual, now.g, mu)
         if watch is not None:
@@ -243,7 +253,6 @@ def ascend(
         moved = variable
         is_moving = None
         if may_move:
-            progress = step / settings.num_steps
             moved, next_velocity = ascent.step(variable, now.gradient, velocity, progress)
             if settings.inner_steps is None:
                 is_moving = pace.is_ready(absolute, ascent.schedule.factor(progress))
