@@ -3,9 +3,10 @@
 `CrossEntropy`   log-loss of the true class.
 `Margin`         largest wrong logit minus the true one (Carlini and Wagner, 2017); positive means fooled.
 `DLR`            the margin divided by the spread of the logits (Croce and Hein, 2020, Eq. 6); invariant to scale and
-shift. `CrossEntropyThenMargin`  ascends the cross-entropy in the first half of a run and the margin in the second; iterates
-are compared by the margin. The log-loss leads away from the true class from anywhere, the margin finishes near the
-boundary. `Targeted`       minus any of these at a wanted class.
+shift. `Targeted`       minus any of these at a wanted class.
+
+`CrossEntropyThenMargin` ascends the cross-entropy in the first half of a run and the margin in the second; iterates are
+compared by the margin. The log-loss leads away from the true class from anywhere, the margin finishes at the boundary.
 
 Each maps logits `(batch, classes)` to `(batch,)`. Reductions over the batch are sums, everywhere: then the gradient of
 one sample does not depend on how many others there are.
