@@ -26,7 +26,7 @@ from robustbench_deq.joint import (
 )
 from robustbench_deq.meter import Meter
 from robustbench_deq.models import Linear, LinearConfig
-from robustbench_deq.objectives import CrossEntropy, Margin, Objective
+from robustbench_deq.objectives import CrossEntropy, CrossEntropyThenMargin, Margin, Objective
 from robustbench_deq.solvers import Anderson
 from robustbench_deq.solvers.base import residual_norms
 from robustbench_deq.threats import Norm, Threat, norm_of
@@ -74,6 +74,21 @@ def test_one_look_gives_all_three_right_hand_sides(make_model, make_images) -> N
         torch.testing.assert_close(found.gradient, (mu @ model.injection.weight).view_as(x))
         torch.testing.assert_close(found.loss, -model.head(z).log_softmax(1)[torch.arange(4), LABELS])
     assert not any(part.requires_grad for part in found)
+
+
+def test_staged_objective_ascends_one_loss_after_the_other_and_compares_by_the_last(make_model, make_images) -> None:
+    model, x, delta = make_model("test-linear"), make_images(4), 0.1 * make_images(4, seed=2)
+    z, mu = torch.randn(2, 4, 5, dtype=x.dtype, generator=torch.Generator().manual_seed(3))
+
+    def look(objective: Objective, progress: float) -> Evaluation:
+        return AugmentedMap(model, lambda d: model.inject(x + d), objective).evaluate(z, mu, delta, progress)
+
+    log_loss, margin = look(CrossEntropy(LABELS), 0.0), look(Margin(LABELS), 0.0)
+    for progress, ascended in ((0.0, log_loss), (0.49, log_loss), (0.5, margin), (0.9, margin)):
+        found = look(CrossEntropyThenMargin(LABELS), progress)
+        torch.testing.assert_close(found.g, ascended.g)
+        torch.testing.assert_close(found.loss, margin.loss)
+    assert not torch.allclose(log_loss.g, margin.g)
 
 
 def test_gradient_of_the_loss_by_the_state_costs_no_evaluation(make_model, make_images) -> None:
@@ -317,7 +332,7 @@ def test_schedules_begin_at_one_and_do_not_rise() -> None:
 class Recording(AugmentedMap):
     """Remembers every look: `(z, mu, variable, evaluation)`."""
 
-    def evaluate(self, z: Tensor, mu: Tensor, variable: Tensor) -> Evaluation:
+    def evaluate(self, z: Tensor, mu: Tensor, variable: Tensor, progress: float = 0.0) -> Evaluation:
         found = super().evaluate(z, mu, variable)
         self.objective.looks.append((z, mu, variable, found))
         return found
@@ -477,7 +492,7 @@ def test_states_that_run_away_fall_back_and_are_judged_all_the_same(
     factor: float, steps: int, rungs: dict, switched
 ) -> None:
     model, x, y, is_hard = switched(factor)
-    threat, config = Threat(Norm.L2, 0.2), JointPGDConfig(steps=steps, objective="margin")
+    threat, config = Threat(Norm.L2, 0.2), JointPGDConfig(steps=steps, step_size=1.0, objective="margin")
     result = JointPGD(threat, config)(model, x, y)
     assert {key: result.proposal.diagnostics[key] for key in rungs} == rungs
     assert not bool(result.is_failed.any())

@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from robustbench_deq.objectives import DLR, OBJECTIVES, CrossEntropy, Margin, Targeted
+from robustbench_deq.objectives import (
+    DLR,
+    OBJECTIVES,
+    CrossEntropy,
+    CrossEntropyThenMargin,
+    Margin,
+    Targeted,
+    objective_at,
+)
 
 LABELS = torch.tensor([0, 2, 1, 3, 3])
 NAMED = [OBJECTIVES.get(name) for name in OBJECTIVES]
@@ -66,6 +74,16 @@ def test_cross_entropy_is_the_log_loss_and_targeted_its_negative(seed: int) -> N
     expected = -logits.log_softmax(1)[torch.arange(5), LABELS]
     torch.testing.assert_close(CrossEntropy(LABELS)(logits), expected)
     torch.testing.assert_close(Targeted(CrossEntropy(LABELS))(logits), -expected)
+
+
+def test_staged_objective_ascends_the_log_loss_then_the_margin() -> None:
+    logits, staged = logits_of(3), CrossEntropyThenMargin(LABELS)
+    for progress, kind in ((0.0, CrossEntropy), (0.49, CrossEntropy), (0.5, Margin), (1.0, Margin)):
+        torch.testing.assert_close(objective_at(staged, progress)(logits), kind(LABELS)(logits))
+        torch.testing.assert_close(objective_at(Targeted(staged), progress)(logits), -kind(LABELS)(logits))
+    torch.testing.assert_close(staged(logits), Margin(LABELS)(logits))
+    assert objective_at(torch.sum, 0.3) is torch.sum
+    assert objective_at(DLR(LABELS), 0.0)(logits).equal(DLR(LABELS)(logits))
 
 
 def test_targeted_margin_is_the_lead_of_the_wanted_class() -> None:

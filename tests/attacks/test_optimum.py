@@ -169,8 +169,8 @@ def test_optimum_in_a_corner_of_the_box_is_cut(name: str, make_model, make_image
 def test_joint_and_sequential_agree_after_long_runs(family: str, norm: Norm, make_model, make_images) -> None:
     model, x, y = make_model(family, rtol=1e-8), make_images(4), torch.tensor([0, 1, 2, 0])
     epsilon = {Norm.L2: 0.3, Norm.LINF: 0.05}[norm]
-    joint = build("joint-pgd", norm, epsilon, steps=200, failure_residual=1e-3)
-    settings = {"steps": 100, "step_size": 0.5, "schedule": "cosine", "tolerance": 1e-7, "max_steps": 300}
+    joint = build("joint-pgd", norm, epsilon, steps=200, failure_residual=1e-3, objective="cross-entropy")
+    settings = {"steps": 100, "step_size": 0.5, "tolerance": 1e-7, "max_steps": 300, "objective": "cross-entropy"}
     sequential = build("pgd", norm, epsilon, **settings)
     clean, one, other = (
         loss_of(model, images, y) for images in (x, joint(model, x, y).x_adv, sequential(model, x, y).x_adv)
@@ -185,7 +185,8 @@ def test_noise_is_weaker_than_gradients(family: str, norm: Norm, make_model, mak
     model, x, y = make_model(family, rtol=1e-8), make_images(4), torch.tensor([0, 1, 2, 0])
     epsilon = {Norm.L2: 0.5, Norm.LINF: 0.06}[norm]
     names = ("noise", "pgd", "joint-pgd")
-    loss = {name: loss_of(model, build(name, norm, epsilon)(model, x, y).x_adv, y) for name in names}
+    attacks = {name: build(name, norm, epsilon, objective="cross-entropy") for name in names}
+    loss = {name: loss_of(model, attack(model, x, y).x_adv, y) for name, attack in attacks.items()}
     assert bool((loss["noise"] < loss["pgd"]).all()) and bool((loss["noise"] < loss["joint-pgd"]).all())
 
 
@@ -308,6 +309,7 @@ def test_pgd_on_an_explicit_network_agrees_with_torchattacks(is_warm: bool, norm
         "schedule": "constant",
         "warm_start": is_warm,
         "tolerance": 1e-8,
+        "objective": "cross-entropy",
     }
     result = build("pgd", norm, epsilon, **settings)(model, x, y)
     torch.testing.assert_close(result.x_adv, expected, rtol=0, atol=1e-6)
