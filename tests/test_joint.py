@@ -333,7 +333,7 @@ class Recording(AugmentedMap):
     """Remembers every look: `(z, mu, variable, evaluation)`."""
 
     def evaluate(self, z: Tensor, mu: Tensor, variable: Tensor, progress: float = 0.0) -> Evaluation:
-        found = super().evaluate(z, mu, variable)
+        found = super().evaluate(z, mu, variable, progress)
         self.objective.looks.append((z, mu, variable, found))
         return found
 
