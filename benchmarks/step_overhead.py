@@ -38,7 +38,8 @@ def main(repeats: int, batch_size: int, pattern: str) -> None:
         ascent = ProjectedAscent(Threat(Norm.L2, 1.0), data.x, step_size=1.0)
         augmented = AugmentedMap(model, lambda delta, m=model, x=data.x: m.inject(x + delta), CrossEntropy(data.y))
         with frozen(model), Meter(model):
-            z = model.initial_state(model.inject(data.x))
+            u = model.inject(data.x)
+            z = model.initial_state(u)
             mu, delta = torch.randn_like(z), torch.zeros_like(data.x)
 
             def bare(z=z, mu=mu, delta=delta, model=model, x=data.x) -> None:
@@ -49,12 +50,12 @@ def main(repeats: int, batch_size: int, pattern: str) -> None:
             def joint(z=z, delta=delta, augmented=augmented, ascent=ascent, settings=settings) -> None:
                 ascend(augmented, ascent, settings, z, torch.zeros_like(z), delta)
 
-            def injection(u=model.inject(data.x), delta=delta, model=model, x=data.x) -> None:
+            def injection(u=u, delta=delta, model=model, x=data.x) -> None:
                 for _ in range(STEPS):
                     b = delta.detach().requires_grad_()
                     torch.autograd.grad(model.inject(x + b), b, u)
 
-            def cell(z=z, mu=mu, u=model.inject(data.x), model=model) -> None:
+            def cell(z=z, mu=mu, u=u, model=model) -> None:
                 for _ in range(STEPS):
                     a = z.detach().requires_grad_()
                     torch.autograd.grad(model.cell(a, u), a, mu)
