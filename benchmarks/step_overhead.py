@@ -29,7 +29,7 @@ STEPS = JointPGDConfig().steps
 @click.command()
 @click.option("--repeats", default=15, show_default=True)
 @click.option("--batch-size", default=128, show_default=True)
-@click.option("--models", "pattern", default="*.fashion-*", show_default=True)
+@click.option("--models", "pattern", default="*-*.*-*", show_default=True)
 def main(repeats: int, batch_size: int, pattern: str) -> None:
     rows = []
     for name in MODELS.list(pattern):
