@@ -182,7 +182,7 @@ def draw(points: pd.DataFrame, clean: dict[str, float], stem: str) -> None:
             for family, (colour, marker) in looks.items()
         ]
         star = Line2D([], [], color=COLOURS[1], marker="*", markersize=11, mec="black", linestyle="", label=DEFAULT)
-        figure.legend(handles=[*handles, star], loc="outside lower center", ncols=3)
+        figure.legend(handles=[*handles, star], loc="outside lower center", ncols=min(3, len(names)))
     save(figure, RESULTS / stem)
 
 
