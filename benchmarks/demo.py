@@ -15,6 +15,7 @@ from robustbench_deq.attack import Attack
 from robustbench_deq.bench.evaluate import Evaluation, evaluate
 from robustbench_deq.bench.records import RecordStore
 from robustbench_deq.data import Split, load
+from robustbench_deq.errors import UsageError
 from robustbench_deq.files import output_folder
 from robustbench_deq.models import describe_model, load_model
 from robustbench_deq.report.gallery import GalleryRow
@@ -60,8 +61,11 @@ def gallery_of(result: Evaluation, data: Split, count: int) -> list[GalleryRow]:
 def main(out: Path, limit: int) -> None:
     if out == DEFAULT_OUT:
         shutil.rmtree(out, ignore_errors=True)  # the demo's own folder: it is made anew each time
-    with output_folder(out):
-        run(out, limit)
+    try:
+        with output_folder(out):
+            run(out, limit)
+    except UsageError as error:
+        raise click.UsageError(str(error)) from None
 
 
 def run(out: Path, limit: int) -> None:

@@ -6,7 +6,7 @@ Every point is run on the same images and judged. Then the cheapest points of bo
 point of what both can reach are timed again in turn, and the medians of their ratios say who is faster at equal robust
 accuracy; the default of joint-pgd is compared in the same way with the warm-started PGD that comes within half a point
 of it (or, where none does, with the strongest). Written: the points (CSV), the summary (JSON, Markdown), the Pareto
-plot. With `--split validation` it is how the defaults of both attacks were chosen.
+plot.
 """
 
 from __future__ import annotations

@@ -81,8 +81,21 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Raises:
         UsageError: as `output_folder`.
     """
+    path = path.resolve()
+    if path == Path.cwd():
+        raise UsageError.of(
+            "output folder .", expected="a folder below the current one", got="the current one", fix="name another"
+        )
     with output_folder(path):
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        except OSError as error:
+            raise UsageError.of(
+                f"output folder {path}",
+                expected="a parent folder that can be written",
+                got=error.strerror,
+                fix="name another",
+            ) from None
         try:
             yield temporary
             temporary.chmod(0o755)

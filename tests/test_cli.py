@@ -674,6 +674,25 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     assert not out.exists()
 
 
+def test_report_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    succeeds(*QUICK, "--out", tmp_path / "run")
+    real = cli.write_report
+
+    def half(records: Any, folder: Path) -> Any:
+        (folder / "report.md").write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "write_report", half)
+    interrupted("report", tmp_path / "run", "--out", tmp_path / "page")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    monkeypatch.setattr(cli, "write_report", real)
+    succeeds("report", tmp_path / "run", "--out", tmp_path / "page")
+    assert (tmp_path / "page" / "index.html").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert "the current one" in refused("report", tmp_path / "run", "--out", ".")
+
+
 def test_demo_refuses_a_folder_that_holds_something(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("kept")
     answer = subprocess.run(
@@ -683,7 +702,8 @@ def test_demo_refuses_a_folder_that_holds_something(tmp_path: Path) -> None:
         text=True,
         timeout=120,
     )
-    assert answer.returncode != 0 and "an empty or new folder" in answer.stderr
+    assert answer.returncode == 2 and "an empty or new folder" in answer.stderr
+    assert "Traceback" not in answer.stderr
     assert (tmp_path / "mine").read_text() == "kept"
 
 
