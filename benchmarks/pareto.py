@@ -52,6 +52,10 @@ def warm_grid(threat: Threat) -> dict[str, Attack]:
         add(steps, tolerance, "broyden")
     for steps, (schedule, size) in itertools.product((10, 20), STEP_RULES.items()):
         add(steps, 5e-2, "picard", schedule=schedule, step_size=size)
+    for steps, solver in itertools.product((10, 20), ("picard", "anderson")):
+        add(steps, 5e-2, solver, step_size=2.0)
+    for steps in (10, 20):
+        add(steps, 5e-2, "picard", momentum=0.75)
     return points
 
 
