@@ -4,8 +4,9 @@
 
 After a joint attack the state and the adjoint are already close to their fixed points, so both solves start from there;
 that is what makes joint adversarial training nearly as cheap as the attack alone (Gurumurthy et al., NeurIPS 2021,
-section 3.3). The Jacobian term is Hutchinson's estimate with one Rademacher probe (Bai, Koltun, Kolter, "Stabilizing
-equilibrium models by Jacobian regularization", ICML 2021, Eq. 4).
+section 3.3). The adjoint is that of the loss which the attack ascends: with another objective than cross-entropy the
+backward solve starts further away, and is right all the same. The Jacobian term is Hutchinson's estimate with one
+Rademacher probe (Bai, Koltun, Kolter, "Stabilizing equilibrium models by Jacobian regularization", ICML 2021, Eq. 4).
 """
 
 from __future__ import annotations
