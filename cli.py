@@ -35,6 +35,7 @@ from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.files import output_folder, whole_folder
 from robustbench_deq.models import MODELS, describe_model, load_model
+from robustbench_deq.report.history import plot_history
 from robustbench_deq.report.page import write_report
 from robustbench_deq.threats import Norm, Threat
 from robustbench_deq.training.config import AttackSpec, TrainingConfig
@@ -200,7 +201,7 @@ def datasets(is_json: bool) -> None:
 
 
 def build_attack(name: str, threat: Threat, settings: dict[str, Any]) -> Attack:
-    """The one place where a name becomes an attack."""
+    """The attack that the command line or a training config names."""
     kind = ATTACKS.get(name)
     return kind(threat, validate(kind.config_type, settings, f"attack {name}"))
 
@@ -383,6 +384,7 @@ def train(
         validation_attack=_attack_of(parsed.validation.attack or parsed.attack),
         evaluation_attack=_attack_of(parsed.evaluation.attack or parsed.validation.attack or parsed.attack),
         device=target,
+        plot_history=plot_history,
     )
     place = contextlib.nullcontext(resume) if resume else output_folder(out or Path("results/runs") / parsed.name)
     with place as folder, _bar(parsed.name, session.num_batches, "loss {:.4f}") as advance:

@@ -118,6 +118,25 @@ class JointPGDConfig(ObjectiveConfig):
             return {**JIIO_2021, **values}
         return values
 
+    @model_validator(mode="after")
+    def _check(self) -> JointPGDConfig:
+        if self.inner_steps is not None and self.inner_steps > self.steps:
+            raise ValueError(f"inner_steps of at most steps ({self.steps}): the perturbation never moves")
+        if self.accelerator is not None and self.inner_steps == 1 and self.mixing is Mixing.STATE:
+            raise ValueError("inner_steps above 1 or null, or mixing=all, with an accelerator: it has nothing to mix")
+        unused = {
+            "inner_steps, which is fixed": ("max_lag", "max_inner_steps") if self.inner_steps is not None else (),
+            "accelerator, which is null": ("history_size", "mixing") if self.accelerator is None else (),
+            f"keep={self.keep.value}": ("keep_residual",) if self.keep is not Keep.LOSS else (),
+            "warmup_steps=0": ("warmup_tolerance",) if not self.warmup_steps else (),
+        }
+        preset = JIIO_2021 if self.preset is Preset.JIIO_2021 else {}
+        for reason, names in unused.items():
+            for name in names:
+                if getattr(self, name) != preset.get(name, type(self).model_fields[name].default):
+                    raise ValueError(f"no {name} with {reason}, which does not use it")
+        return self
+
     def settings(self) -> JointSettings:
         accelerator = None
         if self.accelerator is not None:
@@ -160,7 +179,7 @@ class JointPGD(Attack[JointPGDConfig]):
         record.plan(config.steps)
         result = self._ascend(model, x, objective, start, settings, _watcher(record, config.steps))
         record.meter.count_steps(config.steps * len(x))
-        diagnostics = {"perturbation_steps": float(result.num_moves.float().mean()) if len(x) else 0.0}
+        diagnostics = {"perturbation_steps": float(result.num_moves.float().mean())}
         if not config.has_fallback:
             record(config.steps, result.variable, result.loss)
             return Proposal(result.variable, result.loss, result.z, result.mu, diagnostics)
@@ -177,7 +196,7 @@ class JointPGD(Attack[JointPGDConfig]):
                 continue
             again = self._ascend(model, x[index], objective.select(index), start[index], changed, None)
             record.meter.count_steps(changed.num_steps * len(index))
-            result = _merge(result, index, again)
+            result = _merge(_without_lost_claims(result, failed, config.keep), index, again)
             failed = ~(result.residual <= config.failure_residual)
         index = failed.nonzero()[:, 0]
         diagnostics["num_full_solve"] = float(len(index))
@@ -186,7 +205,7 @@ class JointPGD(Attack[JointPGDConfig]):
             picked = None if targets is None else targets[index]
             last = full.run(model, x[index], y[index], picked, start[index], _silent(record))
             again = JointResult(last.delta, last.loss, last.z, last.mu, result.residual[index], result.num_moves[index])
-            result = _merge(result, index, again)
+            result = _merge(_without_lost_claims(result, failed, config.keep), index, again)
         record(config.steps, result.variable, result.loss)
         return Proposal(result.variable, result.loss, result.z, result.mu, diagnostics)
 
@@ -214,6 +233,13 @@ class JointPGD(Attack[JointPGDConfig]):
         starts_at_loss = self.config.adjoint_start is AdjointStart.LOSS
         mu = augmented.loss_gradient(z) if starts_at_loss else torch.zeros_like(z)
         return ascend(augmented, ascent, settings, z, mu, start, watch)
+
+
+def _without_lost_claims(result: JointResult, failed: Tensor, keep: Keep) -> JointResult:
+    """`result` without the losses of failed rows, which mean nothing; `Keep.LOSS` has kept trusted ones only."""
+    if keep is Keep.LOSS:
+        return result
+    return result._replace(loss=result.loss.masked_fill(failed, -torch.inf))
 
 
 def _merge(result: JointResult, index: Tensor, again: JointResult) -> JointResult:

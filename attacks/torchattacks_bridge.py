@@ -2,7 +2,9 @@
 
 The library sees an ordinary network: it calls `forward` in evaluation mode and differentiates it, so every gradient
 step costs a cold forward and a cold adjoint solve with the model's own settings. Its random start draws from the global
-generator, which would make a sample depend on its batch, so it is off.
+generator, which would make a sample depend on its batch, so it is off. It takes the mean of the cross-entropy over the
+batch; the logits' gradient is scaled back to that of a sum, so that neither the adjoint's tolerance nor the library's
+own `1e-10` in the gradient's norm sees the batch size.
 
 Source: Kim, "Torchattacks: a PyTorch repository for adversarial attacks", arXiv 2010.01950.
 """
@@ -14,7 +16,7 @@ from typing import Literal
 import torch
 import torchattacks
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustbench_deq.attack import ATTACKS, Attack, AttackConfig, Proposal, Recorder
 from robustbench_deq.equilibrium import EquilibriumModel
@@ -27,6 +29,21 @@ class TorchattacksConfig(AttackConfig):
     random_start: Literal[False] = Field(False, description="always false: see the module's docstring")
     steps: int = Field(20, ge=1, description="gradient steps")
     step_size: float = Field(0.25, gt=0, description="step as a fraction of epsilon")
+
+
+class _Summed(nn.Module):
+    """The model, but its logits' gradient is multiplied by the batch size."""
+
+    def __init__(self, model: EquilibriumModel) -> None:
+        super().__init__()
+        self.model = model
+        self.train(model.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.model(x)
+        if logits.requires_grad:
+            logits.register_hook(lambda gradient: gradient * len(gradient))
+        return logits
 
 
 class _TorchattacksPGD(Attack[TorchattacksConfig]):
@@ -60,7 +77,7 @@ class _TorchattacksPGD(Attack[TorchattacksConfig]):
         if epsilon == 0.0:  # the library would divide zero by zero
             return Proposal(torch.zeros_like(x), x.new_full((len(x),), -torch.inf))
         library = self.library_type(
-            model, eps=epsilon, alpha=config.step_size * epsilon, steps=config.steps, random_start=False
+            _Summed(model), eps=epsilon, alpha=config.step_size * epsilon, steps=config.steps, random_start=False
         )
         if targets is not None:
             library.set_mode_targeted_by_label(quiet=True)

@@ -16,7 +16,7 @@ from robustbench_deq.bench.evaluate import Evaluation, evaluate
 from robustbench_deq.bench.records import RecordStore
 from robustbench_deq.data import Split, load
 from robustbench_deq.errors import UsageError
-from robustbench_deq.files import output_folder
+from robustbench_deq.files import output_folder, whole_folder
 from robustbench_deq.models import describe_model, load_model
 from robustbench_deq.report.gallery import GalleryRow
 from robustbench_deq.report.page import write_report
@@ -82,7 +82,8 @@ def run(out: Path, limit: int) -> None:
             records.append(result.record)
             if label == "joint PGD" and name.endswith("joint-l2") and not gallery:
                 gallery = gallery_of(result, data, 6)
-    write_report(records, out / "report", gallery)
+    with whole_folder(out / "report") as folder:
+        write_report(records, folder, gallery)
     print(render(summary_table(records), "md"))
     print(f"The page: {out / 'report' / 'index.html'}")
 

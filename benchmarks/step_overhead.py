@@ -20,7 +20,6 @@ from robustbench_deq.data import load
 from robustbench_deq.joint import AugmentedMap, ProjectedAscent, ascend
 from robustbench_deq.meter import Meter
 from robustbench_deq.models import MODELS, load_model
-from robustbench_deq.objectives import CrossEntropy
 from robustbench_deq.threats import Norm, Threat
 
 STEPS = JointPGDConfig().steps
@@ -36,7 +35,8 @@ def main(repeats: int, batch_size: int, pattern: str) -> None:
         model, data = load_model(name), load("fashion-mnist" if "fashion" in name else "digits", limit=batch_size)
         settings = JointPGDConfig(steps=STEPS).settings()
         ascent = ProjectedAscent(Threat(Norm.L2, 1.0), data.x, step_size=1.0)
-        augmented = AugmentedMap(model, lambda delta, m=model, x=data.x: m.inject(x + delta), CrossEntropy(data.y))
+        objective = JointPGDConfig().bind(data.y, None)
+        augmented = AugmentedMap(model, lambda delta, m=model, x=data.x: m.inject(x + delta), objective)
         with frozen(model), Meter(model):
             u = model.inject(data.x)
             z = model.initial_state(u)

@@ -6,6 +6,7 @@ Every YAML file, every `--set key=value` and every attack's settings go through 
 from __future__ import annotations
 
 import difflib
+import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,9 +18,20 @@ from robustbench_deq.registry import Registry
 
 
 class Config(pydantic.BaseModel):
-    """Base of all configs: frozen, no unknown keys, no infinities."""
+    """Base of all configs: frozen, no unknown keys, no infinities, no truth value or text where a number belongs."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def _refuse_coercion(cls, value: object, info: pydantic.ValidationInfo) -> object:
+        annotation = cls.model_fields[info.field_name].annotation
+        kinds = set(typing.get_args(annotation)) or {annotation}
+        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
+            raise ValueError("a number")
+        if isinstance(value, str) and kinds <= {int, float, bool, type(None)}:
+            raise ValueError("true or false" if bool in kinds else "a number")
+        return value
 
 
 def named_in(registry: Registry[Any]) -> pydantic.AfterValidator:

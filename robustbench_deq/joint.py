@@ -366,7 +366,7 @@ class _Mixer:
     """The inner iteration: plain damping, or a step-wise solver over the state and the adjoint."""
 
     def __init__(self, settings: JointSettings, z: Tensor, mu: Tensor, variable: Tensor) -> None:
-        self.settings = settings
+        self.settings, self.rows, self.device = settings, len(z), z.device
         self.state = None
         if settings.accelerator is not None:
             self.state = settings.accelerator.init(self._pack(z, mu, variable))
@@ -398,6 +398,5 @@ class _Mixer:
         if self.state is None or self.settings.mixing is Mixing.ALL:
             return
         if is_moving is None:
-            rows = self.state[0].shape[0]
-            is_moving = torch.ones(rows // 2, dtype=torch.bool, device=self.state[0].device)
+            is_moving = torch.ones(self.rows, dtype=torch.bool, device=self.device)
         self.state = self.settings.accelerator.restart(self.state, is_moving.repeat(2))

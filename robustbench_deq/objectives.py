@@ -2,8 +2,9 @@
 
 `CrossEntropy`   log-loss of the true class.
 `Margin`         largest wrong logit minus the true one (Carlini and Wagner, 2017); positive means fooled.
-`DLR`            the margin divided by the spread of the logits (Croce and Hein, 2020, Eq. 6); invariant to scale and
-shift. `Targeted`       minus any of these at a wanted class.
+`DLR`            the margin divided by the spread of the three largest logits (Croce and Hein, 2020, Eq. 6), which
+                 does not change when all logits are scaled or shifted; at least three classes.
+`Targeted`       minus any of these at a wanted class.
 
 `CrossEntropyThenMargin` ascends the cross-entropy in the first half of a run and the margin in the second; iterates are
 compared by the margin. The log-loss leads away from the true class from anywhere, the margin finishes at the boundary.
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robustbench_deq.errors import UsageError
 from robustbench_deq.registry import Registry
 
 Objective = Callable[[Tensor], Tensor]
@@ -69,7 +71,11 @@ class Margin(Labelled):
 @OBJECTIVES.register("dlr")
 class DLR(Labelled):
     def __call__(self, logits: Tensor) -> Tensor:
-        ordered = logits.topk(min(3, logits.shape[1]), dim=1).values
+        if logits.shape[1] < 3:
+            raise UsageError.of(
+                "objective dlr", expected="at least three classes", got=logits.shape[1], fix="choose margin"
+            )
+        ordered = logits.topk(3, dim=1).values
         spread = (ordered[:, 0] - ordered[:, -1]).clamp_min(1e-12)
         return Margin(self.labels)(logits) / spread
 

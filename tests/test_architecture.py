@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "attack": NUMERICS | {"joint"},
     "report": BASE | {"files", "configs", "bench.records"},
     "bench": NUMERICS | {"files", "models", "data", "attack"},
-    "training": NUMERICS | {"files", "models", "data", "attack", "bench", "report"},
+    "training": NUMERICS | {"files", "models", "data", "attack", "bench"},
 }
 """For each part of the package, all that it may import of the others."""
 

@@ -552,6 +552,9 @@ def test_training_that_diverges_is_exit_code_1_and_one_line(tmp_path: Path, monk
         ("evaluation.attack.threat.norm=l7", "expected l2 or linf"),
         ("evaluation.attack.threat.epsilon=-1", "epsilon: expected"),
         ("epochs", "--set: expected key=value"),
+        ("initial=deq-fc.digits-standard", "initial deq-fc.digits-standard: expected hidden 8 as in `model`, got"),
+        ("initial=deq-conv.digits-standard", "expected family 'deq-fc' as in `model`, got 'deq-conv'"),
+        ("initial=configs/models/own_model.py:build", "unknown model"),
     ],
 )
 def test_wrong_usage_of_train_is_one_line(assignment: str, said: str, tmp_path: Path) -> None:

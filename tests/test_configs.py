@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 
 from robustbench_deq.configs import Config, merge, parse_assignments, parse_fraction, read_yaml, validate
 from robustbench_deq.errors import UsageError
+from robustbench_deq.training.config import ThreatSpec
 
 
 class Inner(Config):
@@ -26,6 +27,15 @@ class Outer(Config):
 
 
 keys = st.sampled_from(["a", "b", "c"])
+
+
+class Numbers(Config):
+    count: int = 1
+    size: float | None = 1.0
+    is_on: bool = False
+    radius: ThreatSpec = ThreatSpec()
+
+
 trees = st.dictionaries(keys, st.recursive(st.integers(), lambda below: st.dictionaries(keys, below), max_leaves=6))
 
 
@@ -166,3 +176,24 @@ def test_missing_yaml_is_refused(tmp_path: Path) -> None:
         read_yaml(tmp_path / "none.yaml")
     with pytest.raises(UsageError, match="expected a readable YAML file, got Is a directory"):
         read_yaml(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"count": True}, "here: count: expected a number, got True; correct it"),
+        ({"count": "3"}, "here: count: expected a number, got '3'; correct it"),
+        ({"size": False}, "here: size: expected a number, got False; correct it"),
+        ({"size": "0.5"}, "here: size: expected a number, got '0.5'; correct it"),
+        ({"is_on": "yes"}, "here: is_on: expected true or false, got 'yes'; correct it"),
+    ],
+)
+def test_what_only_looks_like_a_number_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        validate(Numbers, values, "here")
+    assert str(error.value) == message
+
+
+def test_numbers_of_either_kind_and_fractions_are_taken() -> None:
+    config = validate(Numbers, {"size": 2, "is_on": True, "radius": {"epsilon": "8/255"}}, "here")
+    assert (config.size, config.is_on, config.radius.epsilon) == (2.0, True, 8 / 255)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from torch import Tensor
 
 from attacks.joint import JointPGD, JointPGDConfig
@@ -27,7 +28,7 @@ from robustbench_deq.joint import (
 from robustbench_deq.meter import Meter
 from robustbench_deq.models import Linear, LinearConfig
 from robustbench_deq.objectives import CrossEntropy, CrossEntropyThenMargin, Margin, Objective
-from robustbench_deq.solvers import Anderson
+from robustbench_deq.solvers import SOLVERS, Anderson
 from robustbench_deq.solvers.base import residual_norms
 from robustbench_deq.threats import Norm, Threat, norm_of
 
@@ -539,3 +540,69 @@ def test_published_preset_runs_and_yields_to_other_keys(make_model, make_images)
     result = JointPGD(Threat(Norm.L2, 0.5), config)(model, x, LABELS)
     clean, verdict = judge(model, x, LABELS), judge(model, result.x_adv, LABELS)
     assert bool((verdict.loss > clean.loss).all())
+
+
+# ---------------------------------------------------------------- settings that would do nothing, or fail late
+
+
+@pytest.mark.parametrize("mixing", ["state", "all"])
+@pytest.mark.parametrize("inner_steps", [2, None])
+@pytest.mark.parametrize("accelerator", sorted(set(SOLVERS) - {"newton-krylov"}))
+def test_every_solver_without_jvps_accelerates(
+    accelerator: str, inner_steps: int | None, mixing: str, make_model, make_images
+) -> None:
+    model, x = make_model("deq-fc"), make_images(4)
+    config = JointPGDConfig(accelerator=accelerator, inner_steps=inner_steps, mixing=mixing, steps=40)
+    result = JointPGD(Threat(Norm.L2, 0.3), config)(model, x, LABELS)
+    plain = JointPGD(Threat(Norm.L2, 0.3), JointPGDConfig(steps=40))(model, x, LABELS)
+    assert not bool(result.is_failed.any())
+    losses = [judge(model, found.x_adv, LABELS).loss for found in (result, plain)]
+    clean = judge(model, x, LABELS).loss
+    assert bool((losses[0] > clean).all())
+    torch.testing.assert_close(losses[0], losses[1], rtol=0.2, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": 4, "inner_steps": 5}, r"inner_steps of at most steps \(4\): the perturbation never moves"),
+        ({"accelerator": "anderson"}, "inner_steps above 1 or null, or mixing=all, with an accelerator"),
+        ({"max_lag": 2.0}, "no max_lag with inner_steps, which is fixed, which does not use it"),
+        ({"max_inner_steps": 3}, "no max_inner_steps with inner_steps"),
+        ({"history_size": 3}, "no history_size with accelerator, which is null"),
+        ({"mixing": "all"}, "no mixing with accelerator, which is null"),
+        ({"keep": "last", "keep_residual": 0.1}, "no keep_residual with keep=last"),
+        ({"warmup_steps": 0, "warmup_tolerance": 0.1}, "no warmup_tolerance with warmup_steps=0"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(values: dict, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        JointPGDConfig(**values)
+
+
+@pytest.mark.parametrize("values", [{}, {"preset": "jiio-2021"}, {"inner_steps": None, "max_lag": 2.0}])
+def test_resolved_settings_are_accepted_again(values: dict) -> None:
+    config = JointPGDConfig(**values)
+    assert JointPGDConfig(**config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize("keep", ["last", "jiio", "loss"])
+def test_a_lost_state_has_no_say_in_what_the_ladder_returns(keep: str, switched) -> None:
+    """Far from its equilibrium a state can show any loss; the rung that finds the equilibrium must win."""
+    model, x, y, is_hard = switched(-4.0)
+    threat = Threat(Norm.L2, 0.2)
+    config = JointPGDConfig(steps=80, step_size=1.0, objective="margin", keep=keep)
+    result = JointPGD(threat, config)(model, x, y)
+    assert result.proposal.diagnostics["num_accelerated"] == 3
+    clean, verdict = judge(model, x, y), judge(model, result.x_adv, y)
+    best = judge(model, x + optimum_of(model, x, y, threat), y)
+    gain = (verdict.loss - clean.loss) / (best.loss - clean.loss)
+    assert bool((gain[is_hard] > 0.9).all()), gain
+    torch.testing.assert_close(
+        result.proposal.loss[is_hard], margin_of(model, result.x_adv, y)[is_hard], rtol=0.05, atol=0.05
+    )
+
+
+def margin_of(model, x: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        return Margin(y)(model(x))

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from robustbench_deq.errors import UsageError
 from robustbench_deq.objectives import (
     DLR,
     OBJECTIVES,
@@ -46,9 +47,9 @@ def test_dlr_follows_its_definition(seed: int) -> None:
         assert float(found[row]) == pytest.approx(expected, rel=1e-9)
 
 
-def test_dlr_of_two_classes_is_the_sign_of_the_margin() -> None:
-    logits = torch.tensor([[2.0, 1.0], [2.0, 1.0]])
-    assert DLR(torch.tensor([0, 1]))(logits).tolist() == [-1.0, 1.0]
+def test_dlr_of_two_classes_has_no_gradient_and_is_refused() -> None:
+    with pytest.raises(UsageError, match="objective dlr: expected at least three classes, got 2; choose margin"):
+        DLR(torch.tensor([0, 1]))(torch.tensor([[2.0, 1.0], [2.0, 1.0]]))
 
 
 def test_dlr_of_equal_logits_is_finite() -> None:

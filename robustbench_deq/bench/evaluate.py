@@ -68,7 +68,7 @@ def evaluate(
     model_sha256: str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Attack and judge every sample of `data`.
+    """Attack and judge every sample of `data`, with `model` in evaluation mode and moved to `device`, where it stays.
 
     Args:
         label: display name of the attack; its registry name when None.

@@ -8,6 +8,7 @@ from torch import Tensor
 from robustbench_deq.adjoints import AdjointMap
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.solvers import CellMap, Picard, Solution, Solve
+from robustbench_deq.threats import per_sample
 
 
 def spectral_radius(model: EquilibriumModel, z: Tensor, u: Tensor, num_iterations: int = 60, seed: int = 0) -> Tensor:
@@ -21,7 +22,7 @@ def spectral_radius(model: EquilibriumModel, z: Tensor, u: Tensor, num_iteration
     v = torch.randn(z.shape, generator=stream).to(z)
     log_growth = z.new_zeros(len(z))
     for step in range(num_iterations):
-        v = v / _norms(v).view(-1, *[1] * (v.dim() - 1))
+        v = v / per_sample(_norms(v), v)
         v = jacobian.transpose(v)
         if step >= num_iterations // 2:
             log_growth += _norms(v).log()

@@ -16,8 +16,8 @@ class ModelSpec(Config):
 
 
 class ThreatSpec(Config):
-    norm: str = "l2"
-    epsilon: float = Field(1.0, ge=0)
+    norm: str = Field("l2", description="l2 or linf")
+    epsilon: float = Field(1.0, ge=0, description="radius in pixel units of [0, 1]; may be written 8/255")
 
     @field_validator("epsilon", mode="before")
     @classmethod
@@ -28,15 +28,15 @@ class ThreatSpec(Config):
 class AttackSpec(Config):
     """An attack by name, with its own settings."""
 
-    name: str = "joint-pgd"
-    threat: ThreatSpec = ThreatSpec()
-    config: dict[str, Any] = Field(default_factory=dict)
+    name: str = Field("joint-pgd", description="a registered attack")
+    threat: ThreatSpec = Field(ThreatSpec(), description="norm and radius")
+    config: dict[str, Any] = Field(default_factory=dict, description="the attack's own settings")
 
 
 class SolveSpec(Config):
-    solver: Annotated[str, named_in(SOLVERS)] = "anderson"
-    tolerance: float = Field(1e-3, gt=0)
-    max_steps: int = Field(40, ge=1)
+    solver: Annotated[str, named_in(SOLVERS)] = Field("anderson", description="a registered solver")
+    tolerance: float = Field(1e-3, gt=0, description="relative residual at which a sample is done")
+    max_steps: int = Field(40, ge=1, description="most steps of a solve")
 
     def build(self) -> Solve:
         return Solve(SOLVERS.get(self.solver)(), rtol=self.tolerance, max_steps=self.max_steps)
@@ -53,40 +53,29 @@ class EvaluationSpec(Config):
 
 
 class TrainingConfig(Config):
-    """One training run.
+    """One training run. The Jacobian term estimates `||J_z||_F^2 / state size` (Hutchinson; Bai et al., ICML 2021)."""
 
-    Attributes:
-        initial: weights to start from instead of the seed's.
-        attack: null for standard training; else the adversary, and the loss is taken at its images.
-        attack_warmup_epochs: epochs over which the adversary's radius grows from zero.
-        jacobian_weight: factor of the Hutchinson estimate of `||J_z||_F^2 / state size` (Bai et al., ICML 2021).
-        jacobian_frequency: share of the batches that pay it.
-        jacobian_rows: share of a batch that the estimate uses.
-        ema_decay: of the averaged weights, which are the ones validated and saved; 0 is off.
-        random_shift: largest shift in pixels, zeros moving in.
-    """
-
-    name: str
-    model: ModelSpec
-    data: str = "digits"
-    seed: int = Field(0, ge=0)
+    name: str = Field(description="of the model, and of the default output folder")
+    model: ModelSpec = Field(description="family and its settings; with `initial`, those it must have")
+    data: str = Field("digits", description="a dataset or npz:FILE")
+    seed: int = Field(0, ge=0, description="of the weights, the order, the shifts, the probes and the attacks")
     initial: str | None = Field(None, description="a saved model or registry name to start from; null: from the seed")
-    epochs: int = Field(10, ge=1)
-    batch_size: int = Field(128, ge=1)
-    train_limit: int | None = Field(None, ge=1)
-    learning_rate: float = Field(2e-3, gt=0)
-    weight_decay: float = Field(1e-4, ge=0)
-    warmup_fraction: float = Field(0.05, ge=0, lt=1)
-    gradient_clip: float = Field(1.0, gt=0)
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    ema_decay: float = Field(0.995, ge=0, lt=1)
-    random_shift: int = Field(0, ge=0)
-    jacobian_weight: float = Field(0.0, ge=0)
-    jacobian_frequency: float = Field(0.25, gt=0, le=1)
-    jacobian_rows: float = Field(0.5, gt=0, le=1)
-    forward: SolveSpec = SolveSpec()
-    backward: SolveSpec = SolveSpec()
-    attack: AttackSpec | None = None
-    attack_warmup_epochs: float = Field(0.0, ge=0)
-    validation: ValidationSpec = ValidationSpec()
-    evaluation: EvaluationSpec = EvaluationSpec()
+    epochs: int = Field(10, ge=1, description="passes over the training images")
+    batch_size: int = Field(128, ge=1, description="images a step; what is left over in an epoch is dropped")
+    train_limit: int | None = Field(None, ge=1, description="use the first training images only; null: all")
+    learning_rate: float = Field(2e-3, gt=0, description="of AdamW, at its peak; falls on a cosine to zero")
+    weight_decay: float = Field(1e-4, ge=0, description="of AdamW")
+    warmup_fraction: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the rate grows")
+    gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
+    ema_decay: float = Field(0.995, ge=0, lt=1, description="of the averaged weights, which are saved; 0 is off")
+    random_shift: int = Field(0, ge=0, description="largest shift in pixels, zeros moving in")
+    jacobian_weight: float = Field(0.0, ge=0, description="factor of the Jacobian term")
+    jacobian_frequency: float = Field(0.25, gt=0, le=1, description="share of the batches that pay it")
+    jacobian_rows: float = Field(0.5, gt=0, le=1, description="share of a batch that its estimate uses")
+    forward: SolveSpec = Field(SolveSpec(), description="how training finds equilibria")
+    backward: SolveSpec = Field(SolveSpec(), description="how training solves the adjoint")
+    attack: AttackSpec | None = Field(None, description="the adversary; null is standard training")
+    attack_warmup_epochs: float = Field(0.0, ge=0, description="epochs in which the adversary's radius grows from zero")
+    validation: ValidationSpec = Field(ValidationSpec(), description="after every epoch")
+    evaluation: EvaluationSpec = Field(EvaluationSpec(), description="after the last")

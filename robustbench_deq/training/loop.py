@@ -33,7 +33,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EpochRow:
-    """One line of `history.csv`."""
+    """One line of `history.csv`.
+
+    `forward_failures` and `adjoint_failures` are the shares of the training samples whose solve missed its tolerance;
+    `num_unconverged` counts the validation samples for which the judge finds no equilibrium.
+    """
 
     epoch: int
     train_loss: float
@@ -41,6 +45,7 @@ class EpochRow:
     clean_accuracy: float
     robust_accuracy: float | None
     num_unconverged: int
+    forward_failures: float
     adjoint_failures: float
     learning_rate: float
     train_seconds: float
@@ -104,7 +109,7 @@ class Trainer:
         began = time.perf_counter() - (self.history[-1].total_seconds if self.history else 0.0)
         for epoch in range(len(self.history), self.config.epochs):
             start = time.perf_counter()
-            loss, accuracy, failures = self._epoch(epoch, progress)
+            loss, accuracy, unsolved, failures = self._epoch(epoch, progress)
             seconds = time.perf_counter() - start
             clean, robust, unconverged = self._validate()
             row = EpochRow(
@@ -114,6 +119,7 @@ class Trainer:
                 clean_accuracy=clean,
                 robust_accuracy=robust,
                 num_unconverged=unconverged,
+                forward_failures=unsolved,
                 adjoint_failures=failures,
                 learning_rate=self.optimizer.param_groups[0]["lr"],
                 train_seconds=seconds,
@@ -127,12 +133,13 @@ class Trainer:
         self.model.load_state_dict(self.average)
         return self.model.eval()
 
-    def _epoch(self, epoch: int, progress: Progress | None) -> tuple[float, float, float]:
+    def _epoch(self, epoch: int, progress: Progress | None) -> tuple[float, float, float, float]:
         config = self.config
         generator = torch.Generator().manual_seed(_key(config.seed, epoch))
         order = torch.randperm(len(self.train), generator=generator)
         total_loss = torch.zeros((), device=self.device)
         total_correct = torch.zeros((), device=self.device)
+        unsolved = torch.zeros((), device=self.device)
         failures = torch.zeros((), device=self.device)
         self.model.train()
         seen = 0
@@ -172,11 +179,12 @@ class Trainer:
             seen += len(x)
             total_loss += result.cross_entropy * len(x)
             total_correct += result.num_correct
+            unsolved += result.num_unsolved
             if result.trace.solution is not None:
                 failures += (~result.trace.solution.is_converged).sum()
             if progress is not None:
                 progress(epoch, batch + 1, self.num_batches, float(total_loss) / seen)
-        return float(total_loss) / seen, float(total_correct) / seen, float(failures) / seen
+        return tuple(float(total) / seen for total in (total_loss, total_correct, unsolved, failures))
 
     def _learning_rate_factor(self) -> float:
         total = self.num_batches * self.config.epochs

@@ -25,12 +25,13 @@ from robustbench_deq.threats import per_sample
 
 
 class BatchLoss(NamedTuple):
-    """`total` carries gradients; the rest is for the log."""
+    """`total` carries gradients; the rest is for the log: `num_unsolved` counts forward solves that missed their
+    tolerance."""
 
     total: Tensor
     cross_entropy: Tensor
     num_correct: Tensor
-    solution_residual: Tensor
+    num_unsolved: Tensor
     trace: AdjointTrace
 
 
@@ -73,7 +74,7 @@ def batch_loss(
         rows = slice(0, jacobian_rows)
         total = total + jacobian_weight * jacobian_norm(model, x[rows], solution.value[rows].detach(), generator)
     return BatchLoss(
-        total, cross_entropy.detach(), (logits.detach().argmax(1) == y).sum(), solution.residual.detach(), trace
+        total, cross_entropy.detach(), (logits.detach().argmax(1) == y).sum(), (~solution.is_converged).sum(), trace
     )
 
 

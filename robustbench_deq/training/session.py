@@ -27,9 +27,8 @@ from robustbench_deq.errors import UsageError
 from robustbench_deq.files import replacing, write_json
 from robustbench_deq.models import FAMILIES, Card, ModelDescription, describe_model, load_model, save_model
 from robustbench_deq.models.diagnostics import picard_solution, spectral_radius
-from robustbench_deq.report.history import plot_history
-from robustbench_deq.training.config import TrainingConfig
-from robustbench_deq.training.loop import EpochRow, Trainer
+from robustbench_deq.training.config import ModelSpec, TrainingConfig
+from robustbench_deq.training.loop import Trainer
 
 NUM_DIAGNOSED = 64
 
@@ -40,6 +39,7 @@ class TrainingSession:
 
     Args:
         command: what made it, for the card.
+        plot_history: draws the history, a row an epoch, into a folder; None draws nothing.
         attack, validation_attack, evaluation_attack: built from the config's specs by the caller; None where there is
         none.
     """
@@ -50,6 +50,7 @@ class TrainingSession:
     validation_attack: Attack | None
     evaluation_attack: Attack | None
     device: torch.device
+    plot_history: Callable[[pd.DataFrame, Path], object] | None = None
 
     def __post_init__(self) -> None:
         self._train = load(self.config.data, SplitName.TRAIN, self.config.train_limit)
@@ -57,17 +58,32 @@ class TrainingSession:
 
     def build_model(self) -> EquilibriumModel:
         """The model to be trained: from the config's seed, or the one it names as `initial`."""
-        if self.config.initial is not None:
-            return load_model(self.config.initial)
         spec = self.config.model
+        if self.config.initial is not None:
+            return self._load_initial(self.config.initial, spec)
         family = FAMILIES.get(spec.family)
         shape: dict[str, object] = {"input_shape": tuple(self._train.x.shape[1:])}
         if self.config.data in DATASETS:
             shape["num_classes"] = DATASETS.get(self.config.data).num_classes
         else:
             shape["num_classes"] = max(2, int(self._train.y.max()) + 1)
-        torch.manual_seed(self.config.seed)
-        return family.build(validate(family.config_type, merge(shape, spec.config), f"model {spec.family}"))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            return family.build(validate(family.config_type, merge(shape, spec.config), f"model {spec.family}"))
+
+    def _load_initial(self, initial: str, spec: ModelSpec) -> EquilibriumModel:
+        described = describe_model(initial)  # refuses a file.py:function, which has no card
+        wanted = {"family": spec.family, **spec.config}
+        found = {"family": described.family, **described.config}
+        for key, value in wanted.items():
+            if found.get(key) != value:
+                raise UsageError.of(
+                    f"initial {initial}",
+                    expected=f"{key} {value!r} as in `model`",
+                    got=repr(found.get(key)),
+                    fix="correct one",
+                )
+        return load_model(initial)
 
     def prepare(self, folder: Path, is_resumed: bool) -> None:
         """Write the config to `folder`, or load the checkpoint that lies there.
@@ -127,7 +143,11 @@ class TrainingSession:
         return description
 
     def _write_history(self) -> None:
-        write_history(self.trainer.history, self.folder)
+        frame = pd.DataFrame([dataclasses.asdict(row) for row in self.trainer.history])
+        with replacing(self.folder / "history.csv") as temporary:
+            frame.to_csv(temporary, index=False)
+        if self.plot_history is not None:
+            self.plot_history(frame, self.folder)
 
     def make_card(self, model: EquilibriumModel) -> Card:
         """Clean and robust accuracy on the test split, and how the cell behaves there."""
@@ -146,37 +166,28 @@ class TrainingSession:
             command=command,
             seed=config.seed,
             train_minutes=round(minutes, 1),
-            test_samples=len(test),
-            **_diagnose(model, test, self.device),
         )
-        if self.evaluation_attack is None:
-            verdict = judge(model, test.x.to(self.device), test.y.to(self.device))
-            return card.model_copy(update={"clean_accuracy": float(verdict.is_correct.double().mean())})
-        record = evaluate(model, self.evaluation_attack, test, model_name=config.name, device=self.device).record
-        return card.model_copy(
-            update={
-                "clean_accuracy": record.clean_accuracy,
-                "robust_accuracy": record.robust_accuracy,
-                "robust_accuracy_ci": tuple(round(end, 4) for end in record.robust_accuracy_ci),
-                "evaluation": record.threat.model_dump() | {"attack": record.attack, "config": record.attack_config},
-            }
-        )
+        return card.model_copy(update=measure(model, self.evaluation_attack, test, self.device))
 
 
-def _diagnose(model: EquilibriumModel, test: Split, device: torch.device) -> dict[str, float]:
+def measure(model: EquilibriumModel, attack: Attack | None, test: Split, device: torch.device) -> dict[str, object]:
+    """What a card says of weights: accuracies on `test`, robust ones under `attack`, and how the cell behaves there."""
     x = test.x[:NUM_DIAGNOSED].to(device)
     with torch.no_grad():
         u = model.inject(x)
         z = tight_solve(model, u).value
-    return {
+    found: dict[str, object] = {
+        "test_samples": len(test),
         "spectral_radius": round(float(spectral_radius(model, z, u).mean()), 4),
         "mean_solver_steps": round(float(picard_solution(model, x).num_steps.float().mean()), 1),
     }
-
-
-def write_history(history: list[EpochRow], folder: Path) -> None:
-    """`history.csv` and its plot."""
-    frame = pd.DataFrame([dataclasses.asdict(row) for row in history])
-    with replacing(folder / "history.csv") as temporary:
-        frame.to_csv(temporary, index=False)
-    plot_history(frame, folder)
+    if attack is None:
+        verdict = judge(model, test.x.to(device), test.y.to(device))
+        return found | {"clean_accuracy": float(verdict.is_correct.double().mean())}
+    record = evaluate(model, attack, test, device=device).record
+    return found | {
+        "clean_accuracy": record.clean_accuracy,
+        "robust_accuracy": record.robust_accuracy,
+        "robust_accuracy_ci": tuple(round(end, 4) for end in record.robust_accuracy_ci),
+        "evaluation": record.threat.model_dump() | {"attack": record.attack, "config": record.attack_config},
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from attacks import ATTACKS
+from robustbench_deq.configs import validate
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import sha256_of
 from robustbench_deq.models import FAMILIES, MODELS, Card, describe_model, load_folder, load_model, save_model
 from robustbench_deq.models.zoo import WEIGHTS_FOLDER
 
+ROOT = Path(__file__).parents[2]
 SOURCE = """
 import torch
 from robustbench_deq.models import Linear, LinearConfig
@@ -252,6 +256,11 @@ def test_registered_model_loads_and_fits_its_card(name: str) -> None:
     assert {"norm", "epsilon", "attack", "config"} <= card.evaluation.keys()
     assert (card.threat is None) == name.endswith("-standard")
     assert card.spectral_radius is not None and card.mean_solver_steps is not None
+    configs = [part for part in shlex.split(card.command) if part.endswith(".yaml")]
+    assert configs and all((ROOT / path).is_file() for path in configs)
+    kind = ATTACKS.get(card.evaluation["attack"])
+    settings = {key: value for key, value in card.evaluation["config"].items() if key != "targeted"}
+    assert validate(kind.config_type, settings, name).model_dump(mode="json") == settings
 
 
 def test_shipped_weights_are_small_and_all_registered() -> None:

@@ -376,6 +376,14 @@ def test_lost_state_of_an_attack_does_not_spoil_the_batch(digits) -> None:
 # The loss
 
 
+def test_solves_that_miss_their_tolerance_are_counted(make_trainer) -> None:
+    loose, tight = ({"solver": "picard", "tolerance": tolerance, "max_steps": 2} for tolerance in (10.0, 1e-12))
+    for forward, share in ((loose, 0.0), (tight, 1.0)):
+        trainer = make_trainer(epochs=1, forward=forward, backward=loose)
+        trainer.run()
+        assert trainer.history[0].forward_failures == share
+
+
 def test_batch_loss_is_the_mean_cross_entropy(digits) -> None:
     model, (train, _) = small_model(), digits
     x, y = train.x[:8], train.y[:8]
