@@ -27,10 +27,11 @@ class Config(pydantic.BaseModel):
     def _refuse_coercion(cls, value: object, info: pydantic.ValidationInfo) -> object:
         annotation = cls.model_fields[info.field_name].annotation
         kinds = set(typing.get_args(annotation)) or {annotation}
+        number = "a valid number" if float in kinds else "a valid integer"
         if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
-            raise ValueError("a number")
+            raise ValueError(number)
         if isinstance(value, str) and kinds <= {int, float, bool, type(None)}:
-            raise ValueError("true or false" if bool in kinds else "a number")
+            raise ValueError("true or false" if bool in kinds else number)
         return value
 
 

@@ -181,10 +181,10 @@ def test_missing_yaml_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"count": True}, "here: count: expected a number, got True; correct it"),
-        ({"count": "3"}, "here: count: expected a number, got '3'; correct it"),
-        ({"size": False}, "here: size: expected a number, got False; correct it"),
-        ({"size": "0.5"}, "here: size: expected a number, got '0.5'; correct it"),
+        ({"count": True}, "here: count: expected a valid integer, got True; correct it"),
+        ({"count": "3"}, "here: count: expected a valid integer, got '3'; correct it"),
+        ({"size": False}, "here: size: expected a valid number, got False; correct it"),
+        ({"size": "0.5"}, "here: size: expected a valid number, got '0.5'; correct it"),
         ({"is_on": "yes"}, "here: is_on: expected true or false, got 'yes'; correct it"),
     ],
 )
