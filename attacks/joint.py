@@ -78,7 +78,7 @@ RUNG_STEPS = 3
 
 
 def _without_jvp(name: str | None) -> str | None:
-    if name == "newton-krylov":
+    if name is not None and SOLVERS.get(name)().needs_jvp:
         raise UsageError.of(
             "accelerator", expected="a solver that needs no Jacobian-vector products", got=name, fix="use anderson"
         )

@@ -21,7 +21,7 @@ import abc
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,6 +108,8 @@ class Solution(NamedTuple):
 
 class Solver(abc.ABC):
     """One step of a fixed-point method; see the module's docstring."""
+
+    needs_jvp: ClassVar[bool] = False  # whether `step` asks the map for Jacobian-vector products
 
     @abc.abstractmethod
     def init(self, z: Tensor) -> State: ...

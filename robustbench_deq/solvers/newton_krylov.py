@@ -14,7 +14,9 @@ Source: Knoll and Keyes, "Jacobian-free Newton-Krylov methods", J. Comput. Phys.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +34,7 @@ class NewtonKrylov(Solver):
         max_halvings: how often a step that does not reduce the residual is halved.
     """
 
+    needs_jvp: ClassVar[bool] = True
     krylov_size: int = 10
     max_halvings: int = 4
 
@@ -73,7 +76,7 @@ class NewtonKrylov(Solver):
         return moved.view_as(z), (base, base_f, direction, base_size, length, halvings)
 
 
-def gmres(operator, rhs: Tensor, krylov_size: int) -> Tensor:
+def gmres(operator: Callable[[Tensor], Tensor], rhs: Tensor, krylov_size: int) -> Tensor:
     """Approximate solution of `operator(s) = rhs` per sample, `(batch, n)`, from a Krylov space of the given size."""
     batch, size = rhs.shape
     krylov_size = min(krylov_size, size)
