@@ -126,7 +126,8 @@ class JointPGDConfig(ObjectiveConfig):
             raise ValueError("inner_steps above 1 or null, or mixing=all, with an accelerator: it has nothing to mix")
         unused = {
             "inner_steps, which is fixed": ("max_lag", "max_inner_steps") if self.inner_steps is not None else (),
-            "accelerator, which is null": ("history_size", "mixing") if self.accelerator is None else (),
+            "accelerator, which is null": ("mixing",) if self.accelerator is None else (),
+            f"accelerator={self.accelerator}": () if self._has_history() else ("history_size",),
             f"keep={self.keep.value}": ("keep_residual",) if self.keep is not Keep.LOSS else (),
             "warmup_steps=0": ("warmup_tolerance",) if not self.warmup_steps else (),
         }
@@ -137,11 +138,14 @@ class JointPGDConfig(ObjectiveConfig):
                     raise ValueError(f"no {name} with {reason}, which does not use it")
         return self
 
+    def _has_history(self) -> bool:
+        return self.accelerator is not None and hasattr(SOLVERS.get(self.accelerator)(), "history_size")
+
     def settings(self) -> JointSettings:
         accelerator = None
         if self.accelerator is not None:
             accelerator = SOLVERS.get(self.accelerator)()
-            if hasattr(accelerator, "history_size"):
+            if self._has_history():
                 accelerator = replace(accelerator, history_size=self.history_size)
         return JointSettings(
             num_steps=self.steps,

@@ -569,7 +569,8 @@ def test_every_solver_without_jvps_accelerates(
         ({"accelerator": "anderson"}, "inner_steps above 1 or null, or mixing=all, with an accelerator"),
         ({"max_lag": 2.0}, "no max_lag with inner_steps, which is fixed, which does not use it"),
         ({"max_inner_steps": 3}, "no max_inner_steps with inner_steps"),
-        ({"history_size": 3}, "no history_size with accelerator, which is null"),
+        ({"history_size": 3}, "no history_size with accelerator=None"),
+        ({"history_size": 3, "accelerator": "picard", "inner_steps": 2}, "no history_size with accelerator=picard"),
         ({"mixing": "all"}, "no mixing with accelerator, which is null"),
         ({"keep": "last", "keep_residual": 0.1}, "no keep_residual with keep=last"),
         ({"warmup_steps": 0, "warmup_tolerance": 0.1}, "no warmup_tolerance with warmup_steps=0"),
@@ -580,7 +581,15 @@ def test_settings_that_would_do_nothing_are_refused(values: dict, message: str) 
         JointPGDConfig(**values)
 
 
-@pytest.mark.parametrize("values", [{}, {"preset": "jiio-2021"}, {"inner_steps": None, "max_lag": 2.0}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"preset": "jiio-2021"},
+        {"preset": "jiio-2021", "accelerator": None},
+        {"inner_steps": None, "max_lag": 2.0},
+    ],
+)
 def test_resolved_settings_are_accepted_again(values: dict) -> None:
     config = JointPGDConfig(**values)
     assert JointPGDConfig(**config.model_dump(mode="json")) == config
