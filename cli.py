@@ -34,6 +34,7 @@ from robustbench_deq.data import DATASETS, SplitName, load
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.files import output_folder, whole_folder
+from robustbench_deq.memory import keep_freed_memory
 from robustbench_deq.models import MODELS, describe_model, load_model
 from robustbench_deq.report.history import plot_history
 from robustbench_deq.report.page import write_report
@@ -89,6 +90,7 @@ def _version() -> str:
 @click.version_option(_version(), prog_name="robustbench-deq")
 def main() -> None:
     """Adversarial robustness of deep equilibrium models: attack, train, report."""
+    keep_freed_memory()
 
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ import click
 
 from benchmarks.timing import keep, make_attack
 from robustbench_deq.data import load
-from robustbench_deq.meter import peak_memory_mb, reset_peak_memory
+from robustbench_deq.memory import peak_memory_mb, reset_peak_memory
 from robustbench_deq.models import load_model
 from robustbench_deq.threats import Norm, Threat
 

@@ -22,10 +22,13 @@ from robustbench_deq.configs import validate
 from robustbench_deq.data import Split
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.files import write_json, write_text
+from robustbench_deq.memory import keep_freed_memory
 from robustbench_deq.report.tables import markdown_table
 from robustbench_deq.threats import Threat
 
 RESULTS = Path("results")
+
+keep_freed_memory()  # every benchmark measures as the command line runs
 
 
 def make_attack(name: str, threat: Threat, **settings: Any) -> Attack:

@@ -7,18 +7,16 @@ reads shapes only; it never waits for the device.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import re
-import resource
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from robustbench_deq.memory import peak_memory_mb, reset_peak_memory
 
 if TYPE_CHECKING:
     from robustbench_deq.equilibrium import EquilibriumModel
@@ -111,23 +109,3 @@ class Meter:
             wall_seconds=self._seconds,
             peak_memory_mb=peak_memory_mb(self._device),
         )
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory_mb` begin anew where the system can: on CUDA, and on the CPU under Linux."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Peak megabytes since the last reset: allocated on the device, or resident in the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    with contextlib.suppress(OSError):
-        found = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-        if found:
-            return int(found[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

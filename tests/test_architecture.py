@@ -13,16 +13,27 @@ LIBRARY = sorted((ROOT / "robustbench_deq").rglob("*.py"))
 ATTACKS = sorted((ROOT / "attacks").rglob("*.py"))
 
 BASE = {"errors"}
-NUMERICS = BASE | {"registry", "threats", "solvers", "adjoints", "meter", "equilibrium", "objectives", "configs"}
+NUMERICS = BASE | {
+    "registry",
+    "threats",
+    "solvers",
+    "adjoints",
+    "memory",
+    "meter",
+    "equilibrium",
+    "objectives",
+    "configs",
+}
 MAY_IMPORT = {
     "errors": set(),
     "files": BASE,
+    "memory": set(),
     "registry": BASE,
     "configs": BASE | {"registry"},
     "threats": BASE,
     "objectives": BASE | {"registry"},
     "solvers": BASE | {"registry", "threats"},
-    "meter": BASE | {"registry", "threats", "solvers"},
+    "meter": BASE | {"registry", "threats", "solvers", "memory"},
     "adjoints": BASE | {"registry", "threats", "solvers"},
     "equilibrium": NUMERICS - {"equilibrium"},
     "joint": NUMERICS,

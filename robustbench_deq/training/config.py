@@ -58,7 +58,9 @@ class TrainingConfig(Config):
     name: str = Field(description="of the model, and of the default output folder")
     model: ModelSpec = Field(description="family and its settings; with `initial`, those it must have")
     data: str = Field("digits", description="a dataset or npz:FILE")
-    seed: int = Field(0, ge=0, description="of the weights, the order, the shifts, the probes and the attacks")
+    seed: int = Field(
+        0, ge=0, description="of the weights, the order, the shifts and flips, the probes and the attacks"
+    )
     initial: str | None = Field(None, description="a saved model or registry name to start from; null: from the seed")
     epochs: int = Field(10, ge=1, description="passes over the training images")
     batch_size: int = Field(128, ge=1, description="images a step; what is left over in an epoch is dropped")
@@ -70,6 +72,7 @@ class TrainingConfig(Config):
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
     ema_decay: float = Field(0.995, ge=0, lt=1, description="of the averaged weights, which are saved; 0 is off")
     random_shift: int = Field(0, ge=0, description="largest shift in pixels, zeros moving in")
+    random_flip: bool = Field(False, description="mirror half of the images, left to right")
     jacobian_weight: float = Field(0.0, ge=0, description="factor of the Jacobian term")
     jacobian_frequency: float = Field(0.25, gt=0, le=1, description="share of the batches that pay it")
     jacobian_rows: float = Field(0.5, gt=0, le=1, description="share of a batch that its estimate uses")

@@ -23,7 +23,7 @@ from robustbench_deq.bench.judge import judge
 from robustbench_deq.data import Split
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import RunError
-from robustbench_deq.threats import Threat
+from robustbench_deq.threats import Threat, per_sample
 from robustbench_deq.training.checkpoint import Checkpoint
 from robustbench_deq.training.config import TrainingConfig
 from robustbench_deq.training.loss import batch_loss
@@ -146,7 +146,10 @@ class Trainer:
         for batch in range(self.num_batches):
             rows = order[batch * config.batch_size : (batch + 1) * config.batch_size]
             x, y = self.train.x[rows], self.train.y[rows]
-            x = random_shift(x, config.random_shift, generator).to(self.device)
+            x = random_shift(x, config.random_shift, generator)
+            if config.random_flip:
+                x = random_flip(x, generator)
+            x = x.to(self.device)
             y = y.to(self.device)
             for group in self.optimizer.param_groups:
                 group["lr"] = config.learning_rate * self._learning_rate_factor()
@@ -248,6 +251,12 @@ def random_shift(x: Tensor, largest: int, generator: torch.Generator) -> Tensor:
     return padded[
         torch.arange(len(x))[:, None, None, None], torch.arange(x.shape[1])[None, :, None, None], rows, columns
     ]
+
+
+def random_flip(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror each image, left to right, with probability one half."""
+    is_flipped = torch.rand(len(x), generator=generator) < 0.5
+    return torch.where(per_sample(is_flipped, x), x.flip(-1), x)
 
 
 def _key(seed: int, counter: int) -> int:

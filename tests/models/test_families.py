@@ -11,6 +11,7 @@ from torch import Tensor
 from robustbench_deq.equilibrium import check_labels
 from robustbench_deq.errors import UsageError
 from robustbench_deq.models import FAMILIES
+from robustbench_deq.models.deq_conv import space_to_depth_conv
 from robustbench_deq.solvers import CellMap, Picard, Solve
 
 every_family = pytest.mark.parametrize("family", list(FAMILIES))
@@ -264,3 +265,27 @@ def test_images_that_fit_are_accepted(make_model) -> None:
 def test_labels_that_do_not_fit_are_refused(y: Tensor, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         check_labels(y, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "padding", "shape"),
+    [
+        (5, 2, 2, (1, 28, 28)),
+        (5, 2, 2, (3, 27, 31)),
+        (5, 3, 2, (1, 28, 17)),
+        (5, 7, 2, (2, 30, 29)),
+        (3, 2, 0, (1, 9, 8)),
+    ],
+)
+def test_space_to_depth_convolution_is_the_strided_one(size: int, stride: int, padding: int, shape) -> None:
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(shape[0], 4, size, stride=stride, padding=padding).double()
+    x = torch.rand(2, *shape, dtype=torch.float64, requires_grad=True)
+    weights = (x, *conv.parameters())
+    plain, packed = conv(x), space_to_depth_conv(conv, x)
+    torch.testing.assert_close(packed, plain)
+    probe = torch.randn_like(plain)
+    for ours, theirs in zip(
+        torch.autograd.grad(packed, weights, probe), torch.autograd.grad(plain, weights, probe), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)

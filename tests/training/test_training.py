@@ -23,8 +23,9 @@ from robustbench_deq.models import DEQFC, DEQFCConfig
 from robustbench_deq.solvers import Anderson, Solve
 from robustbench_deq.threats import Norm, Threat
 from robustbench_deq.training import checkpoint as checkpoint_module
+from robustbench_deq.training import loop
 from robustbench_deq.training.config import ThreatSpec, TrainingConfig
-from robustbench_deq.training.loop import Trainer, random_shift
+from robustbench_deq.training.loop import Trainer, random_flip, random_shift
 from robustbench_deq.training.loss import batch_loss, jacobian_norm
 
 TIGHT = Solve(Anderson(), rtol=1e-6, max_steps=100)
@@ -488,6 +489,29 @@ def test_random_shift_is_fixed_by_its_generator() -> None:
     one, same, other = (random_shift(x, 2, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+
+
+def test_random_flip_mirrors_about_half_of_the_images_whole() -> None:
+    x = torch.rand(200, 2, 3, 5, generator=torch.Generator().manual_seed(0))
+    flipped = random_flip(x, torch.Generator().manual_seed(1))
+    is_mirrored = [torch.equal(after, before.flip(-1)) for before, after in zip(x, flipped, strict=True)]
+    assert 70 < sum(is_mirrored) < 130
+    for before, after, mirrored in zip(x, flipped, is_mirrored, strict=True):
+        assert mirrored or torch.equal(after, before)
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_training_sees_mirrored_images_only_when_asked(is_on: bool, make_trainer, monkeypatch) -> None:
+    seen = []
+    real = loop.batch_loss
+    monkeypatch.setattr(
+        loop, "batch_loss", lambda model, x, *args, **rest: seen.append(x) or real(model, x, *args, **rest)
+    )
+    trainer = make_trainer(epochs=1, random_shift=0, random_flip=is_on)
+    trainer.run()
+    originals = {image.numpy().tobytes() for image in trainer.train.x}
+    foreign = sum(image.numpy().tobytes() not in originals for batch in seen for image in batch)
+    assert (foreign > 0) == is_on
 
 
 # The config

@@ -1,0 +1,55 @@
+"""Memory of the process and of the device: its peak, and what the allocator does with freed memory."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import re
+import resource
+from pathlib import Path
+
+import torch
+
+# Parameters of glibc's mallopt(3), from its header malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEPT_BYTES = 2**30
+_LARGEST_FROM_HEAP = 2**25  # glibc accepts no more
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep up to a gigabyte of freed memory for the next tensors; say whether it agreed.
+
+    By default glibc hands memory above a small limit back to the system when it is freed, and on a CPU every step then
+    pays the page faults of all its tensors anew. A setting of the whole process, for programs to make, never done on
+    import. Without effect on other C libraries and on devices.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)) and bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_FROM_HEAP))
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_mb` begin anew where the system can: on CUDA, and on the CPU under Linux.
+
+    Memory that is kept but not in use goes back to the system first, so that one run's does not hide the next one's.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak megabytes since the last reset: allocated on the device, or resident in the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    with contextlib.suppress(OSError):
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -1,0 +1,55 @@
+"""Peak memory, and memory that the allocator keeps; settings of a whole process are tried in one of its own."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from robustbench_deq import memory
+
+CPU = torch.device("cpu")
+FAULTS = """
+import resource, sys, torch
+from robustbench_deq.memory import keep_freed_memory
+torch.set_num_threads(1)
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+def fill():
+    tensors = [torch.ones(2**20) for _ in range(8)]
+fill()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    fill()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(mode: str) -> int:
+    answer = subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, text=True, check=True)
+    return int(answer.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_kept_memory_is_used_again_without_page_faults() -> None:
+    # 8 tensors of 4 MiB: 8192 pages a turn when they are handed back and asked for anew.
+    assert faults("keep") < 0.1 * faults("default")
+
+
+def test_a_library_without_the_setting_is_no_error(monkeypatch) -> None:
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
+    assert memory.keep_freed_memory() is False
+    memory.reset_peak_memory(CPU)
+
+
+def test_peak_rises_with_what_is_used_and_falls_after_a_reset() -> None:
+    memory.reset_peak_memory(CPU)
+    before = memory.peak_memory_mb(CPU)
+    tensor = torch.ones(64 * 2**18)  # 64 MiB
+    assert memory.peak_memory_mb(CPU) > before + 50
+    del tensor
+    memory.reset_peak_memory(CPU)
+    assert memory.peak_memory_mb(CPU) < before + 30
