@@ -24,6 +24,7 @@ def main(repeats: int, batch_size: int) -> None:
     model, data, threat = load_model(MODEL), load(DATA, limit=LIMIT), Threat(Norm.L2, EPSILON)
     attacks = {
         "joint-pgd (default)": make_attack("joint-pgd", threat),
+        "joint-pgd, inner_steps=2": make_attack("joint-pgd", threat, inner_steps=2),
         "joint-pgd, preset jiio-2021": make_attack("joint-pgd", threat, preset="jiio-2021"),
         "cold PGD-20": make_attack("pgd", threat, warm_start=False, tolerance=1e-3, objective="cross-entropy"),
         "cold PGD-20, ce-then-margin": make_attack("pgd", threat, warm_start=False, tolerance=1e-3),

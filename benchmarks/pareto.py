@@ -69,7 +69,7 @@ def joint_grid(threat: Threat) -> dict[str, Attack]:
         points[name] = make_attack("joint-pgd", threat, steps=steps, inner_steps=inner, **more)
 
     for steps, (inner, more) in itertools.product(
-        (8, 12, 16, 24, 32, 48, 64), ((1, {}), (2, {}), (None, {}), (2, {"accelerator": "anderson", "history_size": 3}))
+        (8, 12, 16, 24, 32, 64), ((1, {}), (2, {}), (None, {}), (2, {"accelerator": "anderson", "history_size": 3}))
     ):
         add(steps, inner, **more)
     for steps in (12, 24):
