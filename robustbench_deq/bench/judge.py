@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustbench_deq.equilibrium import EquilibriumModel
-from robustbench_deq.solvers import Anderson, Broyden, CellMap, NewtonKrylov, Picard, Solution, Solve
+from robustbench_deq.solvers import Anderson, Broyden, CellMap, NewtonKrylov, Picard, Solution, Solve, Status
+from robustbench_deq.solvers.base import residual_norms
 
 JUDGE_RTOL = 1e-5
+RUN_AWAY = 1e3
 LADDER = (
     Solve(Anderson(ridge=1e-8), rtol=JUDGE_RTOL, max_steps=200),
     Solve(Picard(damping=0.5), rtol=JUDGE_RTOL, max_steps=400),
@@ -67,14 +69,32 @@ def judge(model: EquilibriumModel, x: Tensor, y: Tensor) -> Verdict:
 def tight_solve(model: EquilibriumModel, u: Tensor) -> Solution:
     """The equilibrium for injections `u` to `JUDGE_RTOL`; samples that fail on one solver go to the next, from cold."""
     z0 = model.initial_state(u)
-    solution = LADDER[0](CellMap(model.evaluate, u), z0)
+    solution = _unless_run_away(LADDER[0], model, u, z0)
     for rung in LADDER[1:]:
         index = (~solution.is_converged).nonzero()[:, 0]
         if len(index) == 0:
             break
-        again = rung(CellMap(model.evaluate, u[index]), z0[index])
-        # Keep whichever of the two states is nearer to an equilibrium (NaN residuals never are).
-        wins = (again.residual < solution.residual[index]) | torch.isnan(solution.residual[index])
+        again = _unless_run_away(rung, model, u[index], z0[index])
+        # Keep an equilibrium, else whichever of the two states is nearer to one (NaN residuals never are).
+        is_nearer = (again.residual < solution.residual[index]) | torch.isnan(solution.residual[index])
+        wins = again.is_converged | is_nearer
         index, won = index[wins], [part[wins] for part in again[:4]]
         solution = Solution(*(whole.index_copy(0, index, part) for whole, part in zip(solution[:4], won, strict=True)))
     return solution
+
+
+def _unless_run_away(rung: Solve, model: EquilibriumModel, u: Tensor, z0: Tensor) -> Solution:
+    """The rung's solution, but diverged where only the state's size has made the relative residual small.
+
+    A solver may drive the state of a cell without an equilibrium, such as `z + u`, so far out that the step it still
+    takes is small beside it. There the state is more than `RUN_AWAY` times as large as after the first evaluation, and
+    the step has not come down to a tenth of the first one.
+    """
+    solution = rung(CellMap(model.evaluate, u), z0)
+    f0 = model.evaluate(z0, u)
+    first, _ = residual_norms(z0, f0)
+    size, size_at_start = (torch.linalg.vector_norm(state.flatten(1), dim=1) for state in (solution.value, f0))
+    step = size * solution.residual.clamp_min(torch.finfo(size.dtype).eps)  # rounding hides what is smaller
+    is_lost = (size > RUN_AWAY * size_at_start) & (step > 0.1 * first)
+    status = torch.where(is_lost & solution.is_converged, int(Status.DIVERGED), solution.status)
+    return solution._replace(status=status.to(solution.status.dtype))

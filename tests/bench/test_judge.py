@@ -25,6 +25,18 @@ class Escaping(Linear):
         return torch.zeros_like(u[:, 1:])
 
 
+class Drifting(Linear):
+    """f(z, u) = factor * z + u: without an equilibrium for a factor of 1, with a large one for factors just below."""
+
+    factor = 1.0
+
+    def inject(self, x: Tensor) -> Tensor:
+        return 0.1 + x.flatten(1)[:, :5]
+
+    def cell(self, z: Tensor, u: Tensor) -> Tensor:
+        return self.factor * z + u
+
+
 class Broken(Linear):
     """Logits of samples whose first state entry is above `limit` are spoiled by `value`."""
 
@@ -51,6 +63,24 @@ def exact_logits(model: Linear, x: Tensor) -> Tensor:
     with torch.no_grad():
         u = model.injection(x.flatten(1))
         return torch.linalg.solve(eye - model.a, u.mT).mT @ model.readout.weight.mT
+
+
+def test_a_state_far_out_is_no_equilibrium(build) -> None:
+    """Its step is small beside the state, not by itself."""
+    model, x = build(Drifting)
+    solution = tight_solve(model, model.inject(x))
+    assert not bool(solution.is_converged.any())
+    assert not bool(judge(model, x, torch.zeros(len(x), dtype=torch.long)).is_correct.any())
+
+
+@pytest.mark.parametrize("factor", [-1.5, 0.5, 0.999, 0.9999])
+def test_a_large_equilibrium_is_one(factor: float, build) -> None:
+    model, x = build(Drifting)
+    model.factor = factor
+    u = model.inject(x)
+    solution = tight_solve(model, u)
+    assert bool(solution.is_converged.all())
+    torch.testing.assert_close(solution.value, u / (1 - factor), rtol=1e-2, atol=0)
 
 
 def test_judge_agrees_with_the_closed_form(build) -> None:
