@@ -11,7 +11,7 @@ import statistics
 
 import click
 
-from benchmarks.timing import in_turn, keep, make_attack, median_seconds
+from benchmarks.timing import in_turn, keep, make_attack, median_seconds, ratios
 from robustbench_deq.bench.evaluate import Evaluation, evaluate
 from robustbench_deq.data import load
 from robustbench_deq.models import load_model
@@ -24,7 +24,7 @@ DEFAULT = "joint-pgd (default)"
 def describe(label: str, evaluations: list[Evaluation], ours: list[Evaluation]) -> dict[str, object]:
     """A row of the table: `evaluations` beside those of the default in the same rounds."""
     record, own = evaluations[0].record, ours[0].record
-    ratios = [a.record.cost.wall_seconds / b.record.cost.wall_seconds for a, b in zip(evaluations, ours, strict=True)]
+    times = ratios(evaluations, ours)
     return {
         "attack": label,
         "robust accuracy": round(record.robust_accuracy, 4),
@@ -32,8 +32,8 @@ def describe(label: str, evaluations: list[Evaluation], ours: list[Evaluation]) 
         "cell evals": round(record.cost.cell_evals, 1),
         "cell VJPs": round(record.cost.cell_vjps, 1),
         "seconds": round(median_seconds(evaluations), 3),
-        "times the seconds of joint-pgd": round(statistics.median(ratios), 2),
-        "in single rounds": f"{min(ratios):.1f} to {max(ratios):.1f}",
+        "times the seconds of joint-pgd": round(statistics.median(times), 2),
+        "in single rounds": f"{min(times):.1f} to {max(times):.1f}",
         "times its VJPs": round(record.cost.cell_vjps / own.cost.cell_vjps, 2),
         "points below joint-pgd": round(100 * (own.robust_accuracy - record.robust_accuracy), 2),
     }

@@ -14,7 +14,7 @@ import click
 
 from benchmarks.timing import keep, make_attack
 from robustbench_deq.data import load
-from robustbench_deq.memory import peak_memory_mb, reset_peak_memory
+from robustbench_deq.memory import peak_memory_mb, release_freed_memory, reset_peak_memory
 from robustbench_deq.models import load_model
 from robustbench_deq.threats import Norm, Threat
 
@@ -30,6 +30,7 @@ def measure(steps: int, attack: str) -> float:
     with torch.no_grad():
         model(data.x[:8])
     cpu = torch.device("cpu")
+    release_freed_memory()
     reset_peak_memory(cpu)
     before = peak_memory_mb(cpu)
     result = make_attack(attack, Threat(Norm.L2, 1.0), steps=steps)(model, data.x, data.y, num_snapshots=8)

@@ -63,11 +63,13 @@ def median_seconds(evaluations: list[Evaluation]) -> float:
     return statistics.median(evaluation.record.cost.wall_seconds for evaluation in evaluations)
 
 
+def ratios(slow: list[Evaluation], fast: list[Evaluation]) -> list[float]:
+    """How many times longer `slow` took, round by round."""
+    return [a.record.cost.wall_seconds / b.record.cost.wall_seconds for a, b in zip(slow, fast, strict=True)]
+
+
 def median_ratio(slow: list[Evaluation], fast: list[Evaluation]) -> float:
-    """Median over the rounds of how many times longer `slow` took."""
-    return statistics.median(
-        a.record.cost.wall_seconds / b.record.cost.wall_seconds for a, b in zip(slow, fast, strict=True)
-    )
+    return statistics.median(ratios(slow, fast))
 
 
 def alternate(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> tuple[float, float, float]:

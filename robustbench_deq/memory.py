@@ -30,16 +30,20 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)) and bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_FROM_HEAP))
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory_mb` begin anew where the system can: on CUDA, and on the CPU under Linux.
+def release_freed_memory() -> None:
+    """Hand memory that is kept but not in use back to the system, so that one run's does not count as the next one's.
 
-    Memory that is kept but not in use goes back to the system first, so that one run's does not hide the next one's.
+    Costs the page faults that keeping it has spared: for between runs, not for between batches.
     """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_mb` begin anew where the system can: on CUDA, and on the CPU under Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -30,10 +30,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def faults(mode: str) -> int:
+def faults(mode: str, source: str = FAULTS) -> int:
     # By itself glibc moves its limits as it goes; fixed ones hand every tensor back.
     limits = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
-    command = [sys.executable, "-c", FAULTS, mode]
+    command = [sys.executable, "-c", source, mode]
     answer = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | limits)
     return int(answer.stdout)
 
@@ -44,10 +44,22 @@ def test_kept_memory_is_used_again_without_page_faults() -> None:
     assert faults("keep") < 0.1 * faults("default")
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_kept_memory_is_handed_back_only_when_asked() -> None:
+    """The meter is opened for every batch, and must leave kept memory alone."""
+    ask = "from robustbench_deq.memory import release_freed_memory, reset_peak_memory\n"
+    between = {"release": "release_freed_memory(); fill()", "reset": "reset_peak_memory(torch.device('cpu')); fill()"}
+    found = {}
+    for name, calls in between.items():
+        source = ask + FAULTS.replace("for _ in range(20):\n    fill()", f"for _ in range(20):\n    {calls}")
+        found[name] = faults("keep", source)
+    assert found["reset"] < 0.1 * found["release"]
+
+
 def test_a_library_without_the_setting_is_no_error(monkeypatch) -> None:
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
     assert memory.keep_freed_memory() is False
-    memory.reset_peak_memory(CPU)
+    memory.release_freed_memory()
 
 
 def test_peak_rises_with_what_is_used_and_falls_after_a_reset() -> None:
@@ -56,5 +68,6 @@ def test_peak_rises_with_what_is_used_and_falls_after_a_reset() -> None:
     tensor = torch.ones(64 * 2**18)  # 64 MiB
     assert memory.peak_memory_mb(CPU) > before + 50
     del tensor
+    memory.release_freed_memory()
     memory.reset_peak_memory(CPU)
     assert memory.peak_memory_mb(CPU) < before + 30

@@ -27,6 +27,7 @@ from robustbench_deq.bench.judge import Verdict, judge
 from robustbench_deq.bench.records import SCHEMA_VERSION, CostRecord, CurvePoint, DataRecord, Record, ThreatRecord
 from robustbench_deq.data import Split
 from robustbench_deq.equilibrium import EquilibriumModel, check_labels
+from robustbench_deq.memory import release_freed_memory
 from robustbench_deq.threats import norm_of
 
 Progress = Callable[[int, int, float], None]
@@ -84,6 +85,7 @@ def evaluate(
     check_labels(data.y, len(data), model.num_classes)
     batches: list[_Batch] = []
     num_robust = 0
+    release_freed_memory()
     for begin in range(0, len(data), batch_size):
         rows = slice(begin, begin + batch_size)
         x, y = data.x[rows].to(device), data.y[rows].to(device)
