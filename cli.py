@@ -6,6 +6,7 @@ and an error is one line.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import datetime
 import importlib.metadata
@@ -31,12 +32,16 @@ import attacks as _attacks  # noqa: F401  (fills the attack registry)
 from robustbench_deq.attack import ATTACKS, Attack
 from robustbench_deq.bench.doctor import Verdict, examine
 from robustbench_deq.bench.evaluate import Evaluation, accuracy_interval, evaluate
+from robustbench_deq.bench.executors import Executor, Processes, Ray, Serial
+from robustbench_deq.bench.gate import compare, read_baseline, to_entries, to_junit, update_baseline
 from robustbench_deq.bench.records import RecordStore, load_records, to_json
+from robustbench_deq.bench.runner import claim_folder, missing_shards, run_suite, seconds_per_sample
+from robustbench_deq.bench.suite import Run, Shard, SuiteConfig, cut, plan
 from robustbench_deq.configs import merge, parse_assignments, parse_fraction, read_yaml, validate
 from robustbench_deq.data import DATASETS, SplitName, load
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import RunError, UsageError
-from robustbench_deq.files import output_folder, whole_folder
+from robustbench_deq.files import output_folder, whole_folder, write_text
 from robustbench_deq.memory import keep_freed_memory
 from robustbench_deq.models import MODELS, ModelDescription, describe_model, list_models, load_model
 from robustbench_deq.report.history import plot_history
@@ -503,6 +508,115 @@ def train(
         low, high = card.robust_accuracy_ci
         at = f"{card.evaluation['norm']} {card.evaluation['epsilon']:g}, {card.evaluation['attack']}"
         click.echo(f"robust accuracy   {card.robust_accuracy:.1%}  [{low:.1%}, {high:.1%}]  {at}")
+
+
+@main.command()
+@click.argument("suite", type=click.Path(path_type=Path))
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any key of the suite, dotted.")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="New folder.  [default: results/runs/NAME]")
+@click.option("--resume", is_flag=True, help="Go on in the folder: do what is missing.")
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
+@click.option("--executor", "kind", type=click.Choice(["local", "ray"]), default="local", show_default=True)
+@click.option("--address", default=None, help="Of the Ray cluster.  [default: one on this machine]")
+@click.option("--dry-run", "is_dry", is_flag=True, help="Print the plan, with times from earlier records.")
+@click.option("--device", default=None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]")
+def bench(
+    suite: Path,
+    assignments: tuple[str, ...],
+    out: Path | None,
+    resume: bool,
+    workers: int,
+    kind: str,
+    address: str | None,
+    is_dry: bool,
+    device: str | None,
+) -> None:
+    """Run SUITE, a YAML file of models, attacks and threats, and leave a folder of records."""
+    parsed = validate(SuiteConfig, merge(read_yaml(suite), parse_assignments(assignments)), str(suite))
+    runs = [(run, cut(run, parsed.batches_per_shard)) for run in plan(parsed)]
+    target = out or Path("results/runs") / parsed.name
+    if is_dry:
+        _echo_plan(runs, workers)
+        return
+    chosen = str(_choose_device(device))
+    if kind == "ray":
+        executor: Executor = Ray(address, num_gpus=float(chosen.startswith("cuda")))
+    else:
+        executor = Processes(workers) if workers > 1 else Serial()
+    place = contextlib.nullcontext(target) if resume else output_folder(target)
+    with place as folder:
+        claim_folder(folder, parsed, is_resumed=resume)
+        total = sum(len(shards) for _, shards in runs)
+        done = total - len(missing_shards(runs, folder))
+        with _bar(parsed.name, total, "{}") as advance:
+
+            def watch(shard: Shard, reason: str | None) -> None:
+                nonlocal done
+                done += 1
+                advance(done, f"{shard.run.model}, {shard.run.label}" + (": failed" if reason else ""))
+
+            outcome = run_suite(runs, folder, build_attack, executor, chosen, watch)
+    records = load_records(target) if (target / "records.jsonl").exists() else []
+    click.echo(f"{len(records)} of {len(runs)} records in {target}; 'robustbench-deq report {target}' shows them")
+    if outcome.failures:
+        reasons = collections.Counter(outcome.failures.values()).most_common(3)
+        told = "; ".join(f"{count} x {reason}" for reason, count in reasons)
+        raise RunError(f"{len(outcome.failures)} of {total} shards failed: {told}; try them again with --resume")
+
+
+def _echo_plan(runs: list[tuple[Run, list[Shard]]], workers: int) -> None:
+    """The runs of a suite, with the seconds that earlier records let expect."""
+    known = seconds_per_sample(Path("results/runs"))
+    table = Table(box=None, pad_edge=False)
+    for column in ("model", "attack", "threat", "data", "samples", "shards", "expected (s)"):
+        table.add_column(column, overflow="fold")
+    whole, unknown = 0.0, 0
+    for run, shards in runs:
+        pace = known.get((run.model, run.attack, run.label))
+        whole, unknown = whole + (pace or 0.0) * run.num_samples, unknown + (pace is None)
+        expected = "-" if pace is None else f"{pace * run.num_samples:.1f}"
+        threat = f"{run.norm} {run.epsilon:g}"
+        table.add_row(run.model, run.label, threat, run.data, str(run.num_samples), str(len(shards)), expected)
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(table)
+    click.echo(f"{len(runs)} runs, {sum(len(shards) for _, shards in runs)} shards, {workers} workers")
+    click.echo(f"expected: {whole / workers:.0f} s for those with earlier records; {unknown} runs have none")
+
+
+@main.command()
+@click.option("--baseline", type=click.Path(path_type=Path), required=True, help="JSON file of the baseline.")
+@click.argument("folder", type=click.Path(path_type=Path), default=Path("results/runs/quick"))
+@click.option("--update", "reason", default=None, metavar="REASON", help="Write the baseline anew, for this reason.")
+@click.option(
+    "--reference", default="joint-pgd", show_default=True, help="With --update: label whose time is the unit."
+)
+@click.option("--json", "is_json", is_flag=True, help="One JSON object on standard output.")
+@click.option("--junit", type=click.Path(path_type=Path), default=None, help="JUnit XML file to write.")
+def check(baseline: Path, folder: Path, reason: str | None, reference: str, is_json: bool, junit: Path | None) -> None:
+    """Compare the records in FOLDER with a baseline: exit code 0 when nothing got worse, else 1."""
+    records, store = load_records(folder), RecordStore(folder)
+    runs = [(record, store.load_samples(record.record_id)) for record in records]
+    if reason is not None:
+        commit = records[0].environment.get("commit")
+        update_baseline(baseline, to_entries(runs, reference), reference, reason, commit)
+        click.echo(f"{len(runs)} records written to {baseline}")
+        return
+    expected = read_baseline(baseline)
+    checks = compare(expected, to_entries(runs, expected.reference))
+    bad = [row for row in checks if not row.is_good]
+    if junit is not None:
+        write_text(junit, to_junit(checks))
+    if is_json:
+        rows = [row._asdict() for row in checks]
+        click.echo(json.dumps({"schema_version": 1, "is_good": not bad, "checks": rows}))
+    else:
+        table = Table(box=None, pad_edge=False)
+        for column in ("record", "field", "baseline", "now", "tolerance", "verdict"):
+            table.add_column(column, overflow="fold")
+        for row in checks:
+            table.add_row(*row[:5], "good" if row.is_good else "BAD")
+        Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(table)
+    if bad:
+        raise RunError(f"{len(bad)} of {len(checks)} checks failed: {bad[0].record}, {bad[0].field} first")
 
 
 @main.command()

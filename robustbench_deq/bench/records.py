@@ -205,6 +205,11 @@ class RecordStore:
             if samples.is_dir() and not any(samples.iterdir()):
                 samples.rmdir()
 
+    def identifiers(self) -> set[str]:
+        """Of all records that are there."""
+        path = self.folder / RECORDS_FILE
+        return _identifiers(path) if path.is_file() else set()
+
     def load_samples(self, record_id: str) -> pd.DataFrame:
         """The per-sample rows of a record. Raises `UsageError` when there are none."""
         path = self.samples_path(record_id)

@@ -1,0 +1,252 @@
+"""Suites: the plan, shards that may be done in any order and by anybody, failures that stop nothing, and resuming."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+import cli
+from robustbench_deq.bench.evaluate import evaluate
+from robustbench_deq.bench.executors import Processes, Serial
+from robustbench_deq.bench.records import RecordStore, load_records, to_json
+from robustbench_deq.bench.runner import ASSEMBLY_LOCK, ShardStore, run_shard, run_suite
+from robustbench_deq.bench.suite import SuiteConfig, cut, plan
+from robustbench_deq.configs import validate
+from robustbench_deq.data import load
+from robustbench_deq.errors import UsageError
+from robustbench_deq.models import load_model
+from robustbench_deq.threats import Norm, Threat
+
+ROOT = Path(__file__).parents[2]
+TIMINGS = {"created", "environment"}
+
+
+def suite(**changes: Any) -> SuiteConfig:
+    values = {
+        "name": "small",
+        "models": ["test-linear.tiny"],
+        "data": "digits",
+        "threats": [{"norm": "l2", "epsilons": [0.3, "1/2"]}],
+        "attacks": [{"name": "joint-pgd", "config": {"steps": 4}}, {"name": "noise"}],
+        "limit": 20,
+        "batch_size": 8,
+        "num_snapshots": 2,
+    }
+    return validate(SuiteConfig, values | changes, "suite")
+
+
+def runs_of(config: SuiteConfig) -> list:
+    return [(run, cut(run, config.batches_per_shard)) for run in plan(config)]
+
+
+def do(folder: Path, config: SuiteConfig | None = None, executor=None, build=cli.build_attack, watch=None):
+    config = config or suite()
+    return run_suite(runs_of(config), folder, build, executor or Serial(), watch=watch)
+
+
+def content(folder: Path) -> list[tuple[dict[str, Any], str]]:
+    """Records and samples without what may differ between two runs: times and places."""
+    store, found = RecordStore(folder), []
+    for record in load_records(folder):
+        values = {key: value for key, value in to_json(record).items() if key not in TIMINGS}
+        for part in (values["cost"], *values["curve"]):
+            del part["wall_seconds"]
+            part.pop("peak_memory_mb", None)
+        found.append((values, store.load_samples(record.record_id).to_csv()))
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    do(folder)
+    return folder
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def test_plan_is_every_model_threat_attack_and_seed() -> None:
+    runs = plan(suite(seeds=[0, 1], attacks=[{"name": "noise"}, {"name": "joint-pgd", "grid": {"steps": [2, 4]}}]))
+    assert [(run.epsilon, run.label, run.seed) for run in runs] == [
+        (epsilon, label, seed)
+        for epsilon in (0.3, 0.5)
+        for label_group in (["noise"], ["joint-pgd steps=2", "joint-pgd steps=4"])
+        for seed in (0, 1)
+        for label in label_group
+    ]
+    assert len({run.key for run in runs}) == len(runs)
+
+
+def test_wildcards_take_threat_and_data_from_the_cards() -> None:
+    runs = plan(suite(models=["deq-fc.digits-*"], threats=None, data=None, attacks=[{"name": "noise"}]))
+    assert [(run.model, run.data, run.norm, run.epsilon) for run in runs] == [
+        ("deq-fc.digits-joint-l2", "digits", "l2", 0.5),
+        ("deq-fc.digits-standard", "digits", "l2", 0.5),
+    ]
+    assert all(run.model_sha256 for run in runs)
+
+
+@pytest.mark.parametrize(("batches", "expected"), [(1, [(0, 8), (8, 16), (16, 20)]), (2, [(0, 16), (16, 20)])])
+def test_shards_are_whole_batches_and_cover_the_run(batches: int, expected: list) -> None:
+    shards = cut(plan(suite())[0], batches)
+    assert [(shard.begin, shard.end) for shard in shards] == expected
+
+
+def test_key_follows_from_everything_that_the_result_depends_on() -> None:
+    one = plan(suite())[0]
+    for change in ({"seed": 1}, {"epsilon": 0.31}, {"digest": "x"}, {"batch_size": 9}, {"model_sha256": "x"}):
+        assert one.model_copy(update=change).key != one.key
+    assert plan(suite())[0].key == one.key
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"models": ["deq-conv.nothing-*"]}, "model"),
+        ({"attacks": [{"name": "joint-pdg"}]}, "joint-pgd"),
+        ({"attacks": [{"name": "joint-pgd", "config": {"stepz": 3}}]}, "stepz"),
+        ({"attacks": [{"name": "noise"}, {"name": "noise"}]}, "twice"),
+        ({"threats": None}, "set threats"),
+        ({"threats": [{"norm": "l3", "epsilons": [1]}]}, "l3"),
+        ({"data": None}, "set data"),
+    ],
+)
+def test_plans_that_cannot_be_done_are_refused(change: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        plan(suite(**change))
+
+
+# ---------------------------------------------------------------- running
+
+
+def test_record_of_a_run_is_that_of_one_evaluation(undisturbed: Path) -> None:
+    record = load_records(undisturbed)[0]
+    attack = cli.build_attack("joint-pgd", Threat(Norm.L2, 0.3), {"steps": 4})
+    whole = evaluate(load_model("test-linear.tiny"), attack, load("digits", limit=20), batch_size=8, num_snapshots=2)
+    for field in (
+        "robust_accuracy",
+        "clean_accuracy",
+        "adversarial_loss",
+        "num_unconverged",
+        "residuals",
+        "diagnostics",
+    ):
+        assert getattr(record, field) == getattr(whole.record, field)
+    assert record.cost.cell_vjps == whole.record.cost.cell_vjps
+    pd.testing.assert_frame_equal(RecordStore(undisturbed).load_samples(record.record_id), whole.samples)
+
+
+def test_shards_in_another_order_and_cut_give_the_same_records(undisturbed: Path, tmp_path: Path) -> None:
+    runs = runs_of(suite())
+    for _, shards in reversed(runs):
+        for shard in reversed(shards):
+            assert run_shard(shard, tmp_path, cli.build_attack) is None
+    do(tmp_path)
+    assert content(tmp_path) == content(undisturbed)
+
+
+def test_running_again_does_nothing(undisturbed: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(undisturbed, tmp_path / "copy")
+    before = (folder / "records.jsonl").read_bytes()
+    seen: list[object] = []
+    outcome = do(
+        folder, build=lambda *_: pytest.fail("an attack was built for a shard that is done"), watch=seen.append
+    )
+    assert outcome.num_records == 0 and not seen
+    assert (folder / "records.jsonl").read_bytes() == before
+
+
+def test_only_missing_shards_are_done(undisturbed: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(undisturbed, tmp_path / "copy")
+    _, shards = runs_of(suite())[0]
+    lost = shards[1]
+    (folder / "shards" / f"{lost.key}.json").unlink()
+    (folder / "records.jsonl").unlink()
+    seen = []
+    do(folder, watch=lambda shard, reason: seen.append(shard.key))
+    assert seen == [lost.key]
+    assert content(folder) == content(undisturbed)
+
+
+def test_failed_shard_is_kept_with_its_reason_and_the_rest_goes_on(undisturbed: Path, tmp_path: Path) -> None:
+    def build(name: str, threat: Threat, settings: dict[str, Any]):
+        attack = cli.build_attack(name, threat, settings)
+        if name == "noise" and threat.epsilon == 0.5:
+            attack.run = lambda *args, **rest: (_ for _ in ()).throw(RuntimeError("no luck\ntoday"))
+        return attack
+
+    outcome = do(tmp_path, build=build)
+    assert set(outcome.failures.values()) == {"RuntimeError: no luck today"} and len(outcome.failures) == 3
+    assert len(load_records(tmp_path)) == 3
+    store = ShardStore(tmp_path)
+    failed = [shard for _, shards in runs_of(suite()) for shard in shards if store.reason(shard)]
+    assert {shard.key for shard in failed} == set(outcome.failures)
+    assert not do(tmp_path).failures  # tried again, and now it works
+    assert not any(store.reason(shard) for shard in failed)
+    assert sorted(content(tmp_path), key=str) == sorted(content(undisturbed), key=str)
+
+
+def test_claimed_shard_is_left_to_its_owner(tmp_path: Path) -> None:
+    shard = runs_of(suite())[0][1][0]
+    store = ShardStore(tmp_path)
+    with store.claim(shard) as is_mine:
+        assert is_mine
+        assert run_shard(shard, tmp_path, cli.build_attack) is None
+        assert not store.is_done(shard)
+    assert run_shard(shard, tmp_path, cli.build_attack) is None
+    assert store.is_done(shard)
+
+
+RUNNER = """
+import json, pathlib, sys, torch
+torch.set_num_threads(1)
+import cli
+from robustbench_deq.bench.executors import Serial
+from robustbench_deq.bench.runner import run_suite
+from robustbench_deq.bench.suite import SuiteConfig, cut, plan
+suite = SuiteConfig(**json.loads(sys.argv[2]))
+runs = [(run, cut(run, suite.batches_per_shard)) for run in plan(suite)]
+run_suite(runs, pathlib.Path(sys.argv[1]), cli.build_attack, Serial())
+"""
+
+
+def start_runner(folder: Path) -> subprocess.Popen:
+    """A runner of the suite in a process of its own."""
+    return subprocess.Popen([sys.executable, "-c", RUNNER, str(folder), suite().model_dump_json()], cwd=ROOT)
+
+
+def test_two_runners_share_a_folder(undisturbed: Path, tmp_path: Path) -> None:
+    first, second = start_runner(tmp_path), start_runner(tmp_path)
+    assert (first.wait(120), second.wait(120)) == (0, 0)
+    assert sorted(content(tmp_path), key=str) == sorted(content(undisturbed), key=str)
+    assert [path.name for path in (tmp_path / "shards").glob("*.lock")] == [ASSEMBLY_LOCK]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.05, 0.3])
+def test_killed_runner_is_continued(seconds: float, undisturbed: Path, tmp_path: Path) -> None:
+    runner = start_runner(tmp_path)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "shards").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(seconds)
+    runner.send_signal(signal.SIGKILL)
+    runner.wait(10)
+    do(tmp_path)
+    assert content(tmp_path) == content(undisturbed)
+
+
+# ---------------------------------------------------------------- workers
+
+
+def test_processes_give_the_same_records(undisturbed: Path, tmp_path: Path) -> None:
+    do(tmp_path, executor=Processes(2))
+    assert sorted(content(tmp_path), key=str) == sorted(content(undisturbed), key=str)
