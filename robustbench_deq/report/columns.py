@@ -34,6 +34,24 @@ COLUMNS = (
         lambda entry: entry.rank,
     ),
     Column("Model", COLUMN_MEANINGS["Model"], lambda entry: entry.names.model),
+    Column(
+        "Robust %",
+        "samples that no attack of this row broke, with Wilson's 95 % interval; ≤ where verdicts of single samples are "
+        "missing, so that the attacks could not be joined and the strongest one counts",
+        lambda entry: (
+            ("" if entry.num_in_union == len(entry.records) or len(entry.records) == 1 else "≤ ")
+            + percent_interval(entry.robust_accuracy, *entry.robust_accuracy_ci)
+        ),
+        lambda entry: entry.robust_accuracy,
+        is_descending=True,
+    ),
+    Column(
+        "Clean %",
+        COLUMN_MEANINGS["Clean %"],
+        lambda entry: percent(entry.clean_accuracy),
+        lambda entry: entry.clean_accuracy,
+        is_descending=True,
+    ),
     Column("Family", "the architecture, as on the model's card", lambda entry: entry.family),
     Column(
         "Trained against",
@@ -47,24 +65,6 @@ COLUMNS = (
         COLUMN_MEANINGS["n"],
         lambda entry: f"{entry.setting.num_samples:,}",
         lambda entry: entry.setting.num_samples,
-        is_descending=True,
-    ),
-    Column(
-        "Clean %",
-        COLUMN_MEANINGS["Clean %"],
-        lambda entry: percent(entry.clean_accuracy),
-        lambda entry: entry.clean_accuracy,
-        is_descending=True,
-    ),
-    Column(
-        "Robust %",
-        "samples that no attack of this row broke, with Wilson's 95 % interval; ≤ where verdicts of single samples are "
-        "missing, so that the attacks could not be joined and the strongest one counts",
-        lambda entry: (
-            ("" if entry.num_in_union == len(entry.records) or len(entry.records) == 1 else "≤ ")
-            + percent_interval(entry.robust_accuracy, *entry.robust_accuracy_ci)
-        ),
-        lambda entry: entry.robust_accuracy,
         is_descending=True,
     ),
     Column(
