@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -31,21 +31,28 @@ from robustbench_deq.report.plots import (
 )
 from robustbench_deq.report.settings import Setting, format_norm, group_by_setting, setting_names
 
-MAX_SETTINGS = 6
+MAX_SETTINGS = 12
+NUM_EXAMPLES = 6
 MAX_ATTACKS = 10
 MAX_POINTS = 40
 MIN_ATTACKS = 3
 
 
-def choose_drawn(records: Sequence[Record], num_attacks: int) -> list[Record]:
-    """Those that a figure has room for: the first `MAX_SETTINGS` settings, and in them `num_attacks` attacks.
+Grouping = Callable[[Sequence[Record]], dict[Setting, list[Record]]]
 
-    Attacks that occur in more of these settings come first, then the stronger ones. One record stands for several of
+
+def choose_drawn(records: Sequence[Record], num_attacks: int, group_by: Grouping = group_by_setting) -> list[Record]:
+    """Those that a figure has room for: all groups, or of too many the first as examples, with `num_attacks` attacks.
+
+    Attacks that occur in more of these groups come first, then the stronger ones. One record stands for several of
     an attack: that with the lowest robust accuracy.
     """
-    groups = list(group_by_setting(records).values())[:MAX_SETTINGS]
-    strongest = [{record.label: record for record in reversed(group)}.values() for group in groups]
-    count = Counter(record.label for group in strongest for record in group)
+    groups = list(group_by(records).values())
+    groups = groups if len(groups) <= MAX_SETTINGS else groups[:NUM_EXAMPLES]
+    strongest = [
+        {(record.label, record.threat.epsilon): record for record in reversed(group)}.values() for group in groups
+    ]
+    count = Counter(label for group in strongest for label in {record.label for record in group})
     best: dict[str, float] = {}
     for record in itertools.chain.from_iterable(strongest):
         best[record.label] = min(best.get(record.label, 1.0), record.robust_accuracy)
@@ -55,7 +62,7 @@ def choose_drawn(records: Sequence[Record], num_attacks: int) -> list[Record]:
 
 
 def has_several_epsilons(records: Sequence[Record]) -> bool:
-    return any(len({record.threat.epsilon for record in group}) > 1 for group in _by_radius(records).values())
+    return any(len({record.threat.epsilon for record in group}) > 1 for group in by_radius(records).values())
 
 
 def accuracy_against_epsilon(records: Sequence[Record]) -> Figure:
@@ -64,7 +71,7 @@ def accuracy_against_epsilon(records: Sequence[Record]) -> Figure:
     Raises:
         UsageError: when there are none of these.
     """
-    groups = {setting: group for setting, group in _by_radius(records).items() if _num_radii(group) > 1}
+    groups = {setting: group for setting, group in by_radius(records).items() if _num_radii(group) > 1}
     if not groups:
         raise UsageError.of("epsilon plot", expected="several radii", got="none", fix="run attacks with other epsilons")
     names = setting_names(groups)
@@ -91,7 +98,7 @@ def accuracy_against_epsilon(records: Sequence[Record]) -> Figure:
 _CLEAN = {"color": "#444444", "linestyle": "--", "linewidth": 1.2, "zorder": 1}
 
 
-def _by_radius(records: Sequence[Record]) -> dict[Setting, list[Record]]:
+def by_radius(records: Sequence[Record]) -> dict[Setting, list[Record]]:
     """Records by setting but for the radius, in the order of the radii; the strongest of each radius first."""
     groups: dict[Setting, list[Record]] = defaultdict(list)
     for setting, group in group_by_setting(records).items():

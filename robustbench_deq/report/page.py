@@ -120,8 +120,9 @@ def _figures(records: Sequence[Record], gallery: Sequence[GalleryRow]) -> dict[s
         "accuracy_against_cell_evals": (plots.accuracy_against_cell_evals(lines), len(lines)),
         "accuracy_against_wall_clock": (plots.accuracy_against_wall_clock(lines), len(lines)),
     }
-    if overview.has_several_epsilons(lines):
-        figures["accuracy_against_epsilon"] = overview.accuracy_against_epsilon(lines), len(lines)
+    radii = overview.choose_drawn(records, overview.MAX_ATTACKS, overview.by_radius)
+    if overview.has_several_epsilons(radii):
+        figures["accuracy_against_epsilon"] = overview.accuracy_against_epsilon(radii), len(radii)
     if overview.has_choice(records):
         points = overview.choose_drawn(records, overview.MAX_POINTS)
         figures["pareto_front"] = overview.pareto_plot(points), len(points)

@@ -71,6 +71,14 @@ def test_all_is_drawn_while_there_is_room(make_record) -> None:
     assert len(overview.choose_drawn(records, overview.MAX_ATTACKS)) == len(records)
 
 
+def test_radii_of_one_model_are_one_facet_and_all_drawn(make_record) -> None:
+    radii = [k / 10 for k in range(1, 2 * overview.MAX_SETTINGS)]
+    records = [make_record(label, model, threat=ball(radius)) for radius in radii for label in "xy" for model in "ab"]
+    assert len(overview.choose_drawn(records, 2, overview.by_radius)) == len(records)
+    assert len(overview.choose_drawn(records, 2)) == 2 * overview.NUM_EXAMPLES
+    assert len(overview.accuracy_against_epsilon(records).axes) == 2
+
+
 def test_the_strongest_and_most_common_are_drawn_where_room_ends(make_record) -> None:
     settings = range(overview.MAX_SETTINGS + 3)
     everywhere = [
@@ -79,7 +87,7 @@ def test_the_strongest_and_most_common_are_drawn_where_room_ends(make_record) ->
     stronger = [make_record("everywhere", "model 00", robust=0.7)]
     once = [make_record(f"once {k:02}", "model 00", robust=0.2 + k / 100) for k in range(overview.MAX_ATTACKS)]
     drawn = overview.choose_drawn(everywhere + stronger + once, overview.MAX_ATTACKS)
-    assert {record.model for record in drawn} == {f"model {k:02}" for k in range(overview.MAX_SETTINGS)}
+    assert {record.model for record in drawn} == {f"model {k:02}" for k in range(overview.NUM_EXAMPLES)}
     labels = {record.label for record in drawn}
     assert labels == {"everywhere", *(f"once {k:02}" for k in range(overview.MAX_ATTACKS - 1))}
     assert [r.robust_accuracy for r in drawn if (r.label, r.model) == ("everywhere", "model 00")] == [0.7]
