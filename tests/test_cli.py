@@ -350,7 +350,8 @@ def test_out_holds_a_record_and_its_samples(tmp_path: Path) -> None:
     assert json.loads((out / "records.jsonl").read_text()) == found
     rows = pd.read_parquet(out / "samples" / f"{found['record_id']}.parquet")
     assert len(rows) == 8 and rows["is_robust"].mean() == found["robust_accuracy"]
-    assert sorted(path.name for path in out.iterdir()) == ["records.jsonl", "samples"]
+    assert sorted(path.name for path in out.iterdir()) == ["images", "records.jsonl", "samples"]
+    assert [path.name for path in (out / "images").iterdir()] == [f"{found['record_id']}.npz"]
     assert [path.name for path in (out / "samples").iterdir()] == [f"{found['record_id']}.parquet"]
 
 
