@@ -31,10 +31,11 @@ from rich.table import Table
 import attacks as _attacks  # noqa: F401  (fills the attack registry)
 from robustbench_deq.attack import ATTACKS, Attack
 from robustbench_deq.bench.doctor import Verdict, examine
-from robustbench_deq.bench.evaluate import Evaluation, accuracy_interval, evaluate
+from robustbench_deq.bench.evaluate import Evaluation, evaluate
 from robustbench_deq.bench.executors import Executor, Processes, Ray, Serial
 from robustbench_deq.bench.gate import compare, read_baseline, to_entries, to_junit, update_baseline
-from robustbench_deq.bench.records import RecordStore, load_records, to_json
+from robustbench_deq.bench.images import choose_images, save_images
+from robustbench_deq.bench.records import Record, RecordStore, load_records, to_json
 from robustbench_deq.bench.runner import claim_folder, missing_shards, run_suite, seconds_per_sample
 from robustbench_deq.bench.suite import Run, Shard, SuiteConfig, cut, plan
 from robustbench_deq.configs import merge, parse_assignments, parse_fraction, read_yaml, validate
@@ -44,8 +45,12 @@ from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.files import output_folder, whole_folder, write_text
 from robustbench_deq.memory import keep_freed_memory
 from robustbench_deq.models import MODELS, ModelDescription, describe_model, list_models, load_model
+from robustbench_deq.proportions import wilson_interval
+from robustbench_deq.report.compare import compare_runs
+from robustbench_deq.report.compare_page import comparison_html, comparison_markdown, headline
 from robustbench_deq.report.history import plot_history
 from robustbench_deq.report.page import write_report
+from robustbench_deq.report.supplements import Card, read_supplements
 from robustbench_deq.threats import Norm, Threat
 from robustbench_deq.training.config import AttackSpec, TrainingConfig
 from robustbench_deq.training.session import TrainingSession
@@ -181,7 +186,7 @@ def _model_facts(described: ModelDescription) -> dict[str, Any]:
     hours = None if card.train_minutes is None else round(card.train_minutes / 60, 2)
     clean_ci = None
     if card.clean_accuracy is not None and card.test_samples:
-        clean_ci = accuracy_interval(round(card.clean_accuracy * card.test_samples), card.test_samples)
+        clean_ci = wilson_interval(round(card.clean_accuracy * card.test_samples), card.test_samples)
     return {
         "name": described.name,
         "family": described.family,
@@ -390,6 +395,8 @@ def attack(
         )
         if folder is not None:
             RecordStore(folder).append(result.record, result.samples)
+            images = choose_images(result.samples, samples.x.numpy(), result.x_adv.numpy())
+            save_images(folder, result.record.record_id, images)
     if is_json:
         click.echo(json.dumps(to_json(result.record)))
     else:
@@ -620,15 +627,54 @@ def check(baseline: Path, folder: Path, reason: str | None, reference: str, is_j
 
 
 @main.command()
-@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("folders", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="New folder.  [default: FOLDER/report]")
-def report(folders: tuple[Path, ...], out: Path | None) -> None:
-    """Tables, figures and a page from the records in FOLDERS."""
-    records = [record for folder in folders for record in load_records(folder)]
+@click.option(
+    "--compare",
+    "compared",
+    nargs=2,
+    default=None,
+    type=click.Path(path_type=Path),
+    metavar="A B",
+    help="What changed from the records in A to those in B, as Markdown; with --out as Markdown and HTML files.",
+)
+def report(folders: tuple[Path, ...], out: Path | None, compared: tuple[Path, Path] | None) -> None:
+    """Tables, figures, a page and a leaderboard from the records in FOLDERS."""
+    if bool(folders) == (compared is not None):
+        got = "both" if folders else "none"
+        raise UsageError.of("report", expected="FOLDERS of records, or --compare A B", got=got, fix="name one of them")
+    if compared is not None:
+        _compare_runs(*compared, out)
+        return
+    found = {folder: load_records(folder) for folder in folders}
+    records = [record for part in found.values() for record in part]
+    supplements = read_supplements(found, _cards_of(records))
     target = out or folders[0] / "report"
     with whole_folder(target) as folder:
-        written = write_report(records, folder)
+        written = write_report(records, folder, supplements=supplements)
     click.echo(f"{len(records)} records, {len(written)} files in {target}; open {target / 'index.html'}")
+
+
+def _compare_runs(before: Path, after: Path, out: Path | None) -> None:
+    runs = [(folder, load_records(folder)) for folder in (before, after)]
+    verdicts = [read_supplements({folder: records}).verdicts for folder, records in runs]
+    found = compare_runs(runs[0][1], runs[1][1], *verdicts)
+    if out is None:
+        click.echo(comparison_markdown(found), nl=False)
+        return
+    with whole_folder(out) as folder:
+        write_text(folder / "compare.md", comparison_markdown(found))
+        write_text(folder / "compare.html", comparison_html(found))
+    click.echo(f"{headline(found)} Open {out / 'compare.html'}")
+
+
+def _cards_of(records: list[Record]) -> dict[str, Card]:
+    """What is known of the records' models; nothing of those that are files or no longer there."""
+    cards = {}
+    for model in dict.fromkeys(record.model for record in records):
+        with contextlib.suppress(UsageError):
+            cards[model] = describe_model(model).model_dump(mode="json")
+    return cards
 
 
 if __name__ == "__main__":

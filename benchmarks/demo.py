@@ -13,6 +13,7 @@ import click
 from benchmarks.timing import make_attack, say
 from robustbench_deq.attack import Attack
 from robustbench_deq.bench.evaluate import Evaluation, evaluate
+from robustbench_deq.bench.images import choose_images, save_images
 from robustbench_deq.bench.records import RecordStore
 from robustbench_deq.data import Split, load
 from robustbench_deq.errors import UsageError
@@ -20,6 +21,7 @@ from robustbench_deq.files import output_folder, whole_folder
 from robustbench_deq.models import describe_model, load_model
 from robustbench_deq.report.gallery import GalleryRow
 from robustbench_deq.report.page import write_report
+from robustbench_deq.report.supplements import read_supplements
 from robustbench_deq.report.tables import render, summary_table
 from robustbench_deq.threats import Norm, Threat
 
@@ -79,11 +81,14 @@ def run(out: Path, limit: int) -> None:
             say(f"{name}: {label}")
             result = evaluate(model, attack, data, model_name=name, label=label, num_snapshots=8, model_sha256=sha256)
             store.append(result.record, result.samples)
+            images = choose_images(result.samples, data.x.numpy(), result.x_adv.numpy())
+            save_images(store.folder, result.record.record_id, images)
             records.append(result.record)
             if label == "joint PGD" and name.endswith("joint-l2") and not gallery:
                 gallery = gallery_of(result, data, 6)
     with whole_folder(out / "report") as folder:
-        write_report(records, folder, gallery)
+        cards = {name: describe_model(name).model_dump(mode="json") for name in MODELS}
+        write_report(records, folder, gallery, read_supplements({store.folder: records}, cards))
     print(render(summary_table(records), "md"))
     print(f"The page: {out / 'report' / 'index.html'}")
 

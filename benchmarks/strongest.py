@@ -12,9 +12,10 @@ import numpy as np
 
 from benchmarks.timing import keep, make_attack, say
 from robustbench_deq.attack import Attack
-from robustbench_deq.bench.evaluate import accuracy_interval, evaluate
+from robustbench_deq.bench.evaluate import evaluate
 from robustbench_deq.data import load
 from robustbench_deq.models import MODELS, describe_model, load_model
+from robustbench_deq.proportions import wilson_interval
 from robustbench_deq.threats import Norm, Threat
 
 
@@ -52,7 +53,7 @@ def main(pattern: str, limit: int, batch_size: int) -> None:
             survives &= result.samples["is_robust"].to_numpy()
             row |= {"clean": result.record.clean_accuracy, label: result.record.robust_accuracy}
             say(f"{name}  {label}: {result.record.robust_accuracy:.1%}, union {survives.mean():.1%}")
-        low, high = accuracy_interval(int(survives.sum()), len(data))
+        low, high = wilson_interval(int(survives.sum()), len(data))
         row["union of all"] = f"{survives.mean():.4f} [{low:.3f}, {high:.3f}]"
         rows.append(row)
         keep(

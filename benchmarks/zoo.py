@@ -16,9 +16,10 @@ import pandas as pd
 
 from benchmarks.timing import RESULTS, keep, make_attack, say
 from robustbench_deq.attack import Attack
-from robustbench_deq.bench.evaluate import accuracy_interval, evaluate
+from robustbench_deq.bench.evaluate import evaluate
 from robustbench_deq.data import load
 from robustbench_deq.models import MODELS, ModelDescription, describe_model, load_model
+from robustbench_deq.proportions import wilson_interval
 from robustbench_deq.report.plots import COLOURS, new_figure, save, style
 from robustbench_deq.threats import Norm, Threat
 
@@ -56,7 +57,7 @@ def examine(described: ModelDescription, limit: int, batch_size: int) -> dict[st
             row |= {"failed": record.num_failed, "unconverged": record.num_unconverged}
             row |= {"VJPs, joint": record.cost.cell_vjps}
         say(f"{described.name}  {label}: robust {record.robust_accuracy:.1%}, {record.cost.wall_seconds:.1f} s")
-    low, high = accuracy_interval(int(survives.sum()), len(data))
+    low, high = wilson_interval(int(survives.sum()), len(data))
     row |= {"union": float(survives.mean()), "union, low": low, "union, high": high}
     return {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
 

@@ -27,6 +27,7 @@ NUMERICS = BASE | {
 MAY_IMPORT = {
     "errors": set(),
     "files": BASE,
+    "proportions": set(),
     "memory": set(),
     "registry": BASE,
     "configs": BASE | {"registry"},
@@ -40,8 +41,8 @@ MAY_IMPORT = {
     "models": NUMERICS | {"files"},
     "data": BASE | {"registry", "configs", "files"},
     "attack": NUMERICS | {"joint"},
-    "report": BASE | {"files", "configs", "bench.records"},
-    "bench": NUMERICS | {"files", "models", "data", "attack"},
+    "report": BASE | {"files", "configs", "proportions", "bench.records", "bench.images"},
+    "bench": NUMERICS | {"files", "models", "data", "attack", "proportions"},
     "training": NUMERICS | {"files", "models", "data", "attack", "bench"},
 }
 """For each part of the package, all that it may import of the others."""

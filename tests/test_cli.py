@@ -28,7 +28,7 @@ from robustbench_deq.configs import read_yaml, validate
 from robustbench_deq.data import DATASETS, sources, splits
 from robustbench_deq.errors import RunError
 from robustbench_deq.models import FAMILIES, MODELS, describe_model, list_models, load_folder, save_model
-from robustbench_deq.report.page import command_of
+from robustbench_deq.report.commands import command_of
 from robustbench_deq.threats import Norm, Threat
 from robustbench_deq.training.checkpoint import Checkpoint
 from robustbench_deq.training.config import TrainingConfig
@@ -350,7 +350,8 @@ def test_out_holds_a_record_and_its_samples(tmp_path: Path) -> None:
     assert json.loads((out / "records.jsonl").read_text()) == found
     rows = pd.read_parquet(out / "samples" / f"{found['record_id']}.parquet")
     assert len(rows) == 8 and rows["is_robust"].mean() == found["robust_accuracy"]
-    assert sorted(path.name for path in out.iterdir()) == ["records.jsonl", "samples"]
+    assert sorted(path.name for path in out.iterdir()) == ["images", "records.jsonl", "samples"]
+    assert [path.name for path in (out / "images").iterdir()] == [f"{found['record_id']}.npz"]
     assert [path.name for path in (out / "samples").iterdir()] == [f"{found['record_id']}.parquet"]
 
 
@@ -727,6 +728,27 @@ def test_report_makes_a_page_of_all_records(tmp_path: Path) -> None:
     assert len(pd.read_csv(tmp_path / "page" / "report.csv")) == 2
     succeeds("report", tmp_path / "one")
     assert (tmp_path / "one" / "report" / "index.html").is_file()
+    board = (tmp_path / "page" / "leaderboard.html").read_text()
+    assert "withstood all 2 attacks, each judged sample by sample" in board
+    assert board.count("data:image/png;base64,") == 8 * 3
+
+
+def test_two_runs_are_compared(tmp_path: Path) -> None:
+    succeeds(*QUICK, "--out", tmp_path / "one", "--label", "PGD")
+    succeeds(*QUICK[:-1], "0.25", "--out", tmp_path / "other", "--label", "PGD")
+    both = ("report", "--compare", tmp_path / "one", tmp_path / "one")
+    text = succeeds(*both)
+    assert "Of 1 attacks in both runs" in text and "| within noise |" in text and "-0 +0" in text
+    assert not (tmp_path / "one" / "report").exists()
+    assert "within noise in 1" in succeeds(*both, "--out", tmp_path / "diff")
+    assert (tmp_path / "diff" / "compare.md").read_text() == text
+    assert "<table>" in (tmp_path / "diff" / "compare.html").read_text()
+    other = ("report", "--compare", tmp_path / "one", tmp_path / "other")
+    assert "an attack in common" in refused(*other)
+    assert "no such folder" in refused("report", "--compare", tmp_path / "one", tmp_path / "none")
+    assert "got both" in refused(*both, tmp_path / "one")
+    assert "2 arguments" in refused("report", "--compare", tmp_path / "one")
+    assert "expected an empty or new folder" in refused(*both, "--out", tmp_path / "diff")
 
 
 def test_a_report_of_nothing_is_one_line(tmp_path: Path) -> None:
@@ -798,7 +820,7 @@ def test_report_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
     succeeds(*QUICK, "--out", tmp_path / "run")
     real = cli.write_report
 
-    def half(records: Any, folder: Path) -> Any:
+    def half(records: Any, folder: Path, **rest: Any) -> Any:
         (folder / "report.md").write_text("half")
         raise KeyboardInterrupt
 

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
 from robustbench_deq.attack import Attack
@@ -31,6 +30,7 @@ from robustbench_deq.bench.records import SCHEMA_VERSION, CostRecord, CurvePoint
 from robustbench_deq.data import Split
 from robustbench_deq.equilibrium import EquilibriumModel, check_labels
 from robustbench_deq.memory import release_freed_memory
+from robustbench_deq.proportions import wilson_interval
 from robustbench_deq.threats import norm_of
 
 Progress = Callable[[int, int, float], None]
@@ -158,12 +158,6 @@ def evaluate_batch(
     return Part(samples, cost, curve, list(result.residuals), result.proposal.diagnostics), result.x_adv.cpu()
 
 
-def accuracy_interval(num_correct: int, count: int) -> tuple[float, float]:
-    """Wilson's interval at 95 % of the accuracy `num_correct / count`."""
-    interval = binomtest(num_correct, count).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
-
-
 def summarise(
     parts: Sequence[Part], task: Task, data: DataRecord, environment: dict[str, Any]
 ) -> tuple[Record, pd.DataFrame]:
@@ -190,7 +184,7 @@ def summarise(
         data=data,
         clean_accuracy=float(samples["is_clean_correct"].mean()),
         robust_accuracy=float(samples["is_robust"].mean()),
-        robust_accuracy_ci=accuracy_interval(int(samples["is_robust"].sum()), count),
+        robust_accuracy_ci=wilson_interval(int(samples["is_robust"].sum()), count),
         adversarial_loss=float(losses.mean()) if len(losses) else None,
         num_unconverged=int((~samples["is_converged"]).sum()),
         num_failed=int(samples["is_failed"].sum()),

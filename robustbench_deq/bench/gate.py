@@ -26,12 +26,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 from pydantic import Field
-from scipy.stats import binomtest
 
 from robustbench_deq.bench.records import Record
 from robustbench_deq.configs import Config, validate
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import write_json
+from robustbench_deq.proportions import mcnemar_p_value, wilson_interval
 
 SCHEMA_VERSION = 1
 
@@ -151,13 +151,12 @@ def _verdicts(name: str, field: str, old: Entry, new: Entry, attribute: str, tol
     before, after = (_from_hex(getattr(entry, attribute), entry.num_samples) for entry in (old, new))
     shares = f"{before.mean():.2%}", f"{after.mean():.2%}"
     if old.digest != new.digest:
-        low, high = _interval(before)
-        other_low, other_high = _interval(after)
+        low, high = wilson_interval(int(before.sum()), len(before))
+        other_low, other_high = wilson_interval(int(after.sum()), len(after))
         return Check(name, field, *shares, "intervals that overlap", low <= other_high and other_low <= high)
     lost, gained = int((before & ~after).sum()), int((~before & after).sum())
     allowed = max(1, int(tolerances.net_flips * len(before)))
-    p_value = binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
-    now = f"{shares[1]} (-{lost} +{gained}, p {p_value:.2g})"
+    now = f"{shares[1]} (-{lost} +{gained}, p {mcnemar_p_value(lost, gained):.2g})"
     return Check(name, field, shares[0], now, f"net {allowed} of {len(before)}", abs(gained - lost) <= allowed)
 
 
@@ -234,11 +233,6 @@ def _from_hex(text: str, count: int) -> np.ndarray:
     if len(bits) < count:
         raise UsageError.of("baseline", expected=f"verdicts of {count} samples", got=len(bits), fix="restore the file")
     return bits[:count]
-
-
-def _interval(bits: np.ndarray) -> tuple[float, float]:
-    interval = binomtest(int(bits.sum()), len(bits)).proportion_ci(0.95, method="wilson")
-    return interval.low, interval.high
 
 
 def _short(key: str) -> str:

@@ -2,6 +2,7 @@
 
     DIR/records.jsonl                  one `Record` a line, as JSON
     DIR/samples/<record_id>.parquet    the same run, a row a sample
+    DIR/images/<record_id>.npz         a few of its images, where they were kept (see `bench.images`)
 
 A record is written once and never changed. Its samples are in place before its line is, so every line that can be read
 has its samples. A line counts only once its newline is there: a process that dies while writing leaves a torn last

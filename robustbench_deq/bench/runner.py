@@ -30,6 +30,7 @@ from robustbench_deq.attack import Attack
 from robustbench_deq.bench.environment import describe_environment
 from robustbench_deq.bench.evaluate import Part, Task, evaluate_batch, summarise
 from robustbench_deq.bench.executors import Executor
+from robustbench_deq.bench.images import choose_images, save_images
 from robustbench_deq.bench.records import CostRecord, CurvePoint, DataRecord, RecordStore, load_records
 from robustbench_deq.bench.suite import Run, Shard, SuiteConfig
 from robustbench_deq.data import Split, SplitName, load
@@ -142,7 +143,7 @@ def run_shard(shard: Shard, folder: Path, build_attack: BuildAttack, device: str
         if not is_mine:
             return None
         try:
-            parts = _attack(shard, build_attack, device)
+            parts = _attack(shard, folder, build_attack, device)
         except Exception as error:
             log.debug("shard %s", shard.key, exc_info=True)
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -152,7 +153,8 @@ def run_shard(shard: Shard, folder: Path, build_attack: BuildAttack, device: str
     return None
 
 
-def _attack(shard: Shard, build_attack: BuildAttack, device: str) -> list[Part]:
+def _attack(shard: Shard, folder: Path, build_attack: BuildAttack, device: str) -> list[Part]:
+    """The parts of a shard; the first one of a run also leaves some of its images in the folder."""
     run = shard.run
     model, data = _model(run.model, device), _data(run.data, run.split, run.num_samples)
     if data.digest != run.digest:
@@ -163,7 +165,13 @@ def _attack(shard: Shard, build_attack: BuildAttack, device: str) -> list[Part]:
     batches = [
         slice(begin, min(begin + run.batch_size, shard.end)) for begin in range(shard.begin, shard.end, run.batch_size)
     ]
-    return [evaluate_batch(model, task, data, rows, torch.device(device))[0] for rows in batches]
+    parts = []
+    for rows in batches:
+        part, x_adv = evaluate_batch(model, task, data, rows, torch.device(device))
+        parts.append(part)
+        if rows.start == 0:
+            save_images(folder, run.key, choose_images(part.samples, data.x[rows].numpy(), x_adv.numpy()))
+    return parts
 
 
 def task_of(run: Run, build_attack: BuildAttack) -> Task:

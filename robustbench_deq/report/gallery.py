@@ -48,6 +48,11 @@ class GalleryRow:
             )
 
 
+def stretched(perturbation: np.ndarray) -> np.ndarray:
+    """A perturbation as an image in [0, 1]: mid-grey is no change, and the largest entry spans the scale."""
+    return 0.5 + perturbation / (2 * max(float(np.abs(perturbation).max()), TINY))
+
+
 def draw_gallery(rows: Sequence[GalleryRow]) -> Figure:
     """A grid of images, a sample a row and two samples beside each other. Raises `UsageError` when there are none."""
     if not rows:
@@ -61,7 +66,7 @@ def draw_gallery(rows: Sequence[GalleryRow]) -> Figure:
             scale = float(np.abs(row.perturbation).max())
             left, middle, right = part.subplots(1, 3)
             _draw(left, row.clean, f"true {row.label}\nread as {row.clean_prediction}")
-            _draw(middle, 0.5 + row.perturbation / (2 * max(scale, TINY)), f"perturbation\nlargest {scale:.3f}")
+            _draw(middle, stretched(row.perturbation), f"perturbation\nlargest {scale:.3f}")
             is_fooled = row.adversarial_prediction != row.label
             _draw(right, row.adversarial, f"adversarial\nread as {row.adversarial_prediction}", is_bold=is_fooled)
     return figure

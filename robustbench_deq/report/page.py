@@ -2,33 +2,35 @@
 
     report.md, report.csv, report.tex    the table, for reading, for computing and for papers
     index.html                           one file with table, figures and how each row was made; loads nothing else
+    leaderboard.html                     one file that ranks the models by the union of the attacks; loads nothing
     figures/*.png, figures/*.svg         the figures
 
-The folder is a pure function of the records (and of the gallery): it holds no date and no path.
+The folder is a pure function of the records (and of the gallery and the supplements): it holds no date and no path.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
 from matplotlib.figure import Figure
 
 from robustbench_deq.bench.records import Record
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import write_text
-from robustbench_deq.report import plots
+from robustbench_deq.report import overview, plots
+from robustbench_deq.report.commands import command_of
 from robustbench_deq.report.gallery import GalleryRow, draw_gallery
+from robustbench_deq.report.leaderboard_page import leaderboard_html
 from robustbench_deq.report.settings import Setting, format_threat, group_by_setting, setting_names
+from robustbench_deq.report.supplements import Supplements
 from robustbench_deq.report.tables import COLUMN_MEANINGS, Format, markdown_text, readable, render, summary_table
+from robustbench_deq.report.templates import render_template
 
 TITLE = "Adversarial robustness of deep equilibrium models"
 CAPTIONS = {
@@ -36,6 +38,10 @@ CAPTIONS = {
     "of the attack, with its confidence interval; the dashed line is the clean accuracy. Lower and further left is a "
     "stronger attack.",
     "accuracy_against_wall_clock": "The same against the wall-clock of the attack, judging excluded.",
+    "accuracy_against_epsilon": "Robust accuracy against the radius of the ball, with confidence intervals; the dashed "
+    "line is the clean accuracy.",
+    "pareto_front": "Each attack at its cost. The line is the front: no attack that costs less gets as low. Attacks on "
+    "it have their confidence interval.",
     "residual_against_step": "Mean relative residual of the state during the attack: how far from an equilibrium it "
     "was when the perturbation was changed.",
     "gallery": "Samples before and after the attack. Perturbations are stretched to the full scale; bold marks a wrong "
@@ -50,11 +56,17 @@ class _Plot:
     svg_base64: str
 
 
-def write_report(records: Sequence[Record], folder: Path, gallery: Sequence[GalleryRow] = ()) -> list[Path]:
+def write_report(
+    records: Sequence[Record],
+    folder: Path,
+    gallery: Sequence[GalleryRow] = (),
+    supplements: Supplements | None = None,
+) -> list[Path]:
     """Write the report of `records` into `folder`, replacing files of an earlier one.
 
     Args:
         gallery: samples to show; none leaves the gallery out.
+        supplements: for the leaderboard; without verdicts the strongest attack of a row stands for their union.
 
     Returns:
         The files written, tables and page first.
@@ -64,7 +76,7 @@ def write_report(records: Sequence[Record], folder: Path, gallery: Sequence[Gall
     """
     table = summary_table(records)
     try:
-        return _write(records, table, Path(folder), gallery)
+        return _write(records, table, Path(folder), gallery, supplements or Supplements())
     except OSError as error:
         raise UsageError.of(
             f"report folder {folder}",
@@ -74,34 +86,57 @@ def write_report(records: Sequence[Record], folder: Path, gallery: Sequence[Gall
         ) from None
 
 
-def _write(records: Sequence[Record], table: pd.DataFrame, folder: Path, gallery: Sequence[GalleryRow]) -> list[Path]:
+def _write(
+    records: Sequence[Record],
+    table: pd.DataFrame,
+    folder: Path,
+    gallery: Sequence[GalleryRow],
+    supplements: Supplements,
+) -> list[Path]:
     figure_paths: list[Path] = []
     shown: list[_Plot] = []
-    for name, figure in _figures(records, gallery).items():
+    for name, (figure, num_drawn) in _figures(records, gallery).items():
         png, svg = plots.save(figure, folder / "figures" / name)
         figure_paths += [png, svg]
-        shown.append(_Plot(name, CAPTIONS[name], base64.b64encode(svg.read_bytes()).decode("ascii")))
+        shown.append(
+            _Plot(name, _caption(name, num_drawn, len(records)), base64.b64encode(svg.read_bytes()).decode("ascii"))
+        )
     texts = {
         "report.md": _markdown(table, shown),
         "report.csv": render(table, Format.CSV),
         "report.tex": render(table, Format.LATEX),
         "index.html": _html(records, table, shown),
+        "leaderboard.html": leaderboard_html(records, supplements),
     }
     for name, text in texts.items():
         write_text(folder / name, text)
     return [*(folder / name for name in texts), *figure_paths]
 
 
-def _figures(records: Sequence[Record], gallery: Sequence[GalleryRow]) -> dict[str, Figure]:
+def _figures(records: Sequence[Record], gallery: Sequence[GalleryRow]) -> dict[str, tuple[Figure, int]]:
+    """Figures by name, each with the number of records that had room in it."""
+    lines = overview.choose_drawn(records, overview.MAX_ATTACKS)
     figures = {
-        "accuracy_against_cell_evals": plots.accuracy_against_cell_evals(records),
-        "accuracy_against_wall_clock": plots.accuracy_against_wall_clock(records),
+        "accuracy_against_cell_evals": (plots.accuracy_against_cell_evals(lines), len(lines)),
+        "accuracy_against_wall_clock": (plots.accuracy_against_wall_clock(lines), len(lines)),
     }
-    if any(map(plots.has_residuals, records)):
-        figures["residual_against_step"] = plots.residual_against_step(records)
+    radii = overview.choose_drawn(records, overview.MAX_ATTACKS, overview.by_radius)
+    if overview.has_several_epsilons(radii):
+        figures["accuracy_against_epsilon"] = overview.accuracy_against_epsilon(radii), len(radii)
+    if overview.has_choice(records):
+        points = overview.choose_drawn(records, overview.MAX_POINTS)
+        figures["pareto_front"] = overview.pareto_plot(points), len(points)
+    if any(map(plots.has_residuals, lines)):
+        figures["residual_against_step"] = plots.residual_against_step(lines), len(lines)
     if gallery:
-        figures["gallery"] = draw_gallery(gallery)
+        figures["gallery"] = draw_gallery(gallery), len(records)
     return figures
+
+
+def _caption(name: str, num_drawn: int, num_records: int) -> str:
+    if num_drawn == num_records:
+        return CAPTIONS[name]
+    return f"{CAPTIONS[name]} Drawn are {num_drawn:,} of {num_records:,} records; the table holds all."
 
 
 def _markdown(table: pd.DataFrame, shown: Sequence[_Plot]) -> str:
@@ -131,11 +166,8 @@ def _html(records: Sequence[Record], table: pd.DataFrame, shown: Sequence[_Plot]
         }
         for record in ordered
     ]
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template = environment.from_string(resources.files(__package__).joinpath("page.html.jinja").read_text("utf-8"))
-    page = template.render(
+    return render_template(
+        "page.html.jinja",
         title=TITLE,
         table=render(table, Format.HTML),
         meanings=_meanings(table),
@@ -143,7 +175,6 @@ def _html(records: Sequence[Record], table: pd.DataFrame, shown: Sequence[_Plot]
         runs=runs,
         environments=environments,
     )
-    return page + "\n"
 
 
 def _facts(record: Record) -> dict[str, object]:
@@ -167,24 +198,3 @@ def _facts(record: Record) -> dict[str, object]:
 
 def _short(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.6g}"
-
-
-def command_of(record: Record) -> str:
-    """The command line that makes the run again; the data digest tells whether it was on the same samples."""
-    words = ["robustbench-deq", "attack", record.model, "--attack", record.attack]
-    words += ["--norm", record.threat.norm, "--epsilon", repr(record.threat.epsilon)]
-    words += ["--data", record.data.name, "--split", record.data.split, "--limit", str(record.data.num_samples)]
-    words += ["--batch-size", str(record.batch_size), "--seed", str(record.seed), "--label", record.label]
-    config = dict(record.attack_config)
-    if config.pop("targeted", False):
-        words.append("--targeted")
-    for key, value in _flat(config).items():
-        words += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
-    return shlex.join(words)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -23,7 +23,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from robustbench_deq.bench.records import Record
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import replacing
-from robustbench_deq.report.settings import Setting, group_by_setting, setting_names
+from robustbench_deq.report.settings import Setting, SettingNames, group_by_setting, setting_names
 
 PNG_DPI = 200
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -76,6 +76,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
         path = stem.with_name(f"{stem.name}.{kind}")
         with replacing(path) as temporary, style():
             figure.savefig(temporary, format=kind, dpi=PNG_DPI, metadata=metadata)
+        figure.set_layout_engine("none")  # it is laid out now, and that takes a third of the time
         paths.append(path)
     return paths
 
@@ -107,15 +108,15 @@ def residual_against_step(records: Sequence[Record]) -> Figure:
             "residual plot", expected="records with residuals", got="none", fix="plot an attack that follows its state"
         )
     with style():
-        figure, facets = _facets(followed)
-        looks = _looks(records)
+        figure, facets = facet_figure(followed)
+        looks = looks_of(records)
         for axes, group in facets:
             for record in group:
                 _draw_residuals(axes, record, looks[record.label])
             _log_residuals(axes)
-        _label(figure, facets, "Solver step of the attack", "Mean relative residual of the state")
+        label_axes(figure, facets, "Solver step of the attack", "Mean relative residual of the state")
         drawn = {record.label for record in followed}
-        _legend(figure, [_handle(label, look) for label, look in looks.items() if label in drawn])
+        add_legend(figure, [handle_of(label, look) for label, look in looks.items() if label in drawn])
     return figure
 
 
@@ -125,17 +126,17 @@ def has_residuals(record: Record) -> bool:
 
 def _accuracy(records: Sequence[Record], x_label: str, cost: str) -> Figure:
     with style():
-        figure, facets = _facets(records)
-        looks = _looks(records)
+        figure, facets = facet_figure(records)
+        looks = looks_of(records)
         for axes, group in facets:
             for clean in sorted({record.clean_accuracy for record in group}):
                 axes.axhline(100 * clean, color="#444444", linestyle="--", linewidth=1.2, zorder=1)
             for record in group:
                 _draw_accuracy(axes, record, cost, looks[record.label])
-            _log_costs(axes)
-        _label(figure, facets, x_label, "Robust accuracy (%)")
+            use_log_costs(axes)
+        label_axes(figure, facets, x_label, "Robust accuracy (%)")
         clean_line = Line2D([], [], color="#444444", linestyle="--", linewidth=1.2, label="clean accuracy")
-        _legend(figure, [clean_line, *(_handle(label, look) for label, look in looks.items())])
+        add_legend(figure, [clean_line, *(handle_of(label, look) for label, look in looks.items())])
     return figure
 
 
@@ -147,11 +148,16 @@ def _draw_accuracy(axes: Axes, record: Record, cost: str, look: Look) -> None:
     if end[0] <= 0:
         return
     axes.plot(*zip(*points, end, strict=True), **{**look, "markersize": 3.5, "markeredgewidth": 0}, zorder=2)
+    draw_result(axes, end[0], record, look)
+
+
+def draw_result(axes: Axes, x: float, record: Record, look: Look) -> None:
+    """Robust accuracy in percent at `x`, as a marker with the interval."""
+    y = 100 * record.robust_accuracy
     low, high = (100 * bound for bound in record.robust_accuracy_ci)
-    error = [[max(0.0, end[1] - low)], [max(0.0, high - end[1])]]
-    axes.errorbar(
-        *end, yerr=error, **{**look, "linestyle": "none"}, capsize=3.5, capthick=1.3, elinewidth=1.3, zorder=3
-    )
+    error = [[max(0.0, y - low)], [max(0.0, high - y)]]
+    look = {**look, "linestyle": "none"}
+    axes.errorbar(x, y, yerr=error, **look, capsize=3.5, capthick=1.3, elinewidth=1.3, zorder=3)
 
 
 def _draw_residuals(axes: Axes, record: Record, look: Look) -> None:
@@ -160,30 +166,40 @@ def _draw_residuals(axes: Axes, record: Record, look: Look) -> None:
     axes.plot(steps, values, **look, markevery=max(1, math.ceil(len(values) / 8)), alpha=0.9)
 
 
-def _facets(records: Sequence[Record]) -> tuple[Figure, list[Facet]]:
+def facet_figure(records: Sequence[Record]) -> tuple[Figure, list[Facet]]:
     """A figure with one set of axes for each setting."""
     groups = group_by_setting(records)
+    names = setting_names(groups)
+    width = 44 if len(groups) > 1 else 80
+    return lay_out([(_title(setting, names[setting], width), group) for setting, group in groups.items()])
+
+
+def lay_out(groups: Sequence[tuple[str, list[Record]]]) -> tuple[Figure, list[Facet]]:
+    """A figure with one set of axes for each title and its records."""
     columns = math.ceil(len(groups) / math.ceil(len(groups) / MAX_COLUMNS))
     rows = math.ceil(len(groups) / columns)
     figure = new_figure(*((7.2, 4.4) if len(groups) == 1 else (4.2 * columns, 3.5 * rows)))
-    names = setting_names(groups)
     facets = []
-    for index, (setting, group) in enumerate(groups.items(), start=1):
+    for index, (title, group) in enumerate(groups, start=1):
         axes = figure.add_subplot(rows, columns, index)
-        axes.set_title(_title(setting, names[setting], 44 if len(groups) > 1 else 80), loc="left")
+        axes.set_title(title, loc="left")
         facets.append((axes, group))
     return figure, facets
 
 
-def _title(setting: Setting, names: tuple[str, str, str], width: int) -> str:
-    model, threat, data = names
+def _title(setting: Setting, names: SettingNames, width: int) -> str:
+    return facet_title(names.model, f"{names.threat} · {names.data}, n = {setting.num_samples:,}", width)
+
+
+def facet_title(model: str, where: str, width: int) -> str:
+    """Two lines; a model's name that is longer than `width` keeps its end."""
     model = model if len(model) <= width else f"…{model[-width:]}"
-    return plain(f"{model}\n{threat} · {data}, n = {setting.num_samples:,}")
+    return plain(f"{model}\n{where}")
 
 
-def _looks(records: Sequence[Record]) -> dict[str, Look]:
+def looks_of(records: Sequence[Record]) -> dict[str, Look]:
     """By label. Follows from all labels of the report, so that an attack looks the same in every figure."""
-    labels = sorted({record.label for record in records}, key=_natural)
+    labels = sorted({record.label for record in records}, key=natural_order)
     return {
         label: {
             "color": COLOURS[index % len(COLOURS)],
@@ -196,16 +212,16 @@ def _looks(records: Sequence[Record]) -> dict[str, Look]:
     }
 
 
-def _natural(label: str) -> list[str | int]:
+def natural_order(label: str) -> list[str | int]:
     """Sorts PGD-40 before PGD-100."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", label)]
 
 
-def _handle(label: str, look: Look) -> Line2D:
+def handle_of(label: str, look: Look) -> Line2D:
     return Line2D([], [], label=plain(label), **look)
 
 
-def _label(figure: Figure, facets: Sequence[Facet], x_label: str, y_label: str) -> None:
+def label_axes(figure: Figure, facets: Sequence[Facet], x_label: str, y_label: str) -> None:
     for axes, _ in facets:
         spec = axes.get_subplotspec()
         axes.set_xlabel(x_label)
@@ -213,7 +229,7 @@ def _label(figure: Figure, facets: Sequence[Facet], x_label: str, y_label: str) 
             axes.set_ylabel(y_label)
 
 
-def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
+def add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
     """Below the axes, so that it covers no data; as many columns as fit, on a figure that grows with the rows."""
     width, height = figure.get_size_inches()
     widest = max(len(str(handle.get_label())) for handle in handles)
@@ -222,7 +238,7 @@ def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
-def _log_costs(axes: Axes) -> None:
+def use_log_costs(axes: Axes) -> None:
     """A logarithmic axis whose ticks read 20, 50, 100 rather than powers."""
     axes.set_xscale("log")
     axes.margins(x=0.08, y=0.08)

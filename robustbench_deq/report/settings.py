@@ -98,7 +98,12 @@ def _ambiguous(pairs: Iterable[tuple[str, str]]) -> set[str]:
 
 def format_threat(norm: str, epsilon: float) -> str:
     """A ball as it is written in papers: "L2, ε = 0.5", "L∞, ε = 8/255"."""
-    return f"{_NORMS.get(norm, norm)}, ε = {_format_epsilon(epsilon)}"
+    return f"{format_norm(norm)}, ε = {_format_epsilon(epsilon)}"
+
+
+def format_norm(norm: str) -> str:
+    """ "L2", "L∞", or another norm's own name."""
+    return _NORMS.get(norm, norm)
 
 
 def _format_epsilon(epsilon: float) -> str:

@@ -16,6 +16,7 @@ import pytest
 import cli
 from robustbench_deq.bench.evaluate import evaluate
 from robustbench_deq.bench.executors import Processes, Serial
+from robustbench_deq.bench.images import load_images
 from robustbench_deq.bench.records import RecordStore, load_records, to_json
 from robustbench_deq.bench.runner import ASSEMBLY_LOCK, ShardStore, run_shard, run_suite
 from robustbench_deq.bench.suite import SuiteConfig, cut, plan
@@ -143,6 +144,16 @@ def test_record_of_a_run_is_that_of_one_evaluation(undisturbed: Path) -> None:
         assert getattr(record, field) == getattr(whole.record, field)
     assert record.cost.cell_vjps == whole.record.cost.cell_vjps
     pd.testing.assert_frame_equal(RecordStore(undisturbed).load_samples(record.record_id), whole.samples)
+
+
+def test_every_record_has_some_images(undisturbed: Path) -> None:
+    x = load("digits", limit=20).x.numpy()
+    for record in load_records(undisturbed):
+        images = load_images(undisturbed, record.record_id)
+        assert all(any((image == clean).all() for clean in x[:8]) for image in images.clean)
+        change = ((images.adversarial - images.clean) ** 2).sum((1, 2, 3)) ** 0.5
+        assert len(change) == 8
+        assert 0 < change.max() <= record.threat.epsilon * (1 + 1e-5)
 
 
 def test_shards_in_another_order_and_cut_give_the_same_records(undisturbed: Path, tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ import pandas as pd
 import pytest
 
 from robustbench_deq.errors import UsageError
+from robustbench_deq.report.commands import command_of
 from robustbench_deq.report.gallery import GalleryRow, draw_gallery
-from robustbench_deq.report.page import command_of, write_report
+from robustbench_deq.report.page import write_report
 
 FIGURES = ["accuracy_against_cell_evals", "accuracy_against_wall_clock", "residual_against_step"]
 VOID = {"meta", "img"}
@@ -32,7 +33,8 @@ class Outline(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
-        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag != "a":  # a link is followed by who wants to; it loads nothing
+            self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -62,7 +64,7 @@ def test_all_files_are_written_and_listed(make_record, tmp_path: Path) -> None:
     paths = write_report([make_record()], tmp_path / "report", gallery=[gallery_row()])
     names = [path.relative_to(tmp_path / "report").as_posix() for path in paths]
     figures = [f"figures/{name}.{kind}" for name in [*FIGURES, "gallery"] for kind in ("png", "svg")]
-    assert names == ["report.md", "report.csv", "report.tex", "index.html", *figures]
+    assert names == ["report.md", "report.csv", "report.tex", "index.html", "leaderboard.html", *figures]
     assert sorted(path for path in (tmp_path / "report").rglob("*") if path.is_file()) == sorted(paths)
     assert all(path.stat().st_size > 0 for path in paths)
     assert pd.read_csv(paths[1])["robust_accuracy"].tolist() == [0.6875]

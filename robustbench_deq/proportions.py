@@ -1,0 +1,40 @@
+"""Proportions: 95 % intervals of accuracies, and exact tests of whether two of them differ.
+
+one accuracy                   Wilson's interval (1927)
+two, on other samples          Newcombe's hybrid score interval of the difference (1998, method 10); Fisher's exact
+                               test
+two, on the same samples       McNemar's exact test: of the samples whose verdict differs, is either way too many?
+"""
+
+from __future__ import annotations
+
+import math
+
+from scipy.stats import binomtest, fisher_exact
+
+
+def wilson_interval(num_correct: int, count: int) -> tuple[float, float]:
+    """Of the fraction `num_correct / count`."""
+    interval = binomtest(num_correct, count).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def newcombe_interval(num_before: int, count_before: int, num_after: int, count_after: int) -> tuple[float, float]:
+    """Of the difference `num_after / count_after - num_before / count_before`."""
+    before, after = num_before / count_before, num_after / count_after
+    low_before, high_before = wilson_interval(num_before, count_before)
+    low_after, high_after = wilson_interval(num_after, count_after)
+    low = after - before - math.hypot(after - low_after, high_before - before)
+    high = after - before + math.hypot(high_after - after, before - low_before)
+    return max(-1.0, low), min(1.0, high)
+
+
+def mcnemar_p_value(num_lost: int, num_gained: int) -> float:
+    """Two-sided, from the samples that were right only before (lost) and only after (gained)."""
+    return float(binomtest(num_lost, num_lost + num_gained).pvalue) if num_lost + num_gained else 1.0
+
+
+def fisher_p_value(num_before: int, count_before: int, num_after: int, count_after: int) -> float:
+    """Two-sided, for two counts of independent samples."""
+    table = [[num_before, count_before - num_before], [num_after, count_after - num_after]]
+    return float(fisher_exact(table)[1])

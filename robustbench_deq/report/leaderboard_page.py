@@ -1,0 +1,152 @@
+"""The leaderboard as one HTML file that loads nothing: a table to sort and filter, and behind each row its evidence.
+
+Everything is in the markup, so the page can be read without its script, which only sorts, filters and folds.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+
+from robustbench_deq.bench.records import Record
+from robustbench_deq.report.columns import COLUMNS
+from robustbench_deq.report.commands import command_of, flatten
+from robustbench_deq.report.gallery import GalleryRow, stretched
+from robustbench_deq.report.leaderboard import UNKNOWN, Entry, make_leaderboard
+from robustbench_deq.report.settings import format_threat
+from robustbench_deq.report.supplements import Card, Supplements
+from robustbench_deq.report.tables import MISSING, amount, decimals, percent, percent_interval
+from robustbench_deq.report.templates import render_template
+
+TITLE = "Leaderboard: adversarial robustness of deep equilibrium models"
+FILTERS = {"family": "Family", "training": "Training", "data": "Data", "threat": "Threat", "attack": "Attack"}
+IN_PERCENT = ("clean_accuracy", "robust_accuracy")
+
+
+def leaderboard_html(records: Sequence[Record], supplements: Supplements) -> str:
+    """The page. Raises `UsageError` when there are no records."""
+    entries = make_leaderboard(records, supplements)
+    rows = [_row(entry, index) for index, entry in enumerate(entries)]
+    return render_template(
+        "leaderboard.html.jinja",
+        title=TITLE,
+        columns=COLUMNS,
+        rows=rows,
+        filters={key: (title, _options(rows, key)) for key, title in FILTERS.items()},
+    )
+
+
+def _options(rows: Sequence[dict[str, Any]], key: str) -> list[str]:
+    return sorted({value for row in rows for value in row["facets"][key]})
+
+
+def _row(entry: Entry, index: int) -> dict[str, Any]:
+    return {
+        "index": index,
+        "cells": [
+            (column, column.text(entry), None if column.number is None else repr(column.number(entry)))
+            for column in COLUMNS
+        ],
+        "facets": {
+            "family": [entry.family],
+            "training": [entry.training],
+            "data": [entry.names.data],
+            "threat": [entry.names.threat],
+            "attack": sorted({record.attack for record in entry.records}),
+        },
+        "labels": " ".join(sorted({record.label for record in entry.records})),
+        "name": entry.names.model,
+        "summary": _summary(entry),
+        "attacks": [_attack(record, broken) for record, broken in zip(entry.records, entry.sole_breaks, strict=True)],
+        "card": _card_facts(entry.card),
+        "facts": {
+            "Data digest": entry.setting.digest,
+            "Weights (sha256)": entry.setting.model_sha256 or UNKNOWN,
+        },
+        "gallery": [_images(row) for row in entry.gallery],
+    }
+
+
+def _summary(entry: Entry) -> str:
+    count, total = entry.num_in_union, len(entry.records)
+    shown = f"{entry.num_robust:,} of {entry.setting.num_samples:,} samples"
+    if total == 1:
+        return f"{shown} withstood the one attack."
+    if count == total:
+        return f"{shown} withstood all {total} attacks, each judged sample by sample."
+    return (
+        f"At most {shown} withstood all {total} attacks: verdicts of single samples are there for {count} of them, "
+        "and the others count with their accuracy alone."
+    )
+
+
+def _attack(record: Record, sole_breaks: int | None) -> dict[str, Any]:
+    cost = record.cost
+    return {
+        "label": record.label,
+        "numbers": {
+            "Robust %": percent_interval(record.robust_accuracy, *record.robust_accuracy_ci),
+            "Broke alone": MISSING if sole_breaks is None else f"{sole_breaks:,}",
+            "Adv. loss": MISSING if record.adversarial_loss is None else decimals(record.adversarial_loss),
+            "Cell evals": amount(cost.cell_evals),
+            "VJPs": amount(cost.cell_vjps),
+            "Solver steps": amount(cost.solver_steps),
+            "Seconds": amount(cost.wall_seconds),
+            "Unconverged": str(record.num_unconverged),
+            "Failed": str(record.num_failed),
+            "Seed": str(record.seed),
+        },
+        "command": command_of(record),
+    }
+
+
+def _card_facts(described: Card | None) -> dict[str, str]:
+    """What the card says, in words; what it leaves open is left out."""
+    if described is None:
+        return {}
+    card = dict(described["card"])
+    interval = card.pop("robust_accuracy_ci", None)
+    against = card.pop("threat", None)
+    card["evaluation"] = _setting_text(flatten(card.get("evaluation", {})))
+    facts = {"parameters": f"{described['num_parameters']:,}"}
+    facts["trained against"] = format_threat(against["norm"], against["epsilon"]) if against else "nothing"
+    for key, value in card.items():
+        if value is None or value == "":
+            continue
+        text = percent(value) + " %" if key in IN_PERCENT else value if isinstance(value, str) else json.dumps(value)
+        if key == "robust_accuracy" and interval:
+            text = percent_interval(value, *interval) + " %"
+        facts[key.replace("_", " ")] = text
+    return facts | {"config": _setting_text(flatten(described["config"]))}
+
+
+def _setting_text(config: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {json.dumps(value)}" for key, value in config.items())
+
+
+def _images(row: GalleryRow) -> dict[str, str]:
+    scale = float(np.abs(row.perturbation).max())
+    return {
+        "label": row.label,
+        "clean_prediction": row.clean_prediction,
+        "adversarial_prediction": row.adversarial_prediction,
+        "scale": f"{scale:.3f}",
+        "clean": _png(row.clean),
+        "perturbation": _png(stretched(row.perturbation)),
+        "adversarial": _png(row.adversarial),
+    }
+
+
+def _png(image: np.ndarray) -> str:
+    """A `(channels, height, width)` image in [0, 1] as a base64 PNG."""
+    pixels = np.clip(np.moveaxis(np.asarray(image, dtype=float), 0, -1), 0.0, 1.0)
+    pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+    buffer = io.BytesIO()
+    matplotlib.image.imsave(buffer, pixels, cmap="gray", vmin=0, vmax=1, format="png", metadata={"Software": None})
+    return base64.b64encode(buffer.getvalue()).decode("ascii")

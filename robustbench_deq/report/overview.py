@@ -1,0 +1,172 @@
+"""Figures over many records: robust accuracy against the radius, and which attacks are worth their cost.
+
+Also, which records a figure has room for: a report of thousands of them draws some, and its tables hold all.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from robustbench_deq.bench.records import Record
+from robustbench_deq.errors import UsageError
+from robustbench_deq.report.plots import (
+    Look,
+    add_legend,
+    draw_result,
+    facet_figure,
+    facet_title,
+    handle_of,
+    label_axes,
+    lay_out,
+    looks_of,
+    natural_order,
+    style,
+    use_log_costs,
+)
+from robustbench_deq.report.settings import Setting, format_norm, group_by_setting, setting_names
+
+MAX_SETTINGS = 12
+NUM_EXAMPLES = 6
+MAX_ATTACKS = 10
+MAX_POINTS = 40
+MIN_ATTACKS = 3
+
+
+Grouping = Callable[[Sequence[Record]], dict[Setting, list[Record]]]
+
+
+def choose_drawn(records: Sequence[Record], num_attacks: int, group_by: Grouping = group_by_setting) -> list[Record]:
+    """Those that a figure has room for: all groups, or of too many the first as examples, with `num_attacks` attacks.
+
+    Attacks that occur in more of these groups come first, then the stronger ones. One record stands for several of
+    an attack: that with the lowest robust accuracy.
+    """
+    groups = list(group_by(records).values())
+    groups = groups if len(groups) <= MAX_SETTINGS else groups[:NUM_EXAMPLES]
+    strongest = [
+        {(record.label, record.threat.epsilon): record for record in reversed(group)}.values() for group in groups
+    ]
+    count = Counter(label for group in strongest for label in {record.label for record in group})
+    best: dict[str, float] = {}
+    for record in itertools.chain.from_iterable(strongest):
+        best[record.label] = min(best.get(record.label, 1.0), record.robust_accuracy)
+    ranked = sorted(count, key=lambda label: (-count[label], best[label], natural_order(label)))
+    kept = set(ranked[:num_attacks])
+    return [record for group in strongest for record in group if record.label in kept]
+
+
+def has_several_epsilons(records: Sequence[Record]) -> bool:
+    return any(len({record.threat.epsilon for record in group}) > 1 for group in by_radius(records).values())
+
+
+def accuracy_against_epsilon(records: Sequence[Record]) -> Figure:
+    """Robust accuracy against the radius of the ball, for each model, norm and samples with more than one radius.
+
+    Raises:
+        UsageError: when there are none of these.
+    """
+    groups = {setting: group for setting, group in by_radius(records).items() if _num_radii(group) > 1}
+    if not groups:
+        raise UsageError.of("epsilon plot", expected="several radii", got="none", fix="run attacks with other epsilons")
+    names = setting_names(groups)
+    width = 44 if len(groups) > 1 else 80
+    titled = []
+    for setting, group in groups.items():
+        where = f"{format_norm(setting.norm)} · {names[setting].data}, n = {setting.num_samples:,}"
+        titled.append((facet_title(names[setting].model, where, width), group))
+    with style():
+        figure, facets = lay_out(titled)
+        looks = looks_of(records)
+        for axes, group in facets:
+            axes.axhline(100 * group[0].clean_accuracy, **_CLEAN)
+            for label in dict.fromkeys(record.label for record in group):
+                _draw_radii(axes, [record for record in group if record.label == label], looks[label])
+            axes.set_xlim(left=0.0)
+        label_axes(figure, facets, "Radius ε of the ball (pixel units)", "Robust accuracy (%)")
+        drawn = {record.label for group in groups.values() for record in group}
+        handles = [handle_of(label, look) for label, look in looks.items() if label in drawn]
+        add_legend(figure, [Line2D([], [], **_CLEAN, label="clean accuracy"), *handles])
+    return figure
+
+
+_CLEAN = {"color": "#444444", "linestyle": "--", "linewidth": 1.2, "zorder": 1}
+
+
+def by_radius(records: Sequence[Record]) -> dict[Setting, list[Record]]:
+    """Records by setting but for the radius, in the order of the radii; the strongest of each radius first."""
+    groups: dict[Setting, list[Record]] = defaultdict(list)
+    for setting, group in group_by_setting(records).items():
+        groups[setting._replace(epsilon=0.0)] += group
+    return groups
+
+
+def _num_radii(records: Sequence[Record]) -> int:
+    return len({record.threat.epsilon for record in records})
+
+
+def _draw_radii(axes: Axes, records: Sequence[Record], look: Look) -> None:
+    """One attack; where it has several records with one radius, the strongest."""
+    points = {record.threat.epsilon: record for record in reversed(records)}
+    ordered = [points[epsilon] for epsilon in sorted(points)]
+    axes.plot(
+        [record.threat.epsilon for record in ordered],
+        [100 * record.robust_accuracy for record in ordered],
+        **{**look, "marker": "none"},
+        zorder=2,
+    )
+    for record in ordered:
+        draw_result(axes, record.threat.epsilon, record, look)
+
+
+def has_choice(records: Sequence[Record]) -> bool:
+    """Whether a setting has enough attacks to choose among."""
+    return any(len(group) >= MIN_ATTACKS for group in group_by_setting(records).values())
+
+
+def pareto_plot(records: Sequence[Record]) -> Figure:
+    """Robust accuracy against cost, each record a point, and with intervals the front that no cheaper record reaches.
+
+    Raises:
+        UsageError: when there are no records.
+    """
+    with style():
+        figure, facets = facet_figure(records)
+        looks = looks_of(records)
+        for axes, group in facets:
+            front = pareto_front(group)
+            costs = [_cost(record) for record in front] + [max(map(_cost, group))]
+            values = [100 * record.robust_accuracy for record in [*front, *front[-1:]]]
+            axes.step(costs[: len(values)], values, where="post", **_FRONT)
+            on_front = set(map(id, front))
+            for record in group:
+                if id(record) in on_front:
+                    draw_result(axes, _cost(record), record, looks[record.label])
+                elif _cost(record) > 0:
+                    axes.plot(_cost(record), 100 * record.robust_accuracy, **looks[record.label])
+            use_log_costs(axes)
+        label_axes(figure, facets, "Cell evaluations and VJPs per sample", "Robust accuracy (%)")
+        handles = [handle_of(label, {**look, "linestyle": "none"}) for label, look in looks.items()]
+        add_legend(figure, [Line2D([], [], **_FRONT, label="Pareto front"), *handles])
+    return figure
+
+
+_FRONT = {"color": "#888888", "linewidth": 1.4, "zorder": 1}
+
+
+def pareto_front(records: Sequence[Record]) -> list[Record]:
+    """Records with a cost that no cheaper record matches in strength; cheapest first."""
+    front: list[Record] = []
+    for record in sorted(records, key=lambda record: (_cost(record), record.robust_accuracy, record.record_id)):
+        if _cost(record) > 0 and (not front or record.robust_accuracy < front[-1].robust_accuracy):
+            front.append(record)
+    return front
+
+
+def _cost(record: Record) -> float:
+    return record.cost.cell_evals + record.cost.cell_vjps

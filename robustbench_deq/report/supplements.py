@@ -1,0 +1,100 @@
+"""Supplements: what lies beside the records of a folder: verdicts of single samples, images, and cards of the models.
+
+All of it may be missing. A report then says less, and nothing else: verdicts that cannot be read, or that contradict
+their record, are left out with a warning in the log.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+
+from robustbench_deq.bench.images import load_images
+from robustbench_deq.bench.records import Record, RecordStore
+from robustbench_deq.report.gallery import GalleryRow
+
+logger = logging.getLogger(__name__)
+
+_COLUMNS = ("sample_id", "is_clean_correct", "is_robust", "is_converged", "is_failed")
+Card = Mapping[str, Any]
+"""The content of a `model.json`: name, family, config, sha256, number of parameters, and the card itself."""
+
+
+@dataclass(frozen=True, eq=False)
+class Verdicts:
+    """What was found of each sample of a record, as booleans `(n,)` in the order of the samples' numbers."""
+
+    is_clean: np.ndarray
+    is_robust: np.ndarray
+    is_converged: np.ndarray
+    is_failed: np.ndarray
+
+
+@dataclass(frozen=True)
+class Supplements:
+    """By record id: verdicts and a gallery. By model name: the card."""
+
+    verdicts: Mapping[str, Verdicts] = field(default_factory=dict)
+    galleries: Mapping[str, Sequence[GalleryRow]] = field(default_factory=dict)
+    cards: Mapping[str, Card] = field(default_factory=dict)
+
+
+def read_supplements(folders: Mapping[Path, Sequence[Record]], cards: Mapping[str, Card] | None = None) -> Supplements:
+    """What lies in folders beside the records that were read from them.
+
+    Args:
+        cards: passed through.
+    """
+    verdicts: dict[str, Verdicts] = {}
+    galleries: dict[str, Sequence[GalleryRow]] = {}
+    for folder, records in folders.items():
+        store = RecordStore(folder)
+        for record in records:
+            found = _read_verdicts(store.samples_path(record.record_id), record)
+            if found is not None:
+                verdicts[record.record_id] = found
+            rows = _read_gallery(folder, record.record_id)
+            if rows:
+                galleries[record.record_id] = rows
+    return Supplements(verdicts, galleries, cards or {})
+
+
+def _read_verdicts(path: Path, record: Record) -> Verdicts | None:
+    try:
+        table = pyarrow.parquet.ParquetFile(path).read(columns=list(_COLUMNS), use_threads=False)
+        sample_ids, *columns = (table.column(name).to_numpy() for name in _COLUMNS)
+    except (OSError, KeyError, pyarrow.ArrowException):
+        logger.warning("%s: no verdicts could be read", path)
+        return None
+    order = np.argsort(sample_ids, kind="stable")
+    verdicts = Verdicts(*(column.astype(bool)[order] for column in columns))
+    if len(order) != record.data.num_samples or int(verdicts.is_robust.sum()) != num_robust(record):
+        logger.warning("%s: the verdicts are not those of the record and were left out", path)
+        return None
+    return verdicts
+
+
+def num_robust(record: Record) -> int:
+    """How many samples the record counts as robust."""
+    return round(record.robust_accuracy * record.data.num_samples)
+
+
+def _read_gallery(folder: Path, record_id: str) -> list[GalleryRow]:
+    images = load_images(folder, record_id)
+    if images is None:
+        return []
+    try:
+        return [
+            GalleryRow(clean, adversarial - clean, adversarial, *map(str, names))
+            for clean, adversarial, *names in zip(*images, strict=True)
+        ]
+    except ValueError as error:
+        logger.warning("images of record %s: %s", record_id, error)
+        return []

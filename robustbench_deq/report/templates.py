@@ -1,0 +1,17 @@
+"""Templates: the pages' Jinja files, with every value escaped and an unknown one an error."""
+
+from __future__ import annotations
+
+import jinja2
+
+
+def render_template(name: str, **values: object) -> str:
+    """The page that the template `name` of this package makes of `values`; ends with a newline."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("robustbench_deq", "report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template(name).render(**values) + "\n"
