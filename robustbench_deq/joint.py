@@ -29,7 +29,7 @@ from torch import Tensor
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.objectives import Objective, objective_at
 from robustbench_deq.solvers import CellMap, Solver
-from robustbench_deq.solvers.base import residual_norms
+from robustbench_deq.solvers.base import Iterate, residual_norms
 from robustbench_deq.threats import Threat, per_sample
 
 
@@ -367,7 +367,7 @@ class _Mixer:
 
     def __init__(self, settings: JointSettings, z: Tensor, mu: Tensor, variable: Tensor) -> None:
         self.settings, self.rows, self.device = settings, len(z), z.device
-        self.state = None
+        self.state, self.count = None, 0
         if settings.accelerator is not None:
             self.state = settings.accelerator.init(self._pack(z, mu, variable))
 
@@ -385,8 +385,9 @@ class _Mixer:
         if self.state is None:
             return f, g, moved
         y, self.state = settings.accelerator.step(
-            None, self._pack(z, mu, variable), self._pack(f, g, moved), self.state
+            None, Iterate.measure(self._pack(z, mu, variable), self._pack(f, g, moved), self.count), self.state
         )
+        self.count += 1
         if settings.mixing is Mixing.STATE:
             return y[: len(z)].view_as(z), y[len(z) :].view_as(mu), moved
         sizes = [z[0].numel(), variable[0].numel(), mu[0].numel()]

@@ -19,16 +19,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustbench_deq.solvers.base import FixedPointMap, Solver, State
+from robustbench_deq.solvers.base import FixedPointMap, Iterate, Solver, State
 
 
 @dataclass(frozen=True)
 class Anderson(Solver):
-    """State: `(z_prev, X, Y, is_empty, column, best, stale)`.
+    """State: `(z_prev, X, Y, is_empty, is_fresh, best, stale)`, of which a step overwrites all but z_prev.
 
     X keeps S for type I, and S + beta Y, all that type II needs of S, for type II. Y has one more row, which holds the
     last g. Forgetting marks columns as empty and does not clear them: it touches no history and waits for no device.
-    The next column to fill is the same for all samples; one whose best residual is infinite has no previous step.
+    All samples fill the same column, and a fresh one, which has no previous step to fill it with, leaves it empty.
 
     Args:
         kind: 1 or 2.
@@ -52,68 +52,61 @@ class Anderson(Solver):
             flat.new_zeros(batch, self.history_size, size),
             flat.new_zeros(batch, self.history_size + 1, size),
             torch.ones(batch, self.history_size, dtype=torch.bool, device=z.device),
-            torch.zeros(batch, dtype=torch.int64, device=z.device),
+            torch.ones(batch, dtype=torch.bool, device=z.device),
             flat.new_full((batch,), torch.inf),
             torch.zeros(batch, dtype=torch.int32, device=z.device),
         )
 
     def restart(self, state: State, mask: Tensor) -> State:
-        z_prev, x, y, is_empty, column, best, stale = state
+        z_prev, x, y, is_empty, is_fresh, best, stale = state
         return (
             z_prev,
             x,
             y,
             is_empty | mask[:, None],
-            column,
+            is_fresh | mask,
             best.masked_fill(mask, torch.inf),
             stale.masked_fill(mask, 0),
         )
 
-    def step(self, fn: FixedPointMap, z: Tensor, f: Tensor, state: State) -> tuple[Tensor, State]:
-        z_prev, x, y, is_empty, column, best, stale = state
-        flat = z.flatten(1)
-        g = f.flatten(1) - flat
-        slot = column[:1]
-        dz, dg = flat - z_prev, g - y[:, -1]
-        x.index_copy_(1, slot, (dz if self.kind == 1 else dz.add_(dg, alpha=self.damping))[:, None])
-        y.index_copy_(1, slot, dg[:, None])
+    def step(self, fn: FixedPointMap, at: Iterate, state: State) -> tuple[Tensor, State]:
+        z_prev, x, y, is_empty, is_fresh, best, stale = state
+        flat, image, g = at.z.flatten(1), at.f.flatten(1), at.g
+        column = at.count % self.history_size
+        torch.sub(g, y[:, -1], out=y[:, column])
+        torch.sub(flat, z_prev, out=x[:, column])
+        if self.kind == 2:
+            x[:, column].add_(y[:, column], alpha=self.damping)
         y[:, -1] = g
-        is_empty = is_empty.index_copy(1, slot, torch.isinf(best)[:, None])
+        is_empty[:, column] = is_fresh
 
         v = x if self.kind == 1 else y[:, :-1]
         products = torch.bmm(v, y.mT).masked_fill_(is_empty[:, :, None], 0.0)  # V^T Y, and V^T g in the last column
-        matrix = products[:, :, :-1].masked_fill_(is_empty[:, None, :], 0.0)
+        matrix = products[:, :, :-1].masked_fill(is_empty[:, None, :], 0.0)
         gamma = solve_small(matrix, products[:, :, -1:], self.ridge, sign=-1.0 if self.kind == 1 else 1.0).mT
-        mixed = f.flatten(1) if self.damping == 1.0 else torch.add(flat, g, alpha=self.damping)
+        mixed = image if self.damping == 1.0 else torch.add(flat, g, alpha=self.damping)
         moved = torch.baddbmm(mixed[:, None], gamma, x, alpha=-1.0)
         if self.kind == 1:
             moved = torch.baddbmm(moved, gamma, y[:, :-1], alpha=-self.damping)
 
-        size = torch.linalg.vector_norm(g, dim=1)
-        stale = (stale + 1).masked_fill_(size < best, 0)
-        state = (
-            flat,
-            x,
-            y,
-            is_empty,
-            (column + 1) % self.history_size,
-            torch.minimum(size, best),
-            stale,
-        )
-        return moved[:, 0].view_as(z), self.restart(state, stale >= self.patience)
+        stale.add_(1).masked_fill_(at.size < best, 0)
+        is_fresh = stale >= self.patience
+        best = torch.minimum(at.size, best).masked_fill_(is_fresh, torch.inf)
+        stale.masked_fill_(is_fresh, 0)
+        return moved[:, 0].view_as(at.z), (flat, x, y, is_empty.logical_or_(is_fresh[:, None]), is_fresh, best, stale)
 
 
 def solve_small(matrix: Tensor, rhs: Tensor, ridge: float, sign: float) -> Tensor:
     """Solve batched small systems `(batch, m, m)`, regularised by `sign * ridge * scale` on the diagonal.
 
     Rows of zeros (unused history) give zero coefficients. Where the factorisation fails, the solution of the
-    regularised normal equations is taken instead; where that is not finite either, zero.
+    regularised normal equations is taken instead; where that is not finite either, zero. `matrix` is overwritten.
     """
-    scale = matrix.diagonal(dim1=1, dim2=2).abs().mean(1, keepdim=True)
-    shifted = matrix.clone()
-    shifted.diagonal(dim1=1, dim2=2).add_(scale.mul_(sign * ridge).add_(sign * 1e-30))
-    solution, info = torch.linalg.solve_ex(shifted, rhs)
-    is_good = (info == 0) & solution.sum(dim=(1, 2)).isfinite()
+    diagonal = matrix.diagonal(dim1=1, dim2=2)
+    shift = torch.linalg.vector_norm(diagonal, ord=1, dim=1, keepdim=True)
+    diagonal.add_(shift.mul_(sign * ridge / matrix.shape[1]).add_(sign * 1e-30))
+    solution, info = torch.linalg.solve_ex(matrix, rhs)
+    is_good = (info == 0) & (solution.sum(dim=(1, 2)).abs_() < torch.inf)
     if not bool(is_good.all()):
         eye = torch.eye(matrix.shape[1], device=matrix.device, dtype=matrix.dtype)
         clean = torch.nan_to_num(matrix, nan=0.0, posinf=0.0, neginf=0.0)

@@ -3,7 +3,7 @@
 A solver looks for `z* = f(z*)`. It is a step-wise object without a loop of its own:
 
     init(z)                    -> state        a tuple of tensors, batch first (empty for a memoryless method)
-    step(fn, z, f, state)      -> (z', state)  where f = fn(z) was evaluated by the loop
+    step(fn, at, state)        -> (z', state)  from the iterate `at`, where the loop has evaluated fn
     restart(state, mask)       -> state        forget the history of the samples in `mask`
 
 `solve` owns everything else: it evaluates the map once a step, measures the relative residual
@@ -75,6 +75,34 @@ class CellMap(FixedPointMap):
             return torch.func.jvp(lambda state: self.cell(state, self.u), (z,), (tangent,))[1]
 
 
+class Iterate(NamedTuple):
+    """Where a solver takes a step, and how many it has taken.
+
+    z, f        the state and its image, `(batch, ...)`
+    g           f - z, `(batch, n)`
+    size        `||g||_2`, `(batch,)`
+    count       steps before this one, the same for all samples
+    """
+
+    z: Tensor
+    f: Tensor
+    g: Tensor
+    size: Tensor
+    count: int
+
+    @classmethod
+    def measure(cls, z: Tensor, f: Tensor, count: int) -> Iterate:
+        g = (f - z).flatten(1)
+        return cls(z, f, g, torch.linalg.vector_norm(g, dim=1), count)
+
+    def relative_residual(self) -> Tensor:
+        """`||f - z|| / (||f|| + 1e-8)`, `(batch,)`."""
+        return self.size / (torch.linalg.vector_norm(self.f.flatten(1), dim=1) + 1e-8)
+
+    def restrict(self, index: Tensor) -> Iterate:
+        return Iterate(*(part.index_select(0, index) for part in self[:-1]), self.count)
+
+
 class Solution(NamedTuple):
     """What a solve returns; all but `value` and `trace` are `(batch,)`.
 
@@ -115,7 +143,7 @@ class Solver(abc.ABC):
     def init(self, z: Tensor) -> State: ...
 
     @abc.abstractmethod
-    def step(self, fn: FixedPointMap, z: Tensor, f: Tensor, state: State) -> tuple[Tensor, State]: ...
+    def step(self, fn: FixedPointMap, at: Iterate, state: State) -> tuple[Tensor, State]: ...
 
     def restart(self, state: State, mask: Tensor) -> State:
         return state
@@ -123,8 +151,8 @@ class Solver(abc.ABC):
 
 def residual_norms(z: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
     """Absolute and relative residual `||f - z||` and `||f - z|| / (||f|| + 1e-8)` per sample."""
-    absolute = torch.linalg.vector_norm((f - z).flatten(1), dim=1)
-    return absolute, absolute / (torch.linalg.vector_norm(f.flatten(1), dim=1) + 1e-8)
+    at = Iterate.measure(z, f, 0)
+    return at.size, at.relative_residual()
 
 
 @dataclass(frozen=True)
@@ -174,34 +202,34 @@ class Solve:
         trace: list[Tensor] = []
 
         for count in range(1, self.max_steps + 1):
-            f = fn(z)
-            absolute, residual = residual_norms(z, f)
-            limit = DIVERGENCE_FACTOR * absolute + 1e-6 if limit is None else limit
+            at = Iterate.measure(z, fn(z), count - 1)
+            residual = at.relative_residual()
+            limit = DIVERGENCE_FACTOR * at.size + 1e-6 if limit is None else limit
             if self.has_trace:
                 trace.append(_scatter_row(torch.where(is_active, residual, torch.nan), rows, batch))
             is_improved = is_active & (residual < best_residual)
-            best = torch.where(per_sample(is_improved, z), z, best)
             best_residual = torch.where(is_improved, residual, best_residual)
             last_residual = torch.where(is_active, residual, last_residual)
             steps.masked_fill_(is_active, count)
-            is_active = is_active & (residual > self.rtol) & (absolute < limit)  # a NaN compares false
-            if count == self.max_steps or batch == 0:
-                break
+            is_active = is_active & (residual > self.rtol) & (at.size < limit)  # a NaN compares false
+            num_improved, num_active = 0, batch  # unless one looks
             if count % self.check_every == 0:
-                num_active = int(is_active.sum())
-                if num_active == 0:
-                    break
-                if num_active <= self.compact_below * len(z):
-                    full = _scatter(full, (best, best_residual, last_residual, steps, is_active), rows)
-                    keep = is_active.nonzero()[:, 0]
-                    rows = keep if rows is None else rows.index_select(0, keep)
-                    fn = fn.restrict(keep)
-                    kept = (z, f, limit, best, best_residual, last_residual, steps, is_active, *state)
-                    z, f, limit, best, best_residual, last_residual, steps, is_active, *state = (
-                        part.index_select(0, keep) for part in kept
-                    )
-                    state = tuple(state)
-            z, state = self.solver.step(fn, z, f, state)
+                num_improved, num_active = torch.stack((is_improved, is_active)).sum(1).tolist()
+            is_best = num_improved == len(z) and z is not z0  # z0 is the caller's and is not handed back
+            best = z if is_best else torch.where(per_sample(is_improved, z), z, best)
+            if count == self.max_steps or num_active == 0:
+                break
+            if num_active <= self.compact_below * len(z):
+                full = _scatter(full, (best, best_residual, last_residual, steps, is_active), rows)
+                keep = is_active.nonzero()[:, 0]
+                rows = keep if rows is None else rows.index_select(0, keep)
+                fn, at = fn.restrict(keep), at.restrict(keep)
+                kept = (limit, best, best_residual, last_residual, steps, is_active, *state)
+                limit, best, best_residual, last_residual, steps, is_active, *state = (
+                    part.index_select(0, keep) for part in kept
+                )
+                state = tuple(state)
+            z, state = self.solver.step(fn, at, state)
 
         if rows is not None:
             found = (best, best_residual, last_residual, steps, is_active)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustbench_deq.solvers.base import FixedPointMap, Solver, State
+from robustbench_deq.solvers.base import FixedPointMap, Iterate, Solver, State
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,11 @@ class Broyden(Solver):
             stale.masked_fill(mask, 0),
         )
 
-    def step(self, fn: FixedPointMap, z: Tensor, f: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(self, fn: FixedPointMap, at: Iterate, state: State) -> tuple[Tensor, State]:
         z_prev, g_prev, step_prev, u, v, is_empty, has_prev, column, best, stale = state
-        flat = z.flatten(1)
-        g = f.flatten(1) - flat
+        flat, g = at.z.flatten(1), at.g
         dz, dg = flat - z_prev, g - g_prev
-        # A CPU reads only the terms there are; on a device, asking for their number costs more than reading them all.
-        num_used = int(column.max()) if z.device.type == "cpu" else self.history_size
+        num_used = min(at.count, self.history_size)
         used = (u[:, :num_used], v[:, :num_used], is_empty[:, :num_used])
         step = g - _sum_of_terms(*used, g)  # -B g before the update, so that B dg = step_prev - step
         row = _sum_of_terms(used[1], used[0], used[2], dz).sub_(dz)  # dz^T B
@@ -83,7 +81,7 @@ class Broyden(Solver):
         scale = torch.linalg.vector_norm(row, dim=1) * torch.linalg.vector_norm(dg, dim=1)
         is_usable = has_prev & (slope.abs() > 1e-8 * scale) & (slope.abs() < torch.inf)
         factor = torch.where(is_usable, slope.reciprocal(), 0.0)
-        batch = torch.arange(len(flat), device=z.device)
+        batch = torch.arange(len(flat), device=flat.device)
         left = torch.where(is_usable[:, None], (dz - step_prev).add_(step).mul_(factor[:, None]), 0.0)
         row = torch.where(is_usable[:, None], row, 0.0)
         u[batch, column] = left
@@ -91,8 +89,7 @@ class Broyden(Solver):
         is_empty = is_empty.index_put((batch, column), ~is_usable)
         step = torch.addcmul(step, left, torch.linalg.vecdot(row, g)[:, None], value=-1.0)
 
-        size = torch.linalg.vector_norm(g, dim=1)
-        stale = (stale + 1).masked_fill_(size < best, 0)
+        stale = (stale + 1).masked_fill_(at.size < best, 0)
         column = column + is_usable
         is_done = (column >= self.history_size) | (stale >= self.patience)
         state = (
@@ -104,10 +101,10 @@ class Broyden(Solver):
             is_empty,
             torch.ones_like(has_prev),
             column % self.history_size,
-            torch.minimum(size, best),
+            torch.minimum(at.size, best),
             stale,
         )
-        return torch.add(flat, step, alpha=self.damping).view_as(z), self.restart(state, is_done)
+        return torch.add(flat, step, alpha=self.damping).view_as(at.z), self.restart(state, is_done)
 
 
 def _sum_of_terms(left: Tensor, right: Tensor, is_empty: Tensor, vector: Tensor) -> Tensor:

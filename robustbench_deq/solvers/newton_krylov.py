@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from robustbench_deq.solvers.anderson import solve_small
-from robustbench_deq.solvers.base import FixedPointMap, Solver, State
+from robustbench_deq.solvers.base import FixedPointMap, Iterate, Solver, State
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,10 @@ class NewtonKrylov(Solver):
         base, base_f, direction, base_size, length, halvings = state
         return base, base_f, direction, base_size.masked_fill(mask, torch.inf), length, halvings.masked_fill(mask, 0)
 
-    def step(self, fn: FixedPointMap, z: Tensor, f: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(self, fn: FixedPointMap, at: Iterate, state: State) -> tuple[Tensor, State]:
         base, base_f, direction, base_size, length, halvings = state
-        flat, image = z.flatten(1), f.flatten(1)
-        g = image - flat
-        size = torch.linalg.vector_norm(g, dim=1)
+        z, g, size = at.z, at.g, at.size
+        flat, image = z.flatten(1), at.f.flatten(1)
         is_accepted = size <= (1.0 - 1e-4 * length) * base_size
         gives_up = ~is_accepted & (halvings >= self.max_halvings)
 

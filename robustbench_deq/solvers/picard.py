@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustbench_deq.solvers.base import FixedPointMap, Solver, State
+from robustbench_deq.solvers.base import FixedPointMap, Iterate, Solver, State
 
 
 @dataclass(frozen=True)
@@ -17,5 +17,5 @@ class Picard(Solver):
     def init(self, z: Tensor) -> State:
         return ()
 
-    def step(self, fn: FixedPointMap, z: Tensor, f: Tensor, state: State) -> tuple[Tensor, State]:
-        return (f if self.damping == 1.0 else torch.lerp(z, f, self.damping)), state
+    def step(self, fn: FixedPointMap, at: Iterate, state: State) -> tuple[Tensor, State]:
+        return (at.f if self.damping == 1.0 else torch.lerp(at.z, at.f, self.damping)), state

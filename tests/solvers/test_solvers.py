@@ -13,7 +13,7 @@ from torch import Tensor
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.solvers import SOLVERS, Anderson, CellMap, FixedPointMap, NewtonKrylov, Picard, Solve, Status
 from robustbench_deq.solvers.anderson import solve_small
-from robustbench_deq.solvers.base import residual_norms
+from robustbench_deq.solvers.base import Iterate, residual_norms
 from robustbench_deq.solvers.newton_krylov import gmres
 
 NAMES = list(SOLVERS)
@@ -284,8 +284,8 @@ def test_history_does_not_grow_with_the_steps(name: str) -> None:
     z = torch.zeros_like(fn.b)
     state = solver.init(z)
     shapes = [part.shape for part in state]
-    for _ in range(40):
-        z, state = solver.step(fn, z, fn(z), state)
+    for count in range(40):
+        z, state = solver.step(fn, Iterate.measure(z, fn(z), count), state)
         assert [part.shape for part in state] == shapes
     assert bool(torch.isfinite(z).all())
 
@@ -295,11 +295,12 @@ def test_restart_forgets_the_history_of_the_masked_samples_only(name: str) -> No
     fn, solver = contraction([0.9, 0.9]), SOLVERS.get(name)()
     z = torch.zeros_like(fn.b)
     state = solver.init(z)
-    for _ in range(4):
-        z, state = solver.step(fn, z, fn(z), state)
-    kept = solver.step(fn, z, fn(z), tuple(part.clone() for part in state))[0]
+    for count in range(4):
+        z, state = solver.step(fn, Iterate.measure(z, fn(z), count), state)
+    at = Iterate.measure(z, fn(z), 4)
+    kept = solver.step(fn, at, tuple(part.clone() for part in state))[0]
     cleared = solver.restart(tuple(part.clone() for part in state), torch.tensor([True, False]))
-    after = solver.step(fn, z, fn(z), cleared)[0]
+    after = solver.step(fn, at, cleared)[0]
     assert_same(after[0], fn(z)[0], 1e-12)  # without a history every one of them takes a Picard step
     assert_same(after[1], kept[1], 1e-12)
     assert float((kept[0] - fn(z)[0]).abs().max()) > 1e-3
