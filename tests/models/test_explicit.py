@@ -19,6 +19,7 @@ TWINS = {
     "unrolled-lben": "lben",
     "unrolled-mdeq": "mdeq",
     "unrolled-mondeq-conv": "mondeq-conv",
+    "unrolled-mondeq-fc": "mondeq-fc",
     "unrolled-mondeq-multi": "mondeq-multi",
     "resnet": "deq-conv-small",
 }
