@@ -30,7 +30,7 @@ from robustbench_deq.files import replacing
 
 BATCH_SIZES = (128, 32, 256, 100, 64, 16, 48)
 PLACES = ((2, 1), (1, 1), (1, 2))
-"""Workers, and threads of each. Several workers share the cores as they do in `bench`."""
+"""Workers, and threads of each; several workers share the cores as they do in `bench`. Each place meets each size."""
 
 
 @contextlib.contextmanager
@@ -63,7 +63,7 @@ def measure(baseline: Baseline, entries: list[Entry]) -> tuple[dict[str, Any], l
         "verdicts that differ, most": max(flips),
         "evaluations, most": max(change(old.cell_evals, new.cell_evals) for old, new in pairs),
         "VJPs, most": max(change(old.cell_vjps, new.cell_vjps) for old, new in pairs),
-        "seconds, largest factor": round(max(factors), 2) if factors else None,
+        "seconds, largest factor": round(max(factors), 2) if factors else "",
     }
     return row, [f"{check.record}: {check.field} {check.baseline}, now {check.now}" for check in bad]
 
@@ -85,8 +85,8 @@ def change(before: float, after: float) -> float:
 def main(path: Path, kept: Path, repeats: int, name: str) -> None:
     suite, baseline = read_suite(path), read_baseline(kept)
     rows, alarms = [], []
-    turns = itertools.cycle(itertools.product(BATCH_SIZES, PLACES))
-    for turn, (batch_size, (workers, threads)) in enumerate(itertools.islice(turns, repeats), start=1):
+    turns = zip(range(1, repeats + 1), itertools.cycle(BATCH_SIZES), itertools.cycle(PLACES))
+    for turn, batch_size, (workers, threads) in turns:
         start = time.monotonic()
         entries = repeat(suite.model_copy(update={"batch_size": batch_size}), baseline.reference, workers, threads)
         row, found = measure(baseline, entries)

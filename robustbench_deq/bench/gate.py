@@ -4,7 +4,7 @@ Records are paired by model, attack, label, threat, data and seed, and compared 
 but for rounding, which threads, batch sizes and processors change a little, and for the clock. So most tolerances are
 narrow, and the baseline itself names them (`Tolerances`):
 
-    settings       of the attack: equal
+    settings       of the attack: equal; one that is null counts as absent
     clean, robust  on the same samples (their digests agree): how many verdicts are no longer the same, either way;
                    on other samples: the 95 % intervals overlap
     unconverged,   samples: not more than so many above the baseline's
