@@ -1,4 +1,4 @@
-# make demo | test | lint | lock | clean. The first two build .venv from requirements.lock when it is missing or out of date.
+# make demo | test | gate | lint | lock | clean. The first four build .venv from requirements.lock when it is missing or out of date.
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -6,14 +6,21 @@ PYTHONS := python3.13 python3.12 python3.11 python3
 UV := $(shell command -v uv 2>/dev/null)
 WORKERS := 2
 ARGS :=
+GATE := results/runs/gate
 
-.PHONY: demo test lint lock clean
+.PHONY: demo test gate lint lock clean
 
 demo: $(VENV)/.ready
 	$(PYTHON) -m benchmarks.demo --out results/demo $(ARGS)
 
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n $(WORKERS) $(ARGS)
+
+# Anew every time: a finished shard does not tell which code has done it.
+gate: $(VENV)/.ready
+	rm -rf $(GATE)
+	$(PYTHON) cli.py bench configs/suites/quick.yaml --workers $(WORKERS) --out $(GATE)
+	$(PYTHON) cli.py check --baseline results/baselines/quick.json $(GATE) --junit $(GATE)/junit.xml $(ARGS)
 
 lint: $(VENV)/.ready
 	$(PYTHON) -m ruff check .

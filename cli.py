@@ -33,7 +33,7 @@ from robustbench_deq.attack import ATTACKS, Attack
 from robustbench_deq.bench.doctor import Verdict, examine
 from robustbench_deq.bench.evaluate import Evaluation, evaluate
 from robustbench_deq.bench.executors import Executor, Processes, Ray, Serial
-from robustbench_deq.bench.gate import compare, read_baseline, to_entries, to_junit, update_baseline
+from robustbench_deq.bench.gate import Check, compare, read_baseline, read_run, to_entries, to_junit, update_baseline
 from robustbench_deq.bench.images import choose_images, save_images
 from robustbench_deq.bench.records import Record, RecordStore, load_records, to_json
 from robustbench_deq.bench.runner import claim_folder, missing_shards, run_suite, seconds_per_sample
@@ -592,38 +592,49 @@ def _echo_plan(runs: list[tuple[Run, list[Shard]]], workers: int) -> None:
 @main.command()
 @click.option("--baseline", type=click.Path(path_type=Path), required=True, help="JSON file of the baseline.")
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("results/runs/quick"))
-@click.option("--update", "reason", default=None, metavar="REASON", help="Write the baseline anew, for this reason.")
-@click.option(
-    "--reference", default="joint-pgd", show_default=True, help="With --update: label whose time is the unit."
-)
+@click.option("--update", "reason", default=None, metavar="REASON", help="Make FOLDER the baseline, for this reason.")
+@click.option("--reference", default=None, help="With --update: the attack whose seconds are the unit, by its label.")
 @click.option("--json", "is_json", is_flag=True, help="One JSON object on standard output.")
 @click.option("--junit", type=click.Path(path_type=Path), default=None, help="JUnit XML file to write.")
-def check(baseline: Path, folder: Path, reason: str | None, reference: str, is_json: bool, junit: Path | None) -> None:
-    """Compare the records in FOLDER with a baseline: exit code 0 when nothing got worse, else 1."""
-    records, store = load_records(folder), RecordStore(folder)
-    runs = [(record, store.load_samples(record.record_id)) for record in records]
+def check(
+    baseline: Path, folder: Path, reason: str | None, reference: str | None, is_json: bool, junit: Path | None
+) -> None:
+    """Compare the records in FOLDER with a baseline: exit code 0 when they agree, 1 when they do not.
+
+    The tolerances stand in the baseline. It changes only by --update, which keeps the reason in it.
+    """
+    if reason is None and reference is not None:
+        raise UsageError.of("check", expected="--reference with --update", got="it alone", fix="drop it")
+    if reason is not None and (is_json or junit):
+        raise UsageError.of("check", expected="--update or --json, --junit", got="both", fix="check after the update")
+    runs = read_run(folder)
     if reason is not None:
-        commit = records[0].environment.get("commit")
-        update_baseline(baseline, to_entries(runs, reference), reference, reason, commit)
-        click.echo(f"{len(runs)} records written to {baseline}")
+        updated = update_baseline(baseline, runs, reason, reference)
+        click.echo(f"{len(updated.entries)} records written to {baseline}, update {len(updated.updates)}")
         return
     expected = read_baseline(baseline)
     checks = compare(expected, to_entries(runs, expected.reference))
-    bad = [row for row in checks if not row.is_good]
     if junit is not None:
         write_text(junit, to_junit(checks))
+    bad = [row for row in checks if not row.is_good]
     if is_json:
         rows = [row._asdict() for row in checks]
         click.echo(json.dumps({"schema_version": 1, "is_good": not bad, "checks": rows}))
     else:
-        table = Table(box=None, pad_edge=False)
-        for column in ("record", "field", "baseline", "now", "tolerance", "verdict"):
-            table.add_column(column, overflow="fold")
-        for row in checks:
-            table.add_row(*row[:5], "good" if row.is_good else "BAD")
-        Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(table)
+        _echo_checks(checks)
     if bad:
         raise RunError(f"{len(bad)} of {len(checks)} checks failed: {bad[0].record}, {bad[0].field} first")
+
+
+def _echo_checks(checks: list[Check]) -> None:
+    """A row a check; what failed comes last, where a log ends."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("record", "field", "baseline", "now", "tolerance", "verdict"):
+        table.add_column(column, overflow="fold")
+    for row in sorted(checks, key=lambda row: not row.is_good):
+        table.add_row(*row[:5], "good" if row.is_good else "BAD")
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(table)
+    click.echo(f"{sum(row.is_good for row in checks)} of {len(checks)} checks are good")
 
 
 @main.command()

@@ -19,6 +19,8 @@ from torch import Tensor
 from robustbench_deq.errors import UsageError
 
 TINY = 1e-12
+SLACK = 1e-5
+"""What rounding may add to a norm, in pixel units and as a share; a step of an 8-bit image is 400 times as much."""
 
 
 class Norm(enum.Enum):
@@ -76,6 +78,10 @@ class Threat:
         else:
             delta = delta.clamp(-self.epsilon, self.epsilon)
         return (x + delta).clamp_(0.0, 1.0).sub_(x)
+
+    def allows(self, size: Tensor) -> Tensor:
+        """Whether perturbations of these norms `(batch,)` lie in the ball, but for what rounding adds; NaN does not."""
+        return size <= self.epsilon * (1 + SLACK) + SLACK
 
     def direction(self, gradient: Tensor) -> Tensor:
         """Steepest ascent for this norm: `g / ||g||_2` for L2, `sign(g)` for Linf; zero where the gradient is zero."""

@@ -112,6 +112,21 @@ def test_direction_of_a_zero_gradient_is_zero(norm: Norm) -> None:
     assert float(norm_of(direction, norm)[1]) == pytest.approx(1.0)
 
 
+@given(norms, st.sampled_from([0.0, 1e-4, 1 / 255, 0.5, 4.0]), seeds)
+def test_what_was_projected_and_added_in_single_precision_is_allowed(norm: Norm, epsilon: float, seed: int) -> None:
+    stream = torch.Generator().manual_seed(seed)
+    x = torch.rand(2, 3, 32, 32, generator=stream)
+    threat = Threat(norm, epsilon)
+    delta = threat.project(torch.randn(x.shape, generator=stream), x)
+    assert bool(threat.allows(norm_of((x + delta).clamp(0, 1) - x, norm)).all())
+
+
+@given(st.floats(1 / 255, 4.0))
+def test_what_lies_outside_is_not_allowed(epsilon: float) -> None:
+    threat = Threat(Norm.L2, epsilon)
+    assert threat.allows(torch.tensor([1.01 * epsilon, math.nan, math.inf])).tolist() == [False] * 3
+
+
 @given(norms, st.floats(0.01, 3.0), seeds, st.integers(0, 3))
 def test_random_start_lies_inside(norm: Norm, epsilon: float, seed: int, restart: int) -> None:
     x, _ = draw(seed, 1.0)

@@ -4,8 +4,9 @@
     all parts -> `summarise` -> record and per-sample rows
 
 A part is plain data, so that batches may be attacked anywhere and joined later. Robust accuracy is over all samples. A
-sample that is misclassified, unconverged (at the clean or the perturbed image) or failed is not robust. The interval is
-Wilson's at 95 %.
+sample that is misclassified, unconverged (at the clean or the perturbed image) or failed is not robust. An attack has
+failed on a sample when its perturbation was not finite, or when the image that it returned lies outside the threat's
+ball: attacks project, but no attack is trusted with that. The interval is Wilson's at 95 %.
 """
 
 from __future__ import annotations
@@ -124,7 +125,8 @@ def evaluate_batch(
         model, x, y, targets=targets, sample_ids=sample_ids, seed=task.seed, num_snapshots=task.num_snapshots
     )
     adversarial = judge(model, result.x_adv, y)
-    is_failed, delta = result.is_failed.cpu(), result.delta.cpu()
+    perturbation = norm_of(result.x_adv - x, task.attack.threat.norm)
+    is_failed = (result.is_failed | ~task.attack.threat.allows(perturbation)).cpu()
     samples = pd.DataFrame(
         {
             "sample_id": sample_ids.numpy(),
@@ -135,7 +137,7 @@ def evaluate_batch(
             "adversarial_prediction": adversarial.prediction.numpy(),
             "adversarial_loss": adversarial.loss.numpy(),
             "adversarial_residual": adversarial.residual.numpy(),
-            "perturbation": norm_of(delta, task.attack.threat.norm).numpy(),
+            "perturbation": perturbation.cpu().numpy(),
             "is_clean_correct": clean.is_correct.numpy(),
             "is_converged": (clean.is_converged & adversarial.is_converged).numpy(),
             "is_failed": is_failed.numpy(),

@@ -1,0 +1,111 @@
+"""Does the gate raise false alarms? Repetitions of a suite with other batch sizes, threads and workers, each checked.
+
+    python -m benchmarks.gate_alarms
+
+Nothing in the code changes between the repetitions, so that every alarm is a false one. What came closest to one is
+told as well: whether the tolerances have room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pandas as pd
+import torch
+
+from benchmarks.timing import RESULTS, keep, say
+from cli import build_attack
+from robustbench_deq.bench.executors import Executor, Processes, Serial
+from robustbench_deq.bench.gate import Baseline, Entry, compare, read_baseline, read_run, seconds_by_attack, to_entries
+from robustbench_deq.bench.runner import run_suite
+from robustbench_deq.bench.suite import SuiteConfig, cut, plan, read_suite
+from robustbench_deq.files import replacing
+
+BATCH_SIZES = (128, 32, 256, 100, 64, 16, 48)
+PLACES = ((2, 1), (1, 1), (1, 2))
+"""Workers, and threads of each; several workers share the cores as they do in `bench`. Each place meets each size."""
+
+
+@contextlib.contextmanager
+def place(workers: int, threads: int) -> Iterator[Executor]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield Processes(workers) if workers > 1 else Serial()
+    finally:
+        torch.set_num_threads(before)
+
+
+def repeat(suite: SuiteConfig, reference: str, workers: int, threads: int) -> list[Entry]:
+    """What one run of the suite gives, as a baseline would keep it."""
+    runs = [(run, cut(run, suite.batches_per_shard)) for run in plan(suite)]
+    with tempfile.TemporaryDirectory() as name, place(workers, threads) as executor:
+        run_suite(runs, Path(name), build_attack, executor)
+        return to_entries(read_run(Path(name)), reference)
+
+
+def measure(baseline: Baseline, entries: list[Entry]) -> tuple[dict[str, Any], list[str]]:
+    """How far the entries are from the baseline, and the alarms."""
+    known = {entry.identity: entry for entry in entries}
+    pairs = [(old, known[old.identity]) for old in baseline.entries if old.identity in known]
+    factors = [max(after / before, before / after) for before, after in seconds_by_attack(pairs).values()]
+    flips = [max(differing(old.is_clean, new.is_clean), differing(old.is_robust, new.is_robust)) for old, new in pairs]
+    bad = [check for check in compare(baseline, entries) if not check.is_good]
+    row = {
+        "alarms": len(bad),
+        "verdicts that differ, most": max(flips),
+        "evaluations, most": max(change(old.cell_evals, new.cell_evals) for old, new in pairs),
+        "VJPs, most": max(change(old.cell_vjps, new.cell_vjps) for old, new in pairs),
+        "seconds, largest factor": round(max(factors), 2) if factors else "",
+    }
+    return row, [f"{check.record}: {check.field} {check.baseline}, now {check.now}" for check in bad]
+
+
+def differing(before: str, after: str) -> int:
+    """Samples whose verdict is another one."""
+    return (int(before, 16) ^ int(after, 16)).bit_count()
+
+
+def change(before: float, after: float) -> float:
+    return round(abs(after / before - 1), 4) if before else float(after > 0)
+
+
+@click.command()
+@click.option("--suite", "path", type=click.Path(path_type=Path), default=Path("configs/suites/quick.yaml"))
+@click.option("--baseline", "kept", type=click.Path(path_type=Path), default=RESULTS / "baselines" / "quick.json")
+@click.option("--repeats", default=50, show_default=True)
+@click.option("--name", default="gate_alarms", show_default=True, help="of the files in results/")
+def main(path: Path, kept: Path, repeats: int, name: str) -> None:
+    suite, baseline = read_suite(path), read_baseline(kept)
+    rows, alarms = [], []
+    turns = zip(range(1, repeats + 1), itertools.cycle(BATCH_SIZES), itertools.cycle(PLACES))
+    for turn, batch_size, (workers, threads) in turns:
+        start = time.monotonic()
+        entries = repeat(suite.model_copy(update={"batch_size": batch_size}), baseline.reference, workers, threads)
+        row, found = measure(baseline, entries)
+        seconds = round(time.monotonic() - start)
+        rows.append({"batch size": batch_size, "workers": workers, "threads": threads, **row, "wall (s)": seconds})
+        alarms += found
+        place_text = f"batch size {batch_size}, {workers} x {threads} threads"
+        say(f"{turn}/{repeats}  {place_text}: {len(found)} alarms, {seconds} s")
+        with replacing(RESULTS / f"{name}.csv") as temporary:
+            pd.DataFrame(rows).to_csv(temporary, index=False)
+    frame = pd.DataFrame(rows)
+    facts = {
+        "repetitions": len(rows),
+        "with an alarm": int((frame["alarms"] > 0).sum()),
+        "alarms": alarms,
+        "tolerances": baseline.tolerances.model_dump(),
+    }
+    keep(name, "False alarms of the gate", rows, facts)
+
+
+if __name__ == "__main__":
+    main()
