@@ -9,6 +9,7 @@ told as well: whether the tolerances have room.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import itertools
 import tempfile
 import time
@@ -80,10 +81,14 @@ def change(before: float, after: float) -> float:
 @click.command()
 @click.option("--suite", "path", type=click.Path(path_type=Path), default=Path("configs/suites/quick.yaml"))
 @click.option("--baseline", "kept", type=click.Path(path_type=Path), default=RESULTS / "baselines" / "quick.json")
+@click.option("--models", default="*", show_default=True, help="of the suite, by a wildcard")
 @click.option("--repeats", default=50, show_default=True)
 @click.option("--name", default="gate_alarms", show_default=True, help="of the files in results/")
-def main(path: Path, kept: Path, repeats: int, name: str) -> None:
+def main(path: Path, kept: Path, models: str, repeats: int, name: str) -> None:
     suite, baseline = read_suite(path), read_baseline(kept)
+    known = [entry for entry in baseline.entries if fnmatch.fnmatch(entry.model, models)]
+    baseline = baseline.model_copy(update={"entries": known})
+    suite = suite.model_copy(update={"models": list(dict.fromkeys(entry.model for entry in known))})
     rows, alarms = [], []
     turns = zip(range(1, repeats + 1), itertools.cycle(BATCH_SIZES), itertools.cycle(PLACES))
     for turn, batch_size, (workers, threads) in turns:

@@ -145,8 +145,8 @@ def test_projection_onto_a_smaller_ball_is_caught(baseline: Baseline, tmp_path: 
 def test_solver_that_takes_a_fifth_more_steps_is_caught(baseline: Baseline, tmp_path: Path, monkeypatch) -> None:
     step, calls = Anderson.step, itertools.count(1)
 
-    def idle_at_times(self, fn, z, f, state):
-        return (z, state) if next(calls) % 6 == 0 else step(self, fn, z, f, state)
+    def idle_at_times(self, fn, at, state):
+        return (at.z, state) if next(calls) % 6 == 0 else step(self, fn, at, state)
 
     monkeypatch.setattr(Anderson, "step", idle_at_times)
     assert alarms(baseline, run(tmp_path))["warm PGD"] == {"evaluations", "VJPs"}
