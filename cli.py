@@ -282,7 +282,7 @@ def list_attacks(is_json: bool) -> None:
             defaults = kind.config_type().model_dump(mode="json")
             click.echo(f"\n{name}")
             for key, info in kind.config_type.model_fields.items():
-                click.echo(f"  {key}={json.dumps(defaults[key])}  {info.description or ''}")
+                click.echo(f"  {key}={json.dumps(defaults.get(key))}  {info.description or ''}")
 
 
 def _without_references(schema: Any, definitions: dict[str, Any]) -> Any:
