@@ -18,7 +18,8 @@ from robustbench_deq.bench.evaluate import evaluate
 from robustbench_deq.bench.executors import Processes, Serial
 from robustbench_deq.bench.images import load_images
 from robustbench_deq.bench.records import RecordStore, load_records, to_json
-from robustbench_deq.bench.runner import ASSEMBLY_LOCK, ShardStore, run_shard, run_suite
+from robustbench_deq.bench.runner import run_shard, run_suite
+from robustbench_deq.bench.shards import ASSEMBLY_LOCK, ShardStore
 from robustbench_deq.bench.suite import SuiteConfig, cut, plan
 from robustbench_deq.configs import validate
 from robustbench_deq.data import load
@@ -61,6 +62,7 @@ def content(folder: Path) -> list[tuple[dict[str, Any], str]]:
         for part in (values["cost"], *values["curve"]):
             del part["wall_seconds"]
             part.pop("peak_memory_mb", None)
+            part.pop("judge_seconds", None)
         found.append((values, store.load_samples(record.record_id).to_csv()))
     return found
 
