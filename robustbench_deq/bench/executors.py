@@ -47,11 +47,11 @@ class Serial(Executor):
 
 
 class Processes(Executor):
-    """`num_workers` processes on this machine, which share its cores evenly."""
+    """`num_workers` processes on this machine, which share its cores evenly unless `num_threads` of each is given."""
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(self, num_workers: int, num_threads: int | None = None) -> None:
         self.num_workers = num_workers
-        self.num_threads = max(1, (os.cpu_count() or 1) // num_workers)
+        self.num_threads = num_threads or max(1, (os.cpu_count() or 1) // num_workers)
 
     def map(self, work: Work, shards: Sequence[Shard]) -> Iterator[tuple[Shard, str | None]]:
         attempts: collections.Counter[str] = collections.Counter()
