@@ -30,7 +30,7 @@ import torch
 
 import cli
 from benchmarks.timing import keep, say
-from robustbench_deq.bench.records import RecordStore, load_records, to_json
+from robustbench_deq.bench.records import RecordStore, load_records, without_circumstances
 from robustbench_deq.bench.shards import SHARDS_FOLDER
 from robustbench_deq.files import write_text
 
@@ -53,15 +53,12 @@ WITH_WORKERS = 0.2
 
 
 def contents(folder: Path) -> list[tuple[dict[str, Any], str]]:
-    """Records and samples of a folder, without what may differ between two runs: times and places."""
-    store, found = RecordStore(folder), []
-    for record in load_records(folder):
-        values = {key: value for key, value in to_json(record).items() if key not in ("created", "environment")}
-        for part in (values["cost"], *values["curve"]):
-            for key in ("wall_seconds", "peak_memory_mb", "judge_seconds"):
-                part.pop(key, None)
-        found.append((values, store.load_samples(record.record_id).to_csv()))
-    return found
+    """Records and samples of a folder, timings aside."""
+    store = RecordStore(folder)
+    return [
+        (without_circumstances(record), store.load_samples(record.record_id).to_csv())
+        for record in load_records(folder)
+    ]
 
 
 class Runner:

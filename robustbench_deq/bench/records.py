@@ -151,6 +151,16 @@ def to_json(record: Record) -> dict[str, Any]:
     return record.model_dump(mode="json")
 
 
+def without_circumstances(record: Record) -> dict[str, Any]:
+    """As `to_json`, without what differs between two runs of the same thing: times, memory, and where it was."""
+    values = to_json(record)
+    del values["created"], values["environment"]
+    for part in (values["cost"], *values["curve"]):
+        for key in ("wall_seconds", "judge_seconds", "peak_memory_mb"):
+            part.pop(key, None)
+    return values
+
+
 class RecordStore:
     """Appends records to a folder, which is made when the first one comes. Several processes may share the folder.
 

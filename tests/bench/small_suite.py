@@ -7,12 +7,10 @@ from typing import Any
 
 import cli
 from robustbench_deq.bench.executors import Serial
-from robustbench_deq.bench.records import RecordStore, load_records, to_json
+from robustbench_deq.bench.records import RecordStore, load_records, without_circumstances
 from robustbench_deq.bench.runner import Outcome, run_suite
 from robustbench_deq.bench.suite import SuiteConfig, cut, plan
 from robustbench_deq.configs import validate
-
-TIMINGS = {"created", "environment"}
 
 
 def suite(**changes: Any) -> SuiteConfig:
@@ -39,13 +37,9 @@ def do(folder: Path, config: SuiteConfig | None = None, executor=None, build=cli
 
 
 def content(folder: Path) -> list[tuple[dict[str, Any], str]]:
-    """Records and samples without what may differ between two runs: times and places."""
-    store, found = RecordStore(folder), []
-    for record in load_records(folder):
-        values = {key: value for key, value in to_json(record).items() if key not in TIMINGS}
-        for part in (values["cost"], *values["curve"]):
-            del part["wall_seconds"]
-            part.pop("peak_memory_mb", None)
-            part.pop("judge_seconds", None)
-        found.append((values, store.load_samples(record.record_id).to_csv()))
-    return found
+    """Records and samples, timings aside."""
+    store = RecordStore(folder)
+    return [
+        (without_circumstances(record), store.load_samples(record.record_id).to_csv())
+        for record in load_records(folder)
+    ]
