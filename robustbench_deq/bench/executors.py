@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from robustbench_deq.bench.suite import Shard
-from robustbench_deq.errors import UsageError
+from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.memory import keep_freed_memory
 
 Work = Callable[[Shard], str | None]
@@ -108,6 +108,7 @@ class Ray(Executor):
 
     Raises:
         UsageError: when Ray is not installed or no cluster answers.
+        RunError: when none can be started here.
     """
 
     def __init__(
@@ -120,16 +121,23 @@ class Ray(Executor):
                 "--executor ray", expected="the package ray", got="none", fix="pip install 'robustbench-deq[cluster]'"
             ) from None
         self._ray, self.num_cpus, self.num_gpus = ray, num_cpus, num_gpus
+        if address is not None:
+            self._join(address)
+            return
         here = {} if num_workers is None else {"num_cpus": max(1, math.ceil(num_workers * num_cpus))}
         try:
-            if address is None:
-                ray.init(address="local", include_dashboard=False, **QUIET, **here)
-            else:
-                _ask(address)
-                ray.init(address=address, **QUIET)
+            ray.init(address="local", include_dashboard=False, **QUIET, **here)
+        except Exception as error:  # of no common kind: a busy machine's bare Exception among them
+            ray.shutdown()
+            raise RunError(f"Ray did not start: {' '.join(str(error).split())[:300]}") from None
+
+    def _join(self, address: str) -> None:
+        try:
+            _ask(address)
+            self._ray.init(address=address, **QUIET)
         except (OSError, RuntimeError, ValueError) as error:
             raise UsageError.of(
-                f"--address {address}" if address else "--executor ray",
+                f"--address {address}",
                 expected="a Ray cluster that answers",
                 got=(str(error).splitlines() or [type(error).__name__])[0],
                 fix="start one with 'ray start --head'",
