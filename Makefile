@@ -30,7 +30,7 @@ lint: $(VENV)/.ready
 lock:
 	@uv='$(UV)'; [ -n "$$uv" ] || uv=$(VENV)/bin/uv; \
 	[ -x "$$uv" ] || { echo "make lock: expected uv on PATH or in $(VENV), got neither; run 'make $(VENV)/.ready' first" >&2; exit 1; }; \
-	"$$uv" pip compile pyproject.toml --quiet --extra test --extra dev --extra hub --extra peers --universal --python-version 3.11 --fork-strategy fewest \
+	"$$uv" pip compile pyproject.toml --quiet --extra test --extra dev --extra hub --extra peers --extra cluster --universal --python-version 3.11 --fork-strategy fewest \
 		--generate-hashes --custom-compile-command 'make lock' --output-file requirements.lock $(ARGS)
 
 clean:

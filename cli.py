@@ -25,7 +25,9 @@ from typing import Any, TypeVar
 import click
 import torch
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 import attacks as _attacks  # noqa: F401  (fills the attack registry)
@@ -35,8 +37,9 @@ from robustbench_deq.bench.evaluate import Evaluation, evaluate
 from robustbench_deq.bench.executors import Executor, Processes, Ray, Serial
 from robustbench_deq.bench.gate import Check, compare, read_baseline, read_run, to_entries, to_junit, update_baseline
 from robustbench_deq.bench.images import choose_images, save_images
+from robustbench_deq.bench.progress import EarlierPaces, SuiteProgress
 from robustbench_deq.bench.records import Record, RecordStore, load_records, to_json
-from robustbench_deq.bench.runner import claim_folder, missing_shards, run_suite, seconds_per_sample
+from robustbench_deq.bench.runner import claim_folder, missing_shards, run_suite
 from robustbench_deq.bench.suite import Run, Shard, SuiteConfig, cut, plan
 from robustbench_deq.configs import merge, parse_assignments, parse_fraction, read_yaml, validate
 from robustbench_deq.data import DATASETS, SplitName, load
@@ -282,7 +285,7 @@ def list_attacks(is_json: bool) -> None:
             defaults = kind.config_type().model_dump(mode="json")
             click.echo(f"\n{name}")
             for key, info in kind.config_type.model_fields.items():
-                click.echo(f"  {key}={json.dumps(defaults[key])}  {info.description or ''}")
+                click.echo(f"  {key}={json.dumps(defaults.get(key))}  {info.description or ''}")
 
 
 def _without_references(schema: Any, definitions: dict[str, Any]) -> Any:
@@ -521,10 +524,10 @@ def train(
 @click.argument("suite", type=click.Path(path_type=Path))
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any key of the suite, dotted.")
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="New folder.  [default: results/runs/NAME]")
-@click.option("--resume", is_flag=True, help="Go on in the folder: do what is missing.")
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
+@click.option("--resume", is_flag=True, help="Go on in the folder: do what is missing. Begins where nothing is yet.")
+@click.option("--workers", type=click.IntRange(min=1), default=None, help="Shards at a time.  [default: 1; Ray: all]")
 @click.option("--executor", "kind", type=click.Choice(["local", "ray"]), default="local", show_default=True)
-@click.option("--address", default=None, help="Of the Ray cluster.  [default: one on this machine]")
+@click.option("--address", default=None, help="Of a Ray cluster, such as HOST:6379.  [default: one on this machine]")
 @click.option("--dry-run", "is_dry", is_flag=True, help="Print the plan, with times from earlier records.")
 @click.option("--device", default=None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]")
 def bench(
@@ -532,61 +535,129 @@ def bench(
     assignments: tuple[str, ...],
     out: Path | None,
     resume: bool,
-    workers: int,
+    workers: int | None,
     kind: str,
     address: str | None,
     is_dry: bool,
     device: str | None,
 ) -> None:
-    """Run SUITE, a YAML file of models, attacks and threats, and leave a folder of records."""
+    """Run SUITE, a YAML file of models, attacks and threats, and leave a folder of records.
+
+    A run that was stopped, however, goes on with --resume. Several commands may work on one folder at a time.
+    """
     parsed = validate(SuiteConfig, merge(read_yaml(suite), parse_assignments(assignments)), str(suite))
     runs = [(run, cut(run, parsed.batches_per_shard)) for run in plan(parsed)]
     target = out or Path("results/runs") / parsed.name
-    if is_dry:
-        _echo_plan(runs, workers)
-        return
     chosen = str(_choose_device(device))
-    if kind == "ray":
-        executor: Executor = Ray(address, num_gpus=float(chosen.startswith("cuda")))
-    else:
-        executor = Processes(workers) if workers > 1 else Serial()
+    _check_executor(kind, address, workers)
+    if is_dry:
+        _echo_plan(runs, missing_shards(runs, target) if resume else [shard for _, cut in runs for shard in cut])
+        return
+    executor = _make_executor(parsed, kind, address, workers, chosen)
     place = contextlib.nullcontext(target) if resume else output_folder(target)
     with place as folder:
         claim_folder(folder, parsed, is_resumed=resume)
-        total = sum(len(shards) for _, shards in runs)
-        done = total - len(missing_shards(runs, folder))
-        with _bar(parsed.name, total, "{}") as advance:
-
-            def watch(shard: Shard, reason: str | None) -> None:
-                nonlocal done
-                done += 1
-                advance(done, f"{shard.run.model}, {shard.run.label}" + (": failed" if reason else ""))
-
+        progress = SuiteProgress(runs, folder)
+        with _suite_display(parsed.name, progress) as watch:
             outcome = run_suite(runs, folder, build_attack, executor, chosen, watch)
     records = load_records(target) if (target / "records.jsonl").exists() else []
     click.echo(f"{len(records)} of {len(runs)} records in {target}; 'robustbench-deq report {target}' shows them")
     if outcome.failures:
         reasons = collections.Counter(outcome.failures.values()).most_common(3)
         told = "; ".join(f"{count} x {reason}" for reason, count in reasons)
-        raise RunError(f"{len(outcome.failures)} of {total} shards failed: {told}; try them again with --resume")
+        raise RunError(
+            f"{len(outcome.failures)} of {progress.num_shards} shards failed: {told}; try them again with --resume"
+        )
 
 
-def _echo_plan(runs: list[tuple[Run, list[Shard]]], workers: int) -> None:
-    """The runs of a suite, with the seconds that earlier records let expect."""
-    known = seconds_per_sample(Path("results/runs"))
+def _check_executor(kind: str, address: str | None, workers: int | None) -> None:
+    if address is not None and kind != "ray":
+        raise UsageError.of("--address", expected="--executor ray", got=f"--executor {kind}", fix="add or drop it")
+    if address is not None and workers is not None:
+        raise UsageError.of("--workers", expected="none with --address", got=workers, fix="set resources in the suite")
+
+
+def _make_executor(suite: SuiteConfig, kind: str, address: str | None, workers: int | None, device: str) -> Executor:
+    if kind == "ray":
+        num_gpus = suite.resources.num_gpus
+        if num_gpus is None:
+            num_gpus = float(device.startswith("cuda"))
+        return Ray(address, workers, suite.resources.num_cpus, num_gpus)
+    return Processes(workers) if workers is not None and workers > 1 else Serial()
+
+
+@contextlib.contextmanager
+def _suite_display(name: str, progress: SuiteProgress) -> Iterator[Callable[[Shard, str | None], None]]:
+    """Progress on standard error; yields what is to be called when a shard ends.
+
+    On a terminal a bar of all shards, with a line for every shard in progress; else a line now and then.
+    """
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with Live(get_renderable=lambda: _suite_table(name, progress), console=console, transient=True, screen=False):
+            yield progress.end
+        return
+    last = time.monotonic()
+
+    def watch(shard: Shard, reason: str | None) -> None:
+        nonlocal last
+        progress.end(shard, reason)
+        if time.monotonic() - last >= SECONDS_A_LINE:
+            last = time.monotonic()
+            click.echo(f"{_suite_line(name, progress)}  {_run_words(progress, shard.run)}", err=True)
+
+    yield watch
+
+
+def _suite_line(name: str, progress: SuiteProgress) -> str:
+    left = progress.seconds_left()
+    words = [name, f"{progress.num_done}/{progress.num_shards} shards"]
+    words += [f"{progress.num_failed} failed"] if progress.num_failed else []
+    words += [] if left is None else [f"left {datetime.timedelta(seconds=round(left))}"]
+    return "  ".join(words)
+
+
+def _run_words(progress: SuiteProgress, run: Run) -> str:
+    accuracy = progress.robust_accuracy(run)
+    so_far = "" if accuracy is None else f": robust {accuracy:.1%} of {progress.num_samples(run)}"
+    return f"{run.model}, {run.label}{so_far}"
+
+
+def _suite_table(name: str, progress: SuiteProgress) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_row(_suite_line(name, progress), ProgressBar(progress.num_shards, progress.num_done, width=40))
+    for shard, at in progress.running():
+        size = shard.end - shard.begin
+        elapsed = datetime.timedelta(seconds=round(time.time() - at.began))
+        of_shard = f", robust {at.num_robust / at.num_done:.1%}" if at.num_done else ""
+        where = f"{shard.run.norm} {shard.run.epsilon:g}, samples {shard.begin} to {shard.end}"
+        standing = f"{at.num_done}/{size}{of_shard}  {elapsed}"
+        table.add_row(f"  {_run_words(progress, shard.run)}", f"{where}: {standing}")
+    return table
+
+
+def _echo_plan(runs: list[tuple[Run, list[Shard]]], missing: list[Shard]) -> None:
+    """The runs of a suite, with the seconds that earlier records let expect for what is missing."""
+    paces = EarlierPaces(Path("results"))
+    samples = collections.Counter[str]()
+    for shard in missing:
+        samples[shard.run.key] += shard.end - shard.begin
     table = Table(box=None, pad_edge=False)
-    for column in ("model", "attack", "threat", "data", "samples", "shards", "expected (s)"):
+    for column in ("model", "attack", "threat", "data", "samples", "shards", "to do", "expected (s)", "as in"):
         table.add_column(column, overflow="fold")
-    whole, unknown = 0.0, 0
+    whole, num_unknown = 0.0, 0
     for run, shards in runs:
-        pace = known.get((run.model, run.attack, run.label))
-        whole, unknown = whole + (pace or 0.0) * run.num_samples, unknown + (pace is None)
-        expected = "-" if pace is None else f"{pace * run.num_samples:.1f}"
-        threat = f"{run.norm} {run.epsilon:g}"
-        table.add_row(run.model, run.label, threat, run.data, str(run.num_samples), str(len(shards)), expected)
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(table)
-    click.echo(f"{len(runs)} runs, {sum(len(shards) for _, shards in runs)} shards, {workers} workers")
-    click.echo(f"expected: {whole / workers:.0f} s for those with earlier records; {unknown} runs have none")
+        pace, num_samples = paces.of(run), samples[run.key]
+        whole, num_unknown = whole + (pace.seconds if pace else 0.0) * num_samples, num_unknown + (pace is None)
+        expected = (f"{pace.seconds * num_samples:.1f}", str(pace.source)) if pace else ("-", "-")
+        counts = (str(run.num_samples), str(len(shards)), str(num_samples))
+        table.add_row(run.model, run.label, f"{run.norm} {run.epsilon:g}", run.data, *counts, *expected)
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 240).print(table)
+    click.echo(f"{len(runs)} runs, {sum(len(shards) for _, shards in runs)} shards, {len(missing)} of them to do")
+    click.echo(
+        f"expected: {whole:.0f} s of attack and judge with one worker, on a machine like that of the earlier records; "
+        f"{num_unknown} of {len(runs)} runs have none"
+    )
 
 
 @main.command()

@@ -27,6 +27,8 @@ from robustbench_deq.threats import Norm, Threat
 class TorchattacksConfig(AttackConfig):
     restarts: int = Field(1, ge=1, le=1, description="always 1: the library has no keyed random start")
     random_start: Literal[False] = Field(False, description="always false: see the module's docstring")
+    max_evaluations: None = Field(None, description="always null: the library shows no iterate before its end")
+    max_seconds: None = Field(None, description="always null, for the same reason")
     steps: int = Field(20, ge=1, description="gradient steps")
     step_size: float = Field(0.25, gt=0, description="step as a fraction of epsilon")
 

@@ -11,10 +11,10 @@ import abc
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar, Generic, TypeVar, final
+from typing import Annotated, Any, ClassVar, Generic, TypeVar, final
 
 import torch
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from robustbench_deq.configs import Config, named_in
@@ -30,6 +30,25 @@ class AttackConfig(Config):
 
     restarts: int = Field(1, ge=1, description="runs; the highest loss is kept per sample")
     random_start: bool = Field(False, description="start in a random point of the ball (later restarts always do)")
+    max_evaluations: float | None = Field(
+        None, gt=0, description="cell evaluations per sample, mean of the batch; the last iterate within is returned"
+    )
+    max_seconds: float | None = Field(
+        None, gt=0, description="seconds per sample, likewise; what comes out depends on the machine"
+    )
+
+    @property
+    def has_budget(self) -> bool:
+        return self.max_evaluations is not None or self.max_seconds is not None
+
+    @model_serializer(mode="wrap")
+    def _leave_out_no_budget(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a budget the settings are those of records from before there were any."""
+        values = handler(self)
+        return {key: value for key, value in values.items() if value is not None or key not in BUDGET_SETTINGS}
+
+
+BUDGET_SETTINGS = ("max_evaluations", "max_seconds")
 
 
 class ObjectiveConfig(AttackConfig):
@@ -81,6 +100,7 @@ class AttackResult:
     snapshots    for the curve, if asked for
     residuals    mean relative residual of the state after each solver step, if snapshots were asked for
     proposal     of the last restart, its diagnostics summed over all restarts
+    cost         of all of it; of an attack that its budget stopped, until the iterate that is returned
     """
 
     x_adv: Tensor
@@ -92,11 +112,24 @@ class AttackResult:
     proposal: Proposal
 
 
-class Recorder:
-    """Takes snapshots at a few steps that are fixed beforehand, so that memory does not grow with the steps."""
+class BudgetSpent(Exception):
+    """Leaves an attack whose budget is spent. Only `Attack.__call__` catches it."""
 
-    def __init__(self, meter: Meter, threat: Threat, x: Tensor, num_snapshots: int) -> None:
+
+class Recorder:
+    """Takes snapshots at a few steps that are fixed beforehand, so that memory does not grow with the steps.
+
+    Where the attack has a budget, it also keeps the last iterate within it, with what that had cost, and stops the
+    attack at the first one beyond: the budget is kept exactly, at the price of one step that is thrown away.
+    """
+
+    def __init__(
+        self, meter: Meter, threat: Threat, x: Tensor, num_snapshots: int, config: AttackConfig | None = None
+    ) -> None:
         self.meter, self.threat, self.x, self.num_snapshots = meter, threat, x, num_snapshots
+        self.config = config or AttackConfig()
+        self.within: tuple[Tensor, Tensor] | None = None
+        self.cost_within = Cost(0.0, 0.0, 0.0, 0.0, 0.0)
         self.snapshots: list[Snapshot] = []
         self.residuals: list[Tensor] = []
         self._wanted: set[int] = set()
@@ -115,9 +148,19 @@ class Recorder:
 
     def next_restart(self, incumbent: tuple[Tensor, Tensor], num_steps: int) -> None:
         self._incumbent, self._offset = incumbent, self._offset + num_steps
+        self.within = None
 
     def __call__(self, step: int, delta: Tensor, loss: Tensor) -> None:
-        """Offer the perturbation `(batch, ...)` that would be returned after `step`, with its losses `(batch,)`."""
+        """Offer the perturbation `(batch, ...)` that would be returned after `step`, with its losses `(batch,)`.
+
+        Raises:
+            BudgetSpent: when it has cost more than the budget.
+        """
+        if self.config.has_budget:
+            cost = self.meter.cost(len(self.x))
+            if self._is_beyond(cost):
+                raise BudgetSpent
+            self.within, self.cost_within = (delta, loss), cost
         if step not in self._wanted:
             return
         if self._incumbent is not None:
@@ -131,6 +174,12 @@ class Recorder:
                 cell_vjps=self.meter.vjp_rows / rows,
                 wall_seconds=self.meter.elapsed_seconds,
             )
+        )
+
+    def _is_beyond(self, cost: Cost) -> bool:
+        evaluations, seconds = self.config.max_evaluations, self.config.max_seconds
+        return (evaluations is not None and cost.cell_evals > evaluations) or (
+            seconds is not None and cost.wall_seconds > seconds * len(self.x)
         )
 
 
@@ -205,18 +254,27 @@ class Attack(abc.ABC, Generic[A]):
         best: tuple[Tensor, Tensor] | None = None
         diagnostics: dict[str, float] = {}
         with torch.enable_grad(), frozen(model), Meter(model) as meter:
-            record = Recorder(meter, self.threat, x, num_snapshots)
+            record = Recorder(meter, self.threat, x, num_snapshots, self.config)
+            is_stopped = False
             for restart in range(self.config.restarts):
                 start = torch.zeros_like(x)
                 if restart or self.config.random_start:
                     start = self.threat.random_start(x, seed, sample_ids, restart)
-                proposal = self.run(model, x, y, targets, start, record)
+                try:
+                    proposal = self.run(model, x, y, targets, start, record)
+                except BudgetSpent:
+                    is_stopped = True
+                    proposal = Proposal(*(record.within or (start, x.new_full((len(x),), -torch.inf))))
                 mine = (proposal.delta, proposal.loss)
                 best = mine if best is None else _better(*mine, *best)
                 for key, value in proposal.diagnostics.items():
                     diagnostics[key] = diagnostics.get(key, 0.0) + value
                 last = record.snapshots[-1].step - record._offset if record.snapshots else 0
                 record.next_restart(best, last)
+                if is_stopped:
+                    break
+            if self.config.has_budget:
+                diagnostics["stopped_by_budget"] = float(is_stopped)
             delta = best[0].detach()
             is_failed = ~torch.isfinite(delta.flatten(1)).all(1)
             delta = self.threat.project(delta.masked_fill(per_sample(is_failed, delta), 0.0), x)
@@ -224,7 +282,7 @@ class Attack(abc.ABC, Generic[A]):
             x_adv=(x + delta).clamp_(0.0, 1.0),
             delta=delta,
             is_failed=is_failed,
-            cost=meter.cost(len(x)),
+            cost=record.cost_within if is_stopped else meter.cost(len(x)),
             snapshots=tuple(record.snapshots),
             residuals=tuple(float(value) for value in record.residuals),
             proposal=replace(proposal, diagnostics=diagnostics),

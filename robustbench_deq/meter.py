@@ -49,7 +49,7 @@ class Meter:
     vjp_rows: int = 0
     _step_counts: list[Tensor | int] = field(default_factory=list)
     _start: float = 0.0
-    _seconds: float = 0.0
+    _seconds: float | None = None
 
     def __enter__(self) -> Meter:
         self._outer = self.model.meter
@@ -62,7 +62,7 @@ class Meter:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._seconds = self.now() - self._start
+        self._seconds = self.elapsed_seconds
         self.model.meter = self._outer
 
     def now(self) -> float:
@@ -73,8 +73,8 @@ class Meter:
 
     @property
     def elapsed_seconds(self) -> float:
-        """Since the meter was opened. For snapshots, which are few; waits for the device."""
-        return self.now() - self._start
+        """Since the meter was opened, until it was closed. For snapshots, which are few; waits for the device."""
+        return self.now() - self._start if self._seconds is None else self._seconds
 
     def count_cell(self, output: Tensor) -> None:
         """Called by the model for every evaluation of its cell."""
@@ -100,12 +100,12 @@ class Meter:
             self._outer.count_steps(rows)
 
     def cost(self, num_samples: int) -> Cost:
-        """Totals over `num_samples` samples."""
+        """Totals over `num_samples` samples, so far where the meter is still open."""
         steps = float(sum(int(count) for count in self._step_counts))
         return Cost(
             cell_evals=self.eval_rows / num_samples,
             cell_vjps=self.vjp_rows / num_samples,
             solver_steps=steps / num_samples,
-            wall_seconds=self._seconds,
+            wall_seconds=self.elapsed_seconds,
             peak_memory_mb=peak_memory_mb(self._device),
         )

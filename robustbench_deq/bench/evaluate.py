@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from robustbench_deq.attack import Attack
 from robustbench_deq.bench.environment import describe_environment
-from robustbench_deq.bench.judge import judge
+from robustbench_deq.bench.judge import Verdict, judge
 from robustbench_deq.bench.records import SCHEMA_VERSION, CostRecord, CurvePoint, DataRecord, Record, ThreatRecord
 from robustbench_deq.data import Split
 from robustbench_deq.equilibrium import EquilibriumModel, check_labels
@@ -120,11 +121,12 @@ def evaluate_batch(
     x, y = data.x[rows].to(device), data.y[rows].to(device)
     targets = (y + 1) % model.num_classes if task.is_targeted else None
     sample_ids = data.sample_ids[rows]
-    clean = judge(model, x, y)
+    judged = _TimedJudge(model, y)
+    clean = judged(x)
     result = task.attack(
         model, x, y, targets=targets, sample_ids=sample_ids, seed=task.seed, num_snapshots=task.num_snapshots
     )
-    adversarial = judge(model, result.x_adv, y)
+    adversarial = judged(result.x_adv)
     perturbation = norm_of(result.x_adv - x, task.attack.threat.norm)
     is_failed = (result.is_failed | ~task.attack.threat.allows(perturbation)).cpu()
     samples = pd.DataFrame(
@@ -146,7 +148,7 @@ def evaluate_batch(
     )
     curve = []
     for snapshot in result.snapshots:
-        verdict = judge(model, (x + snapshot.delta).clamp_(0, 1), y)
+        verdict = judged((x + snapshot.delta).clamp_(0, 1))
         curve.append(
             CurvePoint(
                 step=snapshot.step,
@@ -156,8 +158,21 @@ def evaluate_batch(
                 robust_accuracy=float((clean.is_correct & verdict.is_correct).double().mean()),
             )
         )
-    cost = CostRecord(**dataclasses.asdict(result.cost))
+    cost = CostRecord(**dataclasses.asdict(result.cost), judge_seconds=judged.seconds)
     return Part(samples, cost, curve, list(result.residuals), result.proposal.diagnostics), result.x_adv.cpu()
+
+
+class _TimedJudge:
+    """The judge of one batch, and the seconds that it has taken."""
+
+    def __init__(self, model: EquilibriumModel, y: Tensor) -> None:
+        self.model, self.y, self.seconds = model, y, 0.0
+
+    def __call__(self, x: Tensor) -> Verdict:
+        start = time.perf_counter()
+        verdict = judge(self.model, x, self.y)  # hands over on the CPU, so the device is done
+        self.seconds += time.perf_counter() - start
+        return verdict
 
 
 def summarise(
@@ -214,6 +229,7 @@ def _mean_cost(parts: Sequence[Part], count: int) -> CostRecord:
         solver_steps=mean("solver_steps"),
         wall_seconds=sum(part.cost.wall_seconds for part in parts),
         peak_memory_mb=max(part.cost.peak_memory_mb for part in parts),
+        judge_seconds=sum(part.cost.judge_seconds or 0.0 for part in parts),
     )
 
 

@@ -9,15 +9,21 @@ from __future__ import annotations
 import abc
 import collections
 import concurrent.futures
+import logging
+import math
 import multiprocessing
 import os
+import signal
+import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import torch
 
 from robustbench_deq.bench.suite import Shard
-from robustbench_deq.errors import UsageError
+from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.memory import keep_freed_memory
 
 Work = Callable[[Shard], str | None]
@@ -41,38 +47,51 @@ class Serial(Executor):
 
 
 class Processes(Executor):
-    """`num_workers` processes on this machine, which share its cores evenly."""
+    """`num_workers` processes on this machine, which share its cores evenly unless `num_threads` of each is given."""
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(self, num_workers: int, num_threads: int | None = None) -> None:
         self.num_workers = num_workers
-        self.num_threads = max(1, (os.cpu_count() or 1) // num_workers)
+        self.num_threads = num_threads or max(1, (os.cpu_count() or 1) // num_workers)
 
     def map(self, work: Work, shards: Sequence[Shard]) -> Iterator[tuple[Shard, str | None]]:
         attempts: collections.Counter[str] = collections.Counter()
-        waiting = list(shards)
+        waiting = {shard.key: shard for shard in shards}
         while waiting:
-            ended: set[str] = set()
+            # Which shard broke a pool is not told: all that were running are suspects, and the last attempt is alone.
+            suspects = [shard for key, shard in waiting.items() if attempts[key] == MAX_ATTEMPTS - 1]
+            batch = suspects[:1] or list(waiting.values())
             with self._pool() as pool:
-                futures = {pool.submit(work, shard): shard for shard in waiting}
+                futures = {pool.submit(work, shard): shard for shard in batch}
                 try:
                     for future in concurrent.futures.as_completed(futures):
                         shard, reason = futures[future], future.result()
-                        ended.add(shard.key)
+                        del waiting[shard.key]
                         yield shard, reason
-                except BrokenProcessPool:  # which shard it was is not told: all that were running are suspects
-                    running = [shard for shard in waiting if shard.key not in ended][: self.num_workers]
+                except BrokenProcessPool:
+                    running = [shard for shard in batch if shard.key in waiting][: self.num_workers]
                     attempts.update(shard.key for shard in running)
                 finally:
                     pool.shutdown(wait=True, cancel_futures=True)
-            waiting = [shard for shard in waiting if shard.key not in ended]
-            for shard in [shard for shard in waiting if attempts[shard.key] >= MAX_ATTEMPTS]:
-                waiting.remove(shard)
+            for shard in [shard for key, shard in waiting.items() if attempts[key] == MAX_ATTEMPTS]:
+                del waiting[shard.key]
                 yield shard, WORKER_DIED
 
     def _pool(self) -> concurrent.futures.ProcessPoolExecutor:
         return concurrent.futures.ProcessPoolExecutor(
-            self.num_workers, multiprocessing.get_context("spawn"), _begin_worker, (self.num_threads,)
+            self.num_workers, multiprocessing.get_context("spawn"), _begin_process, (self.num_threads,)
         )
+
+
+def _begin_process(num_threads: int) -> None:
+    """A worker ends with its parent, which may have been killed, and leaves Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _begin_worker(num_threads)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _begin_worker(num_threads: int) -> None:
@@ -81,16 +100,20 @@ def _begin_worker(num_threads: int) -> None:
 
 
 class Ray(Executor):
-    """A Ray cluster; one shard takes `num_cpus` and `num_gpus` of it.
+    """A Ray cluster, whose machines share the suite's folder; one shard takes `num_cpus` and `num_gpus` of it.
 
     Args:
-        address: of a running cluster; None starts one on this machine.
+        address: of a running cluster; None starts one on this machine, which ends with this process.
+        num_workers: shards at a time on a cluster that is started here; None: as many as it has room for.
 
     Raises:
         UsageError: when Ray is not installed or no cluster answers.
+        RunError: when none can be started here.
     """
 
-    def __init__(self, address: str | None, num_cpus: float = 1.0, num_gpus: float = 0.0) -> None:
+    def __init__(
+        self, address: str | None, num_workers: int | None = None, num_cpus: float = 1.0, num_gpus: float = 0.0
+    ) -> None:
         try:
             import ray
         except ImportError:
@@ -98,27 +121,59 @@ class Ray(Executor):
                 "--executor ray", expected="the package ray", got="none", fix="pip install 'robustbench-deq[cluster]'"
             ) from None
         self._ray, self.num_cpus, self.num_gpus = ray, num_cpus, num_gpus
-        if not ray.is_initialized():
-            try:
-                ray.init(address=address, log_to_driver=False)
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                raise UsageError.of(
-                    "--address", expected="a Ray cluster that answers", got=str(error).splitlines()[0], fix="start one"
-                ) from None
+        if address is not None:
+            self._join(address)
+            return
+        here = {} if num_workers is None else {"num_cpus": max(1, math.ceil(num_workers * num_cpus))}
+        try:
+            ray.init(address="local", include_dashboard=False, **QUIET, **here)
+        except Exception as error:  # of no common kind: a busy machine's bare Exception among them
+            ray.shutdown()
+            raise RunError(f"Ray did not start: {' '.join(str(error).split())[:300]}") from None
+
+    def _join(self, address: str) -> None:
+        try:
+            _ask(address)
+            self._ray.init(address=address, **QUIET)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UsageError.of(
+                f"--address {address}",
+                expected="a Ray cluster that answers",
+                got=(str(error).splitlines() or [type(error).__name__])[0],
+                fix="start one with 'ray start --head'",
+            ) from None
 
     def map(self, work: Work, shards: Sequence[Shard]) -> Iterator[tuple[Shard, str | None]]:
         ray = self._ray
         remote = ray.remote(num_cpus=self.num_cpus, num_gpus=self.num_gpus, max_retries=MAX_ATTEMPTS - 1)(_in_ray)
-        futures = {remote.remote(work, shard, max(1, int(self.num_cpus))): shard for shard in shards}
+        futures = {remote.remote(work, shard, max(1, int(self.num_cpus)), os.getcwd()): shard for shard in shards}
         while futures:
             for future in ray.wait(list(futures), num_returns=1)[0]:
                 shard = futures.pop(future)
                 try:
-                    yield shard, ray.get(future)
+                    reason = ray.get(future)
                 except ray.exceptions.WorkerCrashedError:
-                    yield shard, WORKER_DIED
+                    reason = WORKER_DIED
+                except ray.exceptions.RayError as error:
+                    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                yield shard, reason
 
 
-def _in_ray(work: Work, shard: Shard, num_threads: int) -> str | None:
+QUIET = {"log_to_driver": False, "logging_level": logging.ERROR}
+ANSWER_SECONDS = 5.0
+
+
+def _ask(address: str) -> None:
+    """Ray itself waits a minute for a cluster. Raises `OSError` when nothing listens at `host:port`."""
+    host, sign, port = address.removeprefix("ray://").rpartition(":")
+    if sign and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
+    elif address != "auto":
+        raise ValueError("no host:port")
+
+
+def _in_ray(work: Work, shard: Shard, num_threads: int, folder: str) -> str | None:
+    if Path(folder).is_dir():  # models and data may be named by paths
+        os.chdir(folder)
     _begin_worker(num_threads)
     return work(shard)

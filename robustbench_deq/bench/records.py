@@ -57,13 +57,17 @@ class DataRecord(Config):
 
 
 class CostRecord(Config):
-    """Means per sample, except time and memory, which are those of the whole attack (see `meter.Cost`)."""
+    """Means per sample, except time and memory, which are those of the whole attack (see `meter.Cost`).
+
+    `wall_seconds` leaves out the judge, whose seconds are `judge_seconds`; null in records from before it was timed.
+    """
 
     cell_evals: Amount
     cell_vjps: Amount
     solver_steps: Amount
     wall_seconds: Amount
     peak_memory_mb: Amount | None
+    judge_seconds: Amount | None = None
 
 
 class CurvePoint(Config):
@@ -147,8 +151,20 @@ def to_json(record: Record) -> dict[str, Any]:
     return record.model_dump(mode="json")
 
 
+def without_circumstances(record: Record) -> dict[str, Any]:
+    """As `to_json`, without what differs between two runs of the same thing: times, memory, and where it was."""
+    values = to_json(record)
+    del values["created"], values["environment"]
+    for part in (values["cost"], *values["curve"]):
+        for key in ("wall_seconds", "judge_seconds", "peak_memory_mb"):
+            part.pop(key, None)
+    return values
+
+
 class RecordStore:
     """Appends records to a folder, which is made when the first one comes. Several processes may share the folder.
+
+    An append reads only what the file has gained since this store's last one, so n records cost n reads of a line.
 
     Args:
         folder: holds `records.jsonl` and `samples/`.
@@ -156,6 +172,8 @@ class RecordStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
+        self._seen: set[str] = set()
+        self._seen_bytes = 0
 
     def samples_path(self, record_id: str) -> Path:
         return self.folder / SAMPLES_FOLDER / f"{record_id}.parquet"
@@ -181,7 +199,8 @@ class RecordStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with _appending(self.folder / RECORDS_FILE) as handle:
-                if record.record_id in _identifiers(self.folder / RECORDS_FILE):
+                self._catch_up(handle)
+                if record.record_id in self._seen:
                     raise UsageError.of(
                         "record_id", expected="a new identifier", got=repr(record.record_id), fix="records never change"
                     )
@@ -206,10 +225,21 @@ class RecordStore:
             if samples.is_dir() and not any(samples.iterdir()):
                 samples.rmdir()
 
+    def _catch_up(self, handle: int) -> None:
+        """Cut a torn last line off and note the identifiers of the lines that are new since the last call."""
+        size = os.fstat(handle).st_size
+        if self._seen_bytes > size:  # somebody began the file anew
+            self._seen, self._seen_bytes = set(), 0
+        *lines, torn = os.pread(handle, size - self._seen_bytes, self._seen_bytes).split(b"\n")
+        os.ftruncate(handle, size - len(torn))
+        where = f"{self.folder / RECORDS_FILE}, a line"
+        self._seen |= {_parse(line, where).record_id for line in lines}
+        self._seen_bytes = size - len(torn)
+
     def identifiers(self) -> set[str]:
         """Of all records that are there."""
         path = self.folder / RECORDS_FILE
-        return _identifiers(path) if path.is_file() else set()
+        return {record.record_id for record in _read(path)} if path.is_file() else set()
 
     def load_samples(self, record_id: str) -> pd.DataFrame:
         """The per-sample rows of a record. Raises `UsageError` when there are none."""
@@ -221,12 +251,10 @@ class RecordStore:
 
 @contextlib.contextmanager
 def _appending(path: Path) -> Iterator[int]:
-    """A locked handle at the end of a file of whole lines. A torn last line was never a record; it is cut off."""
+    """A handle for appending that no other writer has at the same time."""
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        content = path.read_bytes()
-        os.ftruncate(handle, content.rfind(b"\n") + 1)
         yield handle
     finally:
         os.close(handle)
@@ -239,10 +267,6 @@ def _write_line(handle: int, line: bytes) -> None:
         os.ftruncate(handle, start)
         raise RunError(f"records: only {written} of {len(line)} bytes could be written, the record was not kept")
     os.fsync(handle)
-
-
-def _identifiers(path: Path) -> set[str]:
-    return {record.record_id for record in _read(path)}
 
 
 def load_records(folder: Path) -> list[Record]:

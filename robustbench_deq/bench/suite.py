@@ -1,7 +1,11 @@
-"""Suites: models x attacks x threats x seeds, from a YAML file, as a list of runs, each cut into shards.
+"""Suites: models x data x threats x attacks x budgets x solvers x seeds, from a YAML file, as a list of runs.
+
+Budgets and solvers are axes over settings of the attacks: `steps`, `max_evaluations`, `max_seconds` and `solver`. An
+attack without such a setting is run once, whatever the axis; an axis that no attack of the suite has is refused.
 
 A run becomes one record. A shard is a range of its samples, whole batches of them, and the unit of work: what it gives
-depends on nothing but its run and its range, so shards may be done anywhere, in any order, once or twice.
+depends on nothing but its run and its range, so shards may be done anywhere, in any order, once or twice. (Only a
+budget of seconds makes the result depend on the machine.)
 """
 
 from __future__ import annotations
@@ -9,19 +13,23 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from robustbench_deq.attack import ATTACKS
 from robustbench_deq.bench.records import SCHEMA_VERSION
-from robustbench_deq.configs import Config, merge, parse_fraction, read_yaml, validate
-from robustbench_deq.data import SplitName, load
+from robustbench_deq.configs import Config, merge, named_in, parse_fraction, read_yaml, validate
+from robustbench_deq.data import Split, SplitName, load
 from robustbench_deq.errors import UsageError
-from robustbench_deq.models import MODELS, describe_model
-from robustbench_deq.threats import Norm
+from robustbench_deq.models import MODELS, ModelDescription, describe_model
+from robustbench_deq.solvers import SOLVERS
+from robustbench_deq.threats import Norm, Threat
+
+Axis = list[dict[str, Any]]
+"""Points of an axis of the suite, each as settings of an attack."""
 
 
 class AttackPlan(Config):
@@ -30,12 +38,49 @@ class AttackPlan(Config):
     config: dict[str, Any] = Field(default_factory=dict, description="the attack's own settings")
     grid: dict[str, list[Any]] = Field(default_factory=dict, description="settings, each with the values it takes")
 
-    def variants(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Label and settings of every point of the grid."""
-        for values in itertools.product(*self.grid.values()):
-            point = dict(zip(self.grid, values, strict=True))
-            words = [self.label or self.name, *(f"{key}={value}" for key, value in point.items())]
+    def variants(self, axes: Sequence[Axis]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Label and settings of every point of the grid and of those of the suite's axes that the attack has.
+
+        Raises:
+            UsageError: when the attack sets by itself what an axis sets.
+        """
+        grid = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+        known = ATTACKS.get(self.name).config_type.model_fields
+        own = [[point for point in axis if point.keys() <= known.keys()] or [{}] for axis in axes]
+        for key in {key for axis in own for point in axis for key in point} & {*self.config, *self.grid}:
+            raise UsageError.of(
+                f"suite: attack {self.label or self.name}",
+                expected=f"one place for {key}",
+                got="the attack's own settings and those of the suite",
+                fix="drop one",
+            )
+        for points in itertools.product(grid, *own):
+            point = {key: value for part in points for key, value in part.items()}
+            words = [self.label or self.name, *(f"{key}={_text(value)}" for key, value in point.items())]
             yield " ".join(words), merge(self.config, point)
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+class Budget(Config):
+    """What a run may spend; at least one of the three. The attack returns its last iterate within all of them."""
+
+    steps: int | None = Field(None, ge=1, description="the attack's own steps")
+    evaluations: float | None = Field(None, gt=0, description="cell evaluations per sample, mean of a batch")
+    seconds: float | None = Field(None, gt=0, description="per sample; what comes out depends on the machine")
+
+    @model_validator(mode="after")
+    def _is_some(self) -> Budget:
+        if not self.settings():
+            raise ValueError("steps, evaluations or seconds")
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """As settings of an attack."""
+        values = {"steps": self.steps, "max_evaluations": self.evaluations, "max_seconds": self.seconds}
+        return {key: value for key, value in values.items() if value is not None}
 
 
 class ThreatPlan(Config):
@@ -50,6 +95,13 @@ class ThreatPlan(Config):
         return [parse_fraction(value) if isinstance(value, str) else value for value in values]
 
 
+class Resources(Config):
+    """Of one shard on a Ray cluster."""
+
+    num_cpus: float = Field(1.0, gt=0, description="and as many threads, at least one")
+    num_gpus: float | None = Field(None, ge=0, description="null: 1 on a CUDA device, else 0")
+
+
 class SuiteConfig(Config):
     """A suite as its file says it."""
 
@@ -57,13 +109,40 @@ class SuiteConfig(Config):
     models: list[str] = Field(min_length=1, description="names, wildcards, folders or file.py:function")
     attacks: list[AttackPlan] = Field(min_length=1)
     threats: list[ThreatPlan] | None = Field(None, description="null: the threat of each model's card")
-    data: str | None = Field(None, description="a dataset or npz:FILE; null: that of each model's card")
+    data: str | Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="a dataset or npz:FILE, or several; null: that of each model's card"
+    )
     split: Literal["train", "validation", "test"] = "test"
     limit: int = Field(256, ge=1, description="samples of a run; at most those of the split")
+    budgets: list[Budget] | None = Field(None, min_length=1, description="null: what the attacks' settings say")
+    solvers: list[Annotated[str, named_in(SOLVERS)]] | None = Field(
+        None, min_length=1, description="of the attacks' equilibrium solves; null: what their settings say"
+    )
     seeds: list[int] = Field([0], min_length=1)
     batch_size: int = Field(128, ge=1)
     batches_per_shard: int = Field(1, ge=1, description="batches of a shard")
     num_snapshots: int = Field(8, ge=0, description="points of the accuracy-against-cost curves")
+    resources: Resources = Resources()
+
+    def axes(self) -> list[Axis]:
+        """Budgets and solvers, as far as the suite has them.
+
+        Raises:
+            UsageError: for one that no attack of the suite has a setting for.
+        """
+        named = {
+            "budgets": [budget.settings() for budget in self.budgets or ()],
+            "solvers": [{"solver": solver} for solver in self.solvers or ()],
+        }
+        for name, axis in named.items():
+            for point in axis:
+                kinds = [ATTACKS.get(attack.name).config_type for attack in self.attacks]
+                if not any(set(point) <= set(kind.model_fields) for kind in kinds):
+                    settings = " and ".join(point)
+                    raise UsageError.of(
+                        f"suite: {name}", expected=f"an attack with {settings}", got="none", fix=f"drop {name}"
+                    )
+        return [axis for axis in named.values() if axis]
 
 
 class Run(Config):
@@ -115,37 +194,35 @@ def plan(suite: SuiteConfig) -> list[Run]:
             to it, or two runs that are the same.
     """
     runs: dict[str, Run] = {}
+    splits: dict[str, Split] = {}
+    axes, attacks = suite.axes(), suite.attacks
     for model in dict.fromkeys(name for pattern in suite.models for name in _expand(pattern)):
-        is_file = ".py:" in model
-        described = None if is_file else describe_model(model)
-        known = described.card.evaluation if described else {}
-        data = suite.data or (described.card.data if described else "") or None
-        if data is None:
-            raise UsageError.of(f"suite: model {model}", expected="data", got="none in its card", fix="set data")
-        split = load(data, SplitName(suite.split))
-        split = load(data, SplitName(suite.split), min(suite.limit, len(split)))
-        for (norm, epsilon), spec, seed in itertools.product(_threats(suite, model, known), suite.attacks, suite.seeds):
-            for label, config in spec.variants():
-                validate(ATTACKS.get(spec.name).config_type, config, f"suite: attack {label}")
-                run = Run(
-                    model=model,
-                    model_sha256=(described.sha256 or None) if described else None,
-                    attack=spec.name,
-                    label=label,
-                    config=config,
-                    norm=norm,
-                    epsilon=epsilon,
-                    data=data,
-                    split=suite.split,
-                    digest=split.digest,
-                    num_samples=len(split),
-                    seed=seed,
-                    batch_size=suite.batch_size,
-                    num_snapshots=suite.num_snapshots,
-                )
-                if run.key in runs:
-                    raise UsageError.of("suite", expected="different runs", got=f"{label} twice", fix="drop one")
-                runs[run.key] = run
+        described = None if ".py:" in model else describe_model(model)
+        for name in _data(suite, model, described):
+            split = splits[name] = splits.get(name) or _load(name, suite)
+            _check_shape(model, described, split)
+            for threat, spec, seed in itertools.product(_threats(suite, model, described), attacks, suite.seeds):
+                for label, config in spec.variants(axes):
+                    _check_attack(spec.name, label, config, threat)
+                    run = Run(
+                        model=model,
+                        model_sha256=(described.sha256 or None) if described else None,
+                        attack=spec.name,
+                        label=label,
+                        config=config,
+                        norm=threat.norm.value,
+                        epsilon=threat.epsilon,
+                        data=name,
+                        split=suite.split,
+                        digest=split.digest,
+                        num_samples=len(split),
+                        seed=seed,
+                        batch_size=suite.batch_size,
+                        num_snapshots=suite.num_snapshots,
+                    )
+                    if run.key in runs:
+                        raise UsageError.of("suite", expected="different runs", got=f"{label} twice", fix="drop one")
+                    runs[run.key] = run
     return list(runs.values())
 
 
@@ -166,9 +243,39 @@ def _expand(pattern: str) -> list[str]:
     return names
 
 
-def _threats(suite: SuiteConfig, model: str, known: dict[str, Any]) -> list[tuple[str, float]]:
+def _data(suite: SuiteConfig, model: str, described: ModelDescription | None) -> list[str]:
+    if suite.data is not None:
+        return [suite.data] if isinstance(suite.data, str) else suite.data
+    if described is None or not described.card.data:
+        raise UsageError.of(f"suite: model {model}", expected="data", got="none in its card", fix="set data")
+    return [described.card.data]
+
+
+def _load(name: str, suite: SuiteConfig) -> Split:
+    """The suite's samples of a dataset, or all where there are fewer than its limit."""
+    split = load(name, SplitName(suite.split))
+    return load(name, SplitName(suite.split), min(suite.limit, len(split)))
+
+
+def _check_shape(model: str, described: ModelDescription | None, split: Split) -> None:
+    """A model of a file is not built for this; its shards fail with a reason of their own."""
+    expected, got = described and described.config.get("input_shape"), list(split.x.shape[1:])
+    if expected and list(expected) != got:
+        raise UsageError.of(
+            f"suite: model {model}", expected=f"images {list(expected)}", got=f"{got} of {split.name}", fix="drop one"
+        )
+
+
+def _threats(suite: SuiteConfig, model: str, described: ModelDescription | None) -> list[Threat]:
     if suite.threats is not None:
-        return [(Norm.parse(threat.norm).value, epsilon) for threat in suite.threats for epsilon in threat.epsilons]
+        return [Threat(Norm.parse(plan.norm), epsilon) for plan in suite.threats for epsilon in plan.epsilons]
+    known = described.card.evaluation if described else {}
     if "epsilon" not in known:
         raise UsageError.of(f"suite: model {model}", expected="a threat", got="none in its card", fix="set threats")
-    return [(known.get("norm", "l2"), float(known["epsilon"]))]
+    return [Threat(Norm.parse(known.get("norm", "l2")), float(known["epsilon"]))]
+
+
+def _check_attack(name: str, label: str, config: dict[str, Any], threat: Threat) -> None:
+    """Settings and threat that the attack refuses come to light before anything runs."""
+    kind = ATTACKS.get(name)
+    kind(threat, validate(kind.config_type, config, f"suite: attack {label}"))

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from robustbench_deq.bench import records
 from robustbench_deq.bench.records import Record, RecordStore, load_records, to_frame, to_json
 from robustbench_deq.configs import validate
 from robustbench_deq.errors import UsageError
@@ -44,6 +45,7 @@ def values(**changes: Any) -> dict[str, Any]:
             "solver_steps": 80.0,
             "wall_seconds": 1.7,
             "peak_memory_mb": 500.0,
+            "judge_seconds": 0.9,
         },
         "curve": [{"step": 10, "cell_evals": 10.0, "cell_vjps": 10.0, "wall_seconds": 0.4, "robust_accuracy": 0.75}],
         "residuals": [0.5, 0.25],
@@ -227,6 +229,19 @@ def test_writers_may_share_a_folder(tmp_path: Path) -> None:
         list(pool.map(append_some, range(3)))
     found = [record.record_id for record in load_records(tmp_path)]
     assert sorted(found) == [f"{writer}-{number}" for writer in range(3) for number in range(5)]
+
+
+def test_appending_parses_every_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[bytes] = []
+    read = records._parse
+    monkeypatch.setattr(records, "_parse", lambda line, where: parsed.append(line) or read(line, where))
+    mine, other = RecordStore(tmp_path), RecordStore(tmp_path)
+    for number in range(20):
+        store = other if number % 5 == 0 else mine
+        store.append(Record(**values(record_id=f"{number}")), samples())
+    assert len(parsed) < 2 * 20  # each line once by either store
+    with pytest.raises(UsageError, match="new identifier"):
+        mine.append(Record(**values(record_id="15")), samples())
 
 
 def test_frame_is_flat_with_a_row_for_each_record() -> None:

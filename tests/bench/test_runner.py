@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
 import shutil
 import signal
 import subprocess
@@ -10,66 +13,27 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 import cli
+from robustbench_deq.attack import ATTACKS, Attack
 from robustbench_deq.bench.evaluate import evaluate
-from robustbench_deq.bench.executors import Processes, Serial
+from robustbench_deq.bench.executors import WORKER_DIED, Processes, Ray
 from robustbench_deq.bench.images import load_images
-from robustbench_deq.bench.records import RecordStore, load_records, to_json
-from robustbench_deq.bench.runner import ASSEMBLY_LOCK, ShardStore, run_shard, run_suite
-from robustbench_deq.bench.suite import SuiteConfig, cut, plan
+from robustbench_deq.bench.records import RecordStore, load_records
+from robustbench_deq.bench.runner import claim_folder, run_shard
+from robustbench_deq.bench.shards import ASSEMBLY_LOCK, ShardStore
+from robustbench_deq.bench.suite import cut, plan, read_suite
 from robustbench_deq.configs import validate
 from robustbench_deq.data import load
 from robustbench_deq.errors import UsageError
 from robustbench_deq.models import load_model
 from robustbench_deq.threats import Norm, Threat
+from tests.bench.small_suite import content, do, runs_of, suite
 
 ROOT = Path(__file__).parents[2]
-TIMINGS = {"created", "environment"}
-
-
-def suite(**changes: Any) -> SuiteConfig:
-    values = {
-        "name": "small",
-        "models": ["test-linear.tiny"],
-        "data": "digits",
-        "threats": [{"norm": "l2", "epsilons": [0.3, "1/2"]}],
-        "attacks": [{"name": "joint-pgd", "config": {"steps": 4}}, {"name": "noise"}],
-        "limit": 20,
-        "batch_size": 8,
-        "num_snapshots": 2,
-    }
-    return validate(SuiteConfig, values | changes, "suite")
-
-
-def runs_of(config: SuiteConfig) -> list:
-    return [(run, cut(run, config.batches_per_shard)) for run in plan(config)]
-
-
-def do(folder: Path, config: SuiteConfig | None = None, executor=None, build=cli.build_attack, watch=None):
-    config = config or suite()
-    return run_suite(runs_of(config), folder, build, executor or Serial(), watch=watch)
-
-
-def content(folder: Path) -> list[tuple[dict[str, Any], str]]:
-    """Records and samples without what may differ between two runs: times and places."""
-    store, found = RecordStore(folder), []
-    for record in load_records(folder):
-        values = {key: value for key, value in to_json(record).items() if key not in TIMINGS}
-        for part in (values["cost"], *values["curve"]):
-            del part["wall_seconds"]
-            part.pop("peak_memory_mb", None)
-        found.append((values, store.load_samples(record.record_id).to_csv()))
-    return found
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    do(folder)
-    return folder
 
 
 # ---------------------------------------------------------------- the plan
@@ -96,6 +60,34 @@ def test_wildcards_take_threat_and_data_from_the_cards() -> None:
     assert all(run.model_sha256 for run in runs)
 
 
+def test_budgets_and_solvers_are_axes_of_the_attacks_that_have_them() -> None:
+    runs = plan(
+        suite(
+            threats=[{"norm": "l2", "epsilons": [0.3]}],
+            attacks=[{"name": "joint-pgd"}, {"name": "pgd", "label": "warm"}, {"name": "noise"}],
+            budgets=[{"steps": 4}, {"steps": 6, "evaluations": 30}],
+            solvers=["anderson", "broyden"],
+        )
+    )
+    assert [(run.label, run.config) for run in runs] == [
+        ("joint-pgd steps=4", {"steps": 4}),
+        ("joint-pgd steps=6 max_evaluations=30", {"steps": 6, "max_evaluations": 30}),
+        ("warm steps=4 solver=anderson", {"steps": 4, "solver": "anderson"}),
+        ("warm steps=4 solver=broyden", {"steps": 4, "solver": "broyden"}),
+        ("warm steps=6 max_evaluations=30 solver=anderson", {"steps": 6, "max_evaluations": 30, "solver": "anderson"}),
+        ("warm steps=6 max_evaluations=30 solver=broyden", {"steps": 6, "max_evaluations": 30, "solver": "broyden"}),
+        ("noise", {}),
+    ]
+
+
+def test_several_datasets_are_an_axis(tmp_path: Path) -> None:
+    few = load("digits", limit=3)
+    np.savez(tmp_path / "few.npz", images=few.x.numpy().repeat(4, 0), labels=few.y.numpy().repeat(4))
+    runs = plan(suite(data=["digits", f"npz:{tmp_path / 'few.npz'}"], attacks=[{"name": "noise"}]))
+    assert [run.data.partition(":")[0] for run in runs] == ["digits", "digits", "npz", "npz"]
+    assert len({run.digest for run in runs}) == 2
+
+
 @pytest.mark.parametrize(("batches", "expected"), [(1, [(0, 8), (8, 16), (16, 20)]), (2, [(0, 16), (16, 20)])])
 def test_shards_are_whole_batches_and_cover_the_run(batches: int, expected: list) -> None:
     shards = cut(plan(suite())[0], batches)
@@ -119,11 +111,30 @@ def test_key_follows_from_everything_that_the_result_depends_on() -> None:
         ({"threats": None}, "set threats"),
         ({"threats": [{"norm": "l3", "epsilons": [1]}]}, "l3"),
         ({"data": None}, "set data"),
+        ({"data": []}, "data"),
+        ({"models": ["deq-conv.fashion-joint-l2"]}, r"images \[1, 28, 28\], got \[1, 8, 8\] of digits"),
+        ({"threats": [{"norm": "l2", "epsilons": [-1]}]}, "epsilon"),
+        ({"attacks": [{"name": "torchattacks-pgd"}]}, "norm linf"),
+        ({"solvers": ["simplex"]}, "anderson"),
+        ({"solvers": ["anderson"]}, "an attack with solver, got none"),
+        ({"budgets": [{"steps": 4}], "attacks": [{"name": "noise"}]}, "an attack with steps, got none"),
+        ({"budgets": [{"steps": 4}]}, "one place for steps"),
+        ({"budgets": [{}]}, "steps, evaluations or seconds"),
+        ({"budgets": [{"seconds": 1}], "attacks": [{"name": "torchattacks-pgdl2"}]}, "max_seconds"),
     ],
 )
 def test_plans_that_cannot_be_done_are_refused(change: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         plan(suite(**change))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "suites").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_suites_are_sound(path: Path) -> None:
+    config = read_suite(path)
+    variants = [(spec, *variant) for spec in config.attacks for variant in spec.variants(config.axes())]
+    assert len({label for _, label, _ in variants}) == len(variants)
+    for spec, label, settings in variants:
+        validate(ATTACKS.get(spec.name).config_type, settings, label)
 
 
 # ---------------------------------------------------------------- running
@@ -206,13 +217,38 @@ def test_failed_shard_is_kept_with_its_reason_and_the_rest_goes_on(undisturbed: 
     assert sorted(content(tmp_path), key=str) == sorted(content(undisturbed), key=str)
 
 
+def test_resume_begins_where_nothing_is_and_refuses_what_is_not_its_own(tmp_path: Path) -> None:
+    (tmp_path / ".suite.json.torn").write_text("{")  # killed before it had a suite
+    claim_folder(tmp_path, suite(), is_resumed=True)
+    claim_folder(tmp_path, suite(resources={"num_cpus": 2}), is_resumed=True)
+    with pytest.raises(UsageError, match="another limit"):
+        claim_folder(tmp_path, suite(limit=10), is_resumed=True)
+    (tmp_path / "suite.json").unlink()
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(UsageError, match=r"suite\.json of an earlier run"):
+        claim_folder(tmp_path, suite(), is_resumed=True)
+
+
+def test_what_killed_processes_left_goes_once_all_is_done(undisturbed: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(undisturbed, tmp_path / "copy")
+    stale = [folder / "shards" / name for name in (".one.parquet.x1", "two.lock")] + [
+        folder / "images" / ".three.npz.x"
+    ]
+    for path in stale:
+        path.write_text("")
+    do(folder)
+    assert not any(path.exists() for path in stale)
+    assert content(folder) == content(undisturbed)
+
+
 def test_claimed_shard_is_left_to_its_owner(tmp_path: Path) -> None:
     shard = runs_of(suite())[0][1][0]
     store = ShardStore(tmp_path)
-    with store.claim(shard) as is_mine:
-        assert is_mine
+    with store.claim(shard) as claim:
+        assert claim is not None and store.is_claimed(shard)
         assert run_shard(shard, tmp_path, cli.build_attack) is None
         assert not store.is_done(shard)
+    assert not store.is_claimed(shard)
     assert run_shard(shard, tmp_path, cli.build_attack) is None
     assert store.is_done(shard)
 
@@ -261,3 +297,72 @@ def test_killed_runner_is_continued(seconds: float, undisturbed: Path, tmp_path:
 def test_processes_give_the_same_records(undisturbed: Path, tmp_path: Path) -> None:
     do(tmp_path, executor=Processes(2))
     assert sorted(content(tmp_path), key=str) == sorted(content(undisturbed), key=str)
+
+
+def die_once(marker: Path, name: str, threat: Threat, settings: dict[str, Any]) -> Attack:
+    """Builds an attack, but kills the first process that asks for one."""
+    try:
+        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return cli.build_attack(name, threat, settings)
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def die_at_half(name: str, threat: Threat, settings: dict[str, Any]) -> Attack:
+    if threat.epsilon == 0.5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return cli.build_attack(name, threat, settings)
+
+
+def test_killed_worker_loses_nothing(undisturbed: Path, tmp_path: Path) -> None:
+    outcome = do(tmp_path / "suite", executor=Processes(2), build=functools.partial(die_once, tmp_path / "killed"))
+    assert (tmp_path / "killed").exists()
+    assert not outcome.failures
+    assert content(tmp_path / "suite") == content(undisturbed)
+
+
+def test_only_the_shard_that_kills_its_workers_fails(tmp_path: Path) -> None:
+    small = suite(limit=8, attacks=[{"name": "noise"}])
+    (_, [fine]), (_, [lost]) = runs_of(small)
+    outcome = do(tmp_path, small, Processes(2), die_at_half)
+    assert outcome.failures == {lost.key: WORKER_DIED}
+    assert ShardStore(tmp_path).reason(lost) == WORKER_DIED
+    assert ShardStore(tmp_path).is_done(fine) and outcome.num_records == 1
+
+
+def test_workers_end_with_a_killed_runner(tmp_path: Path) -> None:
+    script = RUNNER.replace("Serial()", "Processes(2)").replace("import Serial", "import Processes")
+    script = script.replace("\nrun_suite", "\nif __name__ == '__main__': run_suite")
+    (tmp_path / "runner.py").write_text(script)
+    runner = subprocess.Popen(
+        [sys.executable, str(tmp_path / "runner.py"), str(tmp_path / "suite"), suite().model_dump_json()],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 240
+    while len(group_of(runner.pid)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(group_of(runner.pid)) >= 3  # the runner, its workers, and what multiprocessing adds
+    runner.send_signal(signal.SIGKILL)
+    runner.wait(10)
+    deadline = time.monotonic() + 240  # a worker that is still importing torch ends when it has
+    while group_of(runner.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert group_of(runner.pid) == []
+
+
+def group_of(leader: int) -> list[int]:
+    """Living processes of a process group."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, group = path.read_text().rpartition(")")[2].split()[:3]
+            found += [int(path.parent.name)] if int(group) == leader and state != "Z" else []
+    return found
+
+
+def test_ray_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError, match=r"--executor ray: expected the package ray.*\[cluster\]"):
+        Ray(None)

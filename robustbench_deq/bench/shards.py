@@ -1,0 +1,183 @@
+"""Shards of a folder: which are done, which have failed, and who is at which.
+
+    DIR/shards/KEY.parquet      a finished shard's samples, and KEY.json, written last: the rest of its parts
+    DIR/shards/KEY.failed.json  why a shard failed
+    DIR/shards/KEY.lock         a shard in progress; the system releases the lock when the process that holds it dies
+
+A shard is done when its JSON file is there, whoever made it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from robustbench_deq.bench.evaluate import Part
+from robustbench_deq.bench.images import IMAGES_FOLDER
+from robustbench_deq.bench.records import SAMPLES_FOLDER, CostRecord, CurvePoint
+from robustbench_deq.bench.suite import Shard
+from robustbench_deq.files import replacing, write_json
+
+SHARDS_FOLDER = "shards"
+ASSEMBLY_LOCK = "assembly.lock"
+
+
+class ShardTimes(NamedTuple):
+    """When a shard was begun (seconds since 1970), and its seconds: in all, in the attack and in the judge."""
+
+    began: float
+    seconds: float
+    attack_seconds: float
+    judge_seconds: float
+
+
+class Standing(NamedTuple):
+    """How far a shard is."""
+
+    began: float
+    num_done: int
+    num_robust: int
+
+
+class Claim:
+    """The right to do a shard. Its lock file says how far it is, for whoever watches the folder."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle, self.began = handle, time.time()
+        self.note(0, 0)
+
+    def note(self, num_done: int, num_robust: int) -> None:
+        content = json.dumps(Standing(self.began, num_done, num_robust)._asdict()).encode()
+        os.ftruncate(self._handle, 0)
+        os.pwrite(self._handle, content, 0)
+
+
+class ShardStore:
+    """Finished, failed and running shards of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = Path(folder)
+        self.folder = self.root / SHARDS_FOLDER
+
+    def is_done(self, shard: Shard) -> bool:
+        return self._path(shard, ".json").is_file()
+
+    def save(
+        self, shard: Shard, parts: Sequence[Part], environment: dict[str, Any], began: float, seconds: float
+    ) -> None:
+        """Keep the parts of a shard; the JSON file, which makes it count, comes last."""
+        with replacing(self._path(shard, ".parquet")) as temporary:
+            pd.concat([part.samples for part in parts], ignore_index=True).to_parquet(temporary, index=False)
+        content = [
+            {
+                "num_samples": len(part.samples),
+                "num_robust": int(part.samples["is_robust"].sum()),
+                "cost": part.cost.model_dump(mode="json"),
+                "curve": [point.model_dump(mode="json") for point in part.curve],
+                "residuals": part.residuals,
+                "diagnostics": part.diagnostics,
+            }
+            for part in parts
+        ]
+        whole = {"began": began, "seconds": seconds, "environment": environment, "parts": content}
+        write_json(self._path(shard, ".json"), whole)
+        self._path(shard, ".failed.json").unlink(missing_ok=True)
+
+    def load(self, shard: Shard) -> tuple[list[Part], dict[str, Any]]:
+        """The parts of a finished shard, and the environment it was done in."""
+        content = self._read(shard)
+        samples, parts, begin = pd.read_parquet(self._path(shard, ".parquet")), [], 0
+        for part in content["parts"]:
+            rows = samples.iloc[begin : begin + part["num_samples"]]
+            begin += part["num_samples"]
+            cost, curve = CostRecord(**part["cost"]), [CurvePoint(**point) for point in part["curve"]]
+            parts.append(Part(rows, cost, curve, part["residuals"], part["diagnostics"]))
+        return parts, content["environment"]
+
+    def times(self, shard: Shard) -> ShardTimes:
+        """Of a finished shard."""
+        content = self._read(shard)
+        costs = [part["cost"] for part in content["parts"]]
+        attack, judge = (sum(cost[key] for cost in costs) for key in ("wall_seconds", "judge_seconds"))
+        return ShardTimes(content["began"], content["seconds"], attack, judge)
+
+    def num_robust(self, shard: Shard) -> int:
+        """Of a finished shard's samples."""
+        return sum(part["num_robust"] for part in self._read(shard)["parts"])
+
+    def fail(self, shard: Shard, reason: str) -> None:
+        write_json(self._path(shard, ".failed.json"), {"reason": reason, "shard": shard.model_dump(mode="json")})
+
+    def reason(self, shard: Shard) -> str | None:
+        """Why the shard failed; None when it did not."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return json.loads(self._path(shard, ".failed.json").read_text(encoding="utf-8"))["reason"]
+        return None
+
+    @contextlib.contextmanager
+    def claim(self, shard: Shard) -> Iterator[Claim | None]:
+        """The right to do the shard, None when it is done or another process has it. Ends with the block or process."""
+        path = self._path(shard, ".lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield None
+                return
+            yield None if self.is_done(shard) else Claim(handle)
+            path.unlink(missing_ok=True)
+        finally:
+            os.close(handle)
+
+    def is_claimed(self, shard: Shard) -> bool:
+        """Whether a process is at the shard right now."""
+        try:
+            handle = os.open(self._path(shard, ".lock"), os.O_RDWR)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(handle)
+        return False
+
+    def standing(self, shard: Shard) -> Standing | None:
+        """What the last process at the shard has noted, dead or alive; None when the shard is done or was not begun."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return Standing(**json.loads(self._path(shard, ".lock").read_text(encoding="utf-8")))
+        return None
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Waits until no other process is in such a block."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ASSEMBLY_LOCK).open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+    def tidy(self) -> None:
+        """Remove what killed processes have left: temporary files and locks. Only once all shards are done."""
+        for folder in (self.folder, self.root / SAMPLES_FOLDER, self.root / IMAGES_FOLDER):
+            for path in folder.glob(".*"):
+                path.unlink(missing_ok=True)
+        for path in self.folder.glob("*.lock"):
+            if path.name != ASSEMBLY_LOCK:
+                path.unlink(missing_ok=True)
+
+    def _read(self, shard: Shard) -> dict[str, Any]:
+        return json.loads(self._path(shard, ".json").read_text(encoding="utf-8"))
+
+    def _path(self, shard: Shard, suffix: str) -> Path:
+        return self.folder / f"{shard.key}{suffix}"
