@@ -18,7 +18,7 @@ from robustbench_deq.errors import UsageError
 from robustbench_deq.report.plots import (
     Look,
     add_legend,
-    draw_result,
+    draw_results,
     facet_figure,
     facet_title,
     handle_of,
@@ -31,8 +31,8 @@ from robustbench_deq.report.plots import (
 )
 from robustbench_deq.report.settings import Setting, format_norm, group_by_setting, setting_names
 
-MAX_SETTINGS = 12
-NUM_EXAMPLES = 6
+MAX_SETTINGS = 24
+NUM_EXAMPLES = 3
 MAX_ATTACKS = 10
 MAX_POINTS = 40
 MIN_ATTACKS = 3
@@ -120,8 +120,7 @@ def _draw_radii(axes: Axes, records: Sequence[Record], look: Look) -> None:
         **{**look, "marker": "none"},
         zorder=2,
     )
-    for record in ordered:
-        draw_result(axes, record.threat.epsilon, record, look)
+    draw_results(axes, [(record.threat.epsilon, record) for record in ordered], look)
 
 
 def has_choice(records: Sequence[Record]) -> bool:
@@ -146,7 +145,7 @@ def pareto_plot(records: Sequence[Record]) -> Figure:
             on_front = set(map(id, front))
             for record in group:
                 if id(record) in on_front:
-                    draw_result(axes, _cost(record), record, looks[record.label])
+                    draw_results(axes, [(_cost(record), record)], looks[record.label])
                 elif _cost(record) > 0:
                     axes.plot(_cost(record), 100 * record.robust_accuracy, **looks[record.label])
             use_log_costs(axes)

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow
-import pyarrow.parquet
 
 from robustbench_deq.bench.images import load_images
 from robustbench_deq.bench.records import Record, RecordStore
@@ -22,7 +21,7 @@ from robustbench_deq.report.gallery import GalleryRow
 
 logger = logging.getLogger(__name__)
 
-_COLUMNS = ("sample_id", "is_clean_correct", "is_robust", "is_converged", "is_failed")
+_COLUMNS = ["sample_id", "is_clean_correct", "is_robust", "is_converged", "is_failed"]
 Card = Mapping[str, Any]
 """The content of a `model.json`: name, family, config, sha256, number of parameters, and the card itself."""
 
@@ -57,7 +56,7 @@ def read_supplements(folders: Mapping[Path, Sequence[Record]], cards: Mapping[st
     for folder, records in folders.items():
         store = RecordStore(folder)
         for record in records:
-            found = _read_verdicts(store.samples_path(record.record_id), record)
+            found = _read_verdicts(store, record)
             if found is not None:
                 verdicts[record.record_id] = found
             rows = _read_gallery(folder, record.record_id)
@@ -66,9 +65,10 @@ def read_supplements(folders: Mapping[Path, Sequence[Record]], cards: Mapping[st
     return Supplements(verdicts, galleries, cards or {})
 
 
-def _read_verdicts(path: Path, record: Record) -> Verdicts | None:
+def _read_verdicts(store: RecordStore, record: Record) -> Verdicts | None:
+    path = store.samples_path(record.record_id)
     try:
-        table = pyarrow.parquet.ParquetFile(path).read(columns=list(_COLUMNS), use_threads=False)
+        table = store.samples_table(record.record_id, _COLUMNS)
         sample_ids, *columns = (table.column(name).to_numpy() for name in _COLUMNS)
     except (OSError, KeyError, pyarrow.ArrowException):
         logger.warning("%s: no verdicts could be read", path)

@@ -105,8 +105,8 @@ def test_json_of_the_record_holds_the_promised_fields(setup) -> None:
     }  # fmt: skip
     assert promised <= found.keys()
     costs = {"cell_evals", "cell_vjps", "solver_steps", "wall_seconds", "peak_memory_mb"}
-    assert found["cost"].keys() == costs and all(found["cost"][name] > 0 for name in costs)
-    point = {"step", "cell_evals", "cell_vjps", "wall_seconds", "robust_accuracy"}
+    assert found["cost"].keys() >= costs and all(found["cost"][name] > 0 for name in costs)
+    point = {"step", "cell_evals", "cell_vjps", "solver_steps", "wall_seconds", "robust_accuracy"}
     assert [entry.keys() for entry in found["curve"]] == [point] * 3
 
 

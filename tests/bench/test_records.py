@@ -44,8 +44,18 @@ def values(**changes: Any) -> dict[str, Any]:
             "solver_steps": 80.0,
             "wall_seconds": 1.7,
             "peak_memory_mb": 500.0,
+            "judge_seconds": 0.9,
         },
-        "curve": [{"step": 10, "cell_evals": 10.0, "cell_vjps": 10.0, "wall_seconds": 0.4, "robust_accuracy": 0.75}],
+        "curve": [
+            {
+                "step": 10,
+                "cell_evals": 10.0,
+                "cell_vjps": 10.0,
+                "solver_steps": 20.0,
+                "wall_seconds": 0.4,
+                "robust_accuracy": 0.75,
+            }
+        ],
         "residuals": [0.5, 0.25],
         "diagnostics": {"fallback_samples": 1.0},
         "seed": 0,
@@ -159,7 +169,7 @@ def test_append_after_a_torn_line_leaves_a_whole_file(tmp_path: Path, caplog: py
         (b"\xff\xfe", "one JSON object"),
         (b"", "one JSON object"),
         (b'{"schema_version": NaN}', "one JSON object"),
-        (b'{"schema_version": 2}', "got 2; read it with the version"),
+        (b'{"schema_version": 2}', "got 2; install the newer robustbench-deq"),
         (b"{}", "expected schema_version 1, got None"),
         (b'{"schema_version": 1}', "record_id: expected"),
     ],
