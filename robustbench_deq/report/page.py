@@ -30,8 +30,8 @@ from robustbench_deq.report.leaderboard_page import leaderboard_html
 from robustbench_deq.report.settings import Setting, format_threat, group_by_setting, setting_names
 from robustbench_deq.report.spending import time_spent
 from robustbench_deq.report.supplements import Supplements
-from robustbench_deq.report.tables import COLUMN_MEANINGS, Format, markdown_text, readable, render, summary_table
-from robustbench_deq.report.templates import render_template
+from robustbench_deq.report.tables import Format, markdown_text, meanings, render, summary_table
+from robustbench_deq.report.templates import definitions, render_template
 
 TITLE = "Adversarial robustness of deep equilibrium models"
 CAPTIONS = {
@@ -147,13 +147,9 @@ def _caption(name: str, num_drawn: int, num_records: int) -> str:
 
 def _markdown(table: pd.DataFrame, shown: Sequence[_Plot]) -> str:
     parts = [f"# {TITLE}", render(table, Format.MARKDOWN).rstrip()]
-    parts.append("\n".join(f"- **{markdown_text(name)}**: {text}" for name, text in _meanings(table).items()))
+    parts.append("\n".join(f"- **{markdown_text(name)}**: {text}" for name, text in meanings(table).items()))
     parts += [f"![{plot.name}](figures/{plot.name}.png)\n\n{plot.caption}" for plot in shown]
     return "\n\n".join(parts) + "\n"
-
-
-def _meanings(table: pd.DataFrame) -> dict[str, str]:
-    return {name: COLUMN_MEANINGS[name] for name in readable(table).columns}
 
 
 def _html(records: Sequence[Record], table: pd.DataFrame, shown: Sequence[_Plot]) -> str:
@@ -167,7 +163,7 @@ def _html(records: Sequence[Record], table: pd.DataFrame, shown: Sequence[_Plot]
         {
             "title": record.label,
             "subtitle": " · ".join(names[Setting.of(record)]),
-            "facts": _facts(record) | {"Environment": environments.index(record.environment) + 1},
+            "facts": definitions(_facts(record) | {"Environment": environments.index(record.environment) + 1}),
             "command": command_of(record),
         }
         for record in ordered
@@ -176,7 +172,7 @@ def _html(records: Sequence[Record], table: pd.DataFrame, shown: Sequence[_Plot]
         "page.html.jinja",
         title=TITLE,
         table=render(table, Format.HTML),
-        meanings=_meanings(table),
+        meanings=meanings(table),
         plots=shown,
         runs=runs,
         environments=environments,

@@ -273,7 +273,7 @@ def log_ticks(low: float, high: float) -> list[float]:
         [factor * 10.0**decade for decade in (*decades, decades.stop) for factor in factors]
         for factors in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 5, 7))
     ]
-    for ticks in (*candidates, MaxNLocator(4).tick_values(low, high)):
+    for ticks in (*candidates, MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)):
         inside = [float(tick) for tick in ticks if low <= tick <= high]
         if len(inside) >= MIN_TICKS:
             break

@@ -37,7 +37,10 @@ def time_spent(records: Sequence[Record]) -> Figure:
     with style():
         figure = new_figure(9.0, 1.5 + BAR_HEIGHT * len(bars))
         left, right = figure.subplots(1, 2, sharey=True)
-        for axes, parts, title in ((left, _SECONDS, "Seconds, all records together"), (right, _CALLS, "Calls per sample")):
+        for axes, parts, title in (
+            (left, _SECONDS, "Seconds, all records together"),
+            (right, _CALLS, "Calls per sample"),
+        ):
             begin = [0.0] * len(bars)
             for _, cost, colour, hatch in parts:
                 widths = [_total(group, cost) for group in bars.values()]

@@ -7,7 +7,7 @@ their record, are left out with a warning in the log.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 
-from robustbench_deq.bench.images import load_images
+from robustbench_deq.bench.images import images_path, load_images
 from robustbench_deq.bench.records import Record, RecordStore
 from robustbench_deq.report.gallery import GalleryRow
 
@@ -52,17 +52,37 @@ def read_supplements(folders: Mapping[Path, Sequence[Record]], cards: Mapping[st
         cards: passed through.
     """
     verdicts: dict[str, Verdicts] = {}
-    galleries: dict[str, Sequence[GalleryRow]] = {}
+    images: dict[str, Path] = {}
     for folder, records in folders.items():
         store = RecordStore(folder)
         for record in records:
             found = _read_verdicts(store, record)
             if found is not None:
                 verdicts[record.record_id] = found
-            rows = _read_gallery(folder, record.record_id)
-            if rows:
-                galleries[record.record_id] = rows
-    return Supplements(verdicts, galleries, cards or {})
+            if images_path(folder, record.record_id).is_file():
+                images[record.record_id] = folder
+    return Supplements(verdicts, Galleries(images), cards or {})
+
+
+class Galleries(Mapping[str, Sequence[GalleryRow]]):
+    """Images of records by their id, read when they are asked for: few of many are shown.
+
+    Args:
+        folders: the records that have some, and where they lie.
+    """
+
+    def __init__(self, folders: Mapping[str, Path]) -> None:
+        self._folders = folders
+
+    def __getitem__(self, record_id: str) -> Sequence[GalleryRow]:
+        """None of them where they cannot be read."""
+        return _read_gallery(self._folders[record_id], record_id)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._folders)
+
+    def __len__(self) -> int:
+        return len(self._folders)
 
 
 def _read_verdicts(store: RecordStore, record: Record) -> Verdicts | None:

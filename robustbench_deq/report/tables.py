@@ -12,7 +12,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import pandas as pd
 
@@ -29,6 +29,8 @@ COLUMN_MEANINGS = {
     "Threat": "the norm ball of allowed perturbations, in pixel units of [0, 1]",
     "Data": "the data set and the split the samples come from",
     "Attack": "the attack and its number of steps",
+    "Rank": "place of the attack among those on the same model, threat and data, the strongest first; equal robust "
+    "accuracies share it",
     "Seed": "the seed of all randomness of the run",
     "n": "how many samples were attacked; every accuracy is over all of them",
     "Clean %": "samples classified correctly without an attack",
@@ -65,14 +67,23 @@ def summary_table(records: Sequence[Record]) -> pd.DataFrame:
     Raises:
         UsageError: when there are no records.
     """
-    return pd.DataFrame([_row(record) for group in group_by_setting(records).values() for record in group])
+    return pd.DataFrame([row for group in group_by_setting(records).values() for row in _rows(group)])
 
 
-def _row(record: Record) -> dict[str, object]:
+def _rows(group: Sequence[Record]) -> Iterator[dict[str, object]]:
+    """Of one setting, with ranks."""
+    rank, last = 0, None
+    for place, record in enumerate(group, start=1):
+        rank, last = (rank if record.robust_accuracy == last else place), record.robust_accuracy
+        yield _row(record, rank)
+
+
+def _row(record: Record, rank: int) -> dict[str, object]:
     low, high = record.robust_accuracy_ci
     return {
         **Setting.of(record)._asdict(),
         "attack": record.label,
+        "rank": rank,
         "seed": record.seed,
         "clean_accuracy": record.clean_accuracy,
         "robust_accuracy": record.robust_accuracy,
@@ -107,6 +118,7 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
         "Threat": [names[setting].threat for setting in settings],
         "Data": [names[setting].data for setting in settings],
         "Attack": frame["attack"],
+        "Rank": _each(frame, str, "rank"),
         "Seed": _each(frame, str, "seed"),
         "n": _each(frame, "{:,}".format, "num_samples"),
         "Clean %": _each(frame, percent, "clean_accuracy"),
@@ -118,9 +130,13 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
         "Unconverged": _each(frame, str, "num_unconverged"),
         "Failed": _each(frame, str, "num_failed"),
     }
-    if frame["seed"].nunique() == 1:
-        del columns["Seed"]
-    return pd.DataFrame(columns)
+    return pd.DataFrame({name: columns[name] for name in meanings(frame)})
+
+
+def meanings(frame: pd.DataFrame) -> dict[str, str]:
+    """What the columns of the readable table mean, in their order."""
+    has_seeds = frame["seed"].nunique() > 1
+    return {name: text for name, text in COLUMN_MEANINGS.items() if has_seeds or name != "Seed"}
 
 
 def _settings(frame: pd.DataFrame) -> list[Setting]:

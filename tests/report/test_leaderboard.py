@@ -188,7 +188,9 @@ def test_images_of_another_shape_are_left_out(make_run, tmp_path: Path) -> None:
     two_channels = np.zeros((8, 2, 4, 4), dtype=np.float32)
     classes = samples["label"].to_numpy()
     save_images(tmp_path, "a", Images(two_channels, two_channels, classes, classes, classes))
-    assert stored([(record, samples)], tmp_path)[1].galleries == {}
+    records, supplements = stored([(record, samples)], tmp_path)
+    assert supplements.galleries["a"] == []
+    assert make_leaderboard(records, supplements)[0].gallery == ()
 
 
 # ---------------------------------------------------------------- the page
