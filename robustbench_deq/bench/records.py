@@ -20,7 +20,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -311,6 +311,26 @@ def load_records(folder: Path) -> list[Record]:
             str(path), expected="records", got="none", fix="write one with 'robustbench-deq attack MODEL --out DIR'"
         )
     return records
+
+
+def load_folders(folders: Iterable[Path]) -> dict[Path, list[Record]]:
+    """All records of several folders.
+
+    Raises:
+        UsageError: as `load_records`, and when two folders have the same record, such as two runs of one suite.
+    """
+    found = {Path(folder): load_records(folder) for folder in folders}
+    places: dict[str, Path] = {}
+    for folder, records in found.items():
+        for record in records:
+            if (other := places.setdefault(record.record_id, folder)) != folder:
+                raise UsageError.of(
+                    f"record {record.record_id}",
+                    expected="in one folder only",
+                    got=f"in {other} and {folder}",
+                    fix="leave one of them out, or compare them with 'robustbench-deq report --compare A B'",
+                )
+    return found
 
 
 def _read(path: Path) -> list[Record]:

@@ -18,6 +18,7 @@ import pandas as pd
 
 from robustbench_deq.bench.records import Record
 from robustbench_deq.errors import UsageError
+from robustbench_deq.proportions import wilson_interval
 from robustbench_deq.report.settings import Setting, group_by_setting, setting_names
 
 MISSING = "–"
@@ -33,8 +34,8 @@ COLUMN_MEANINGS = {
     "accuracies share it",
     "Seed": "the seed of all randomness of the run",
     "n": "how many samples were attacked; every accuracy is over all of them",
-    "Clean %": "samples classified correctly without an attack",
-    "Robust %": "samples still classified correctly after it, with the confidence interval; lower is a stronger attack",
+    "Clean %": "samples classified correctly without an attack, with Wilson's 95 % interval",
+    "Robust %": "samples still classified correctly after it, with the same interval; lower is a stronger attack",
     "Adv. loss": "mean cross-entropy of the true class at the perturbed images",
     "Cell evals": "evaluations of the cell per sample: the cost that does not depend on the machine",
     "VJPs": "vector-Jacobian products through the cell per sample",
@@ -80,12 +81,16 @@ def _rows(group: Sequence[Record]) -> Iterator[dict[str, object]]:
 
 def _row(record: Record, rank: int) -> dict[str, object]:
     low, high = record.robust_accuracy_ci
+    num_samples = record.data.num_samples
+    clean_low, clean_high = wilson_interval(round(record.clean_accuracy * num_samples), num_samples)
     return {
         **Setting.of(record)._asdict(),
         "attack": record.label,
         "rank": rank,
         "seed": record.seed,
         "clean_accuracy": record.clean_accuracy,
+        "clean_accuracy_low": clean_low,
+        "clean_accuracy_high": clean_high,
         "robust_accuracy": record.robust_accuracy,
         "robust_accuracy_low": low,
         "robust_accuracy_high": high,
@@ -121,7 +126,7 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
         "Rank": _each(frame, str, "rank"),
         "Seed": _each(frame, str, "seed"),
         "n": _each(frame, "{:,}".format, "num_samples"),
-        "Clean %": _each(frame, percent, "clean_accuracy"),
+        "Clean %": _each(frame, percent_interval, "clean_accuracy", "clean_accuracy_low", "clean_accuracy_high"),
         "Robust %": _each(frame, percent_interval, "robust_accuracy", "robust_accuracy_low", "robust_accuracy_high"),
         "Adv. loss": _each(frame, decimals, "adversarial_loss"),
         "Cell evals": _each(frame, amount, "cell_evals"),

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustbench_deq.bench.records import Record, RecordStore, load_records, to_frame, to_json
+from robustbench_deq.bench.records import Record, RecordStore, load_folders, load_records, to_frame, to_json
 from robustbench_deq.configs import validate
 from robustbench_deq.errors import UsageError
 
@@ -237,6 +237,21 @@ def test_writers_may_share_a_folder(tmp_path: Path) -> None:
         list(pool.map(append_some, range(3)))
     found = [record.record_id for record in load_records(tmp_path)]
     assert sorted(found) == [f"{writer}-{number}" for writer in range(3) for number in range(5)]
+
+
+def test_a_record_lies_in_one_folder_only(tmp_path: Path) -> None:
+    first, second, again = (tmp_path / name for name in ("first", "second", "again"))
+    for folder, name in ((first, "a"), (second, "b"), (again, "a")):
+        store_with(folder, name)
+    found = load_folders([first, second, first])
+    assert [(folder, [record.record_id for record in records]) for folder, records in found.items()] == [
+        (first, ["a"]),
+        (second, ["b"]),
+    ]
+    with pytest.raises(
+        UsageError, match=r"record a: expected in one folder only, got in .*first and .*again; .*--compare"
+    ):
+        load_folders([first, second, again])
 
 
 def test_frame_is_flat_with_a_row_for_each_record() -> None:

@@ -48,7 +48,7 @@ def test_readable_cells(make_record) -> None:
         "Attack": "joint PGD-40",
         "Rank": "1",
         "n": "256",
-        "Clean %": "87.5",
+        "Clean %": "87.5 [82.9, 91.0]",
         "Robust %": "68.4 [64.3, 72.3]",
         "Adv. loss": "–",
         "Cell evals": "1,234",
