@@ -38,7 +38,7 @@ from robustbench_deq.bench.executors import Executor, Processes, Ray, Serial
 from robustbench_deq.bench.gate import Check, compare, read_baseline, read_run, to_entries, to_junit, update_baseline
 from robustbench_deq.bench.images import choose_images, save_images
 from robustbench_deq.bench.progress import EarlierPaces, SuiteProgress
-from robustbench_deq.bench.records import Record, RecordStore, load_records, to_json
+from robustbench_deq.bench.records import Record, RecordStore, load_folders, load_records, to_json
 from robustbench_deq.bench.runner import claim_folder, missing_shards, run_suite
 from robustbench_deq.bench.suite import Run, Shard, SuiteConfig, cut, plan
 from robustbench_deq.configs import merge, parse_assignments, parse_fraction, read_yaml, validate
@@ -728,7 +728,7 @@ def report(folders: tuple[Path, ...], out: Path | None, compared: tuple[Path, Pa
     if compared is not None:
         _compare_runs(*compared, out)
         return
-    found = {folder: load_records(folder) for folder in folders}
+    found = load_folders(folders)
     records = [record for part in found.values() for record in part]
     supplements = read_supplements(found, _cards_of(records))
     target = out or folders[0] / "report"

@@ -182,7 +182,6 @@ class JointPGD(Attack[JointPGDConfig]):
         settings = config.settings()
         record.plan(config.steps)
         result = self._ascend(model, x, objective, start, settings, _watcher(record, config.steps))
-        record.meter.count_steps(config.steps * len(x))
         diagnostics = {"perturbation_steps": float(result.num_moves.float().mean())}
         if not config.has_fallback:
             record(config.steps, result.variable, result.loss)
@@ -255,9 +254,11 @@ def _merge(result: JointResult, index: Tensor, again: JointResult) -> JointResul
 
 
 def _watcher(record: Recorder, num_steps: int) -> Watcher:
-    """Hands every step but the last to the recorder; the ladder may still change what that one returns."""
+    """Counts every step, and hands all but the last to the recorder; the ladder may still change what that returns."""
 
     def watch(step: int, delta: Tensor, loss: Tensor, residual: Tensor) -> None:
+        if step:  # at 0 nothing has been done yet
+            record.meter.count_steps(len(delta))
         record.follow(residual)
         if step < num_steps:
             record(step, delta, loss)

@@ -72,6 +72,7 @@ class Snapshot:
     delta: Tensor
     cell_evals: float
     cell_vjps: float
+    solver_steps: float
     wall_seconds: float
 
 
@@ -172,6 +173,7 @@ class Recorder:
                 delta=self.threat.project(delta, self.x),
                 cell_evals=self.meter.eval_rows / rows,
                 cell_vjps=self.meter.vjp_rows / rows,
+                solver_steps=self.meter.num_steps / rows,
                 wall_seconds=self.meter.elapsed_seconds,
             )
         )

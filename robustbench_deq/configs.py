@@ -46,10 +46,10 @@ def named_in(registry: Registry[Any]) -> pydantic.AfterValidator:
     return pydantic.AfterValidator(check)
 
 
-C = TypeVar("C", bound=Config)
+M = TypeVar("M", bound=pydantic.BaseModel)
 
 
-def validate(schema: type[C], values: dict[str, Any], where: str) -> C:
+def validate(schema: type[M], values: dict[str, Any], where: str) -> M:
     """`values` as a `schema`. Raises `UsageError` with the first thing that is wrong.
 
     Args:
@@ -61,14 +61,18 @@ def validate(schema: type[C], values: dict[str, Any], where: str) -> C:
         raise UsageError(_first_line(schema, error, where)) from None
 
 
-def _first_line(schema: type[Config], error: pydantic.ValidationError, where: str) -> str:
+def _first_line(schema: type[pydantic.BaseModel], error: pydantic.ValidationError, where: str) -> str:
     first = error.errors()[0]
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = list(schema.model_fields)
         for part in first["loc"][:-1]:
             inner = schema.model_fields.get(str(part))
-            if inner is None or not isinstance(inner.annotation, type) or not issubclass(inner.annotation, Config):
+            if (
+                inner is None
+                or not isinstance(inner.annotation, type)
+                or not issubclass(inner.annotation, pydantic.BaseModel)
+            ):
                 break
             schema = inner.annotation
             known = list(schema.model_fields)

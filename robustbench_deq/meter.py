@@ -76,6 +76,12 @@ class Meter:
         """Since the meter was opened, until it was closed. For snapshots, which are few; waits for the device."""
         return self.now() - self._start if self._seconds is None else self._seconds
 
+    @property
+    def num_steps(self) -> int:
+        """Iterations of all solves up to now, summed over samples. Waits for the device."""
+        self._step_counts = [sum(int(count) for count in self._step_counts)]
+        return self._step_counts[0]
+
     def count_cell(self, output: Tensor) -> None:
         """Called by the model for every evaluation of its cell."""
         self.eval_rows += len(output)
@@ -101,11 +107,10 @@ class Meter:
 
     def cost(self, num_samples: int) -> Cost:
         """Totals over `num_samples` samples, so far where the meter is still open."""
-        steps = float(sum(int(count) for count in self._step_counts))
         return Cost(
             cell_evals=self.eval_rows / num_samples,
             cell_vjps=self.vjp_rows / num_samples,
-            solver_steps=steps / num_samples,
+            solver_steps=self.num_steps / num_samples,
             wall_seconds=self.elapsed_seconds,
             peak_memory_mb=peak_memory_mb(self._device),
         )

@@ -154,6 +154,7 @@ def evaluate_batch(
                 step=snapshot.step,
                 cell_evals=snapshot.cell_evals,
                 cell_vjps=snapshot.cell_vjps,
+                solver_steps=snapshot.solver_steps,
                 wall_seconds=snapshot.wall_seconds,
                 robust_accuracy=float((clean.is_correct & verdict.is_correct).double().mean()),
             )
@@ -247,6 +248,8 @@ def _curve(parts: Sequence[Part], count: int) -> list[CurvePoint]:
                 step=taken[0].step,
                 cell_evals=mean("cell_evals"),
                 cell_vjps=mean("cell_vjps"),
+                # Shards of an earlier version have none.
+                solver_steps=None if any(point.solver_steps is None for point in taken) else mean("solver_steps"),
                 wall_seconds=sum(point.wall_seconds for point in taken),
                 robust_accuracy=mean("robust_accuracy"),
             )

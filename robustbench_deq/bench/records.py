@@ -7,6 +7,9 @@
 A record is written once and never changed. Its samples are in place before its line is, so every line that can be read
 has its samples. A line counts only once its newline is there: a process that dies while writing leaves a torn last
 line, which readers skip and the next writer removes. Numbers that are not finite become null.
+
+Every field is described in `results/README.md`, which `bench.schema` writes from the classes here. Lines of an older
+schema version are brought up to the present one as they are read (see `bench.migrations`).
 """
 
 from __future__ import annotations
@@ -17,105 +20,133 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import pandas as pd
-from pydantic import Field, JsonValue, field_validator, model_validator
+import pyarrow
+import pyarrow.parquet
+from pydantic import BaseModel, Field, JsonValue, ValidationError, ValidationInfo, field_validator, model_validator
 
+from robustbench_deq.bench.migrations import SCHEMA_VERSION, migrate
 from robustbench_deq.configs import Config, validate
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.files import replacing
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
 RECORDS_FILE = "records.jsonl"
 SAMPLES_FOLDER = "samples"
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=0)]
-Amount = Annotated[float, Field(ge=0.0)]
+# Strict: neither text nor a truth value is taken for a number.
+Number = Annotated[float, Field(strict=True)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0, strict=True)]
+Count = Annotated[int, Field(ge=0, strict=True)]
+Amount = Annotated[float, Field(ge=0.0, strict=True)]
 
 
-class ThreatRecord(Config):
-    """The ball: its norm ("l2", "linf") and its radius in pixel units of [0, 1]."""
+class Fields(BaseModel):
+    """Base of a record and its parts. As strict as `Config`, and checked in pydantic's core, since files are long."""
 
-    norm: str
-    epsilon: Amount
-
-
-class DataRecord(Config):
-    """The samples that were attacked; `digest` is of the images and labels themselves."""
-
-    name: str
-    split: str
-    num_samples: int = Field(ge=1)
-    digest: str
+    model_config = Config.model_config
 
 
-class CostRecord(Config):
-    """Means per sample, except time and memory, which are those of the whole attack (see `meter.Cost`).
+SAMPLE_COLUMNS = {
+    "sample_id": "number of the sample in its data set: the same in every record",
+    "label": "true class",
+    "clean_prediction": "class without an attack, from the judge's equilibrium",
+    "clean_loss": "cross-entropy of the true class without an attack",
+    "clean_residual": "relative residual of the judge's equilibrium without an attack",
+    "adversarial_prediction": "class after the attack, from the judge's equilibrium",
+    "adversarial_loss": "cross-entropy of the true class after the attack",
+    "adversarial_residual": "relative residual of the judge's equilibrium after the attack",
+    "perturbation": "norm of the perturbation, that of the threat, in pixel units",
+    "is_clean_correct": "right without an attack, at an equilibrium",
+    "is_converged": "the judge found both equilibria",
+    "is_failed": "the attack gave no finite perturbation, or one outside the ball",
+    "is_robust": "right without an attack and after it, at equilibria, and the attack did not fail",
+}
+"""Columns of the per-sample rows that `evaluate` writes, and their meaning."""
 
-    `wall_seconds` leaves out the judge, whose seconds are `judge_seconds`; null in records from before it was timed.
-    """
 
-    cell_evals: Amount
-    cell_vjps: Amount
-    solver_steps: Amount
-    wall_seconds: Amount
-    peak_memory_mb: Amount | None
-    judge_seconds: Amount | None = None
+class ThreatRecord(Fields):
+    """The ball of allowed perturbations."""
+
+    norm: str = Field(description='"l2" or "linf"')
+    epsilon: Amount = Field(description="radius, in pixel units of [0, 1]")
 
 
-class CurvePoint(Config):
+class DataRecord(Fields):
+    """The samples that were attacked."""
+
+    name: str = Field(description="data set")
+    split: str = Field(description='"test", "validation" or "train"')
+    num_samples: Annotated[int, Field(ge=1, strict=True)] = Field(description="how many")
+    digest: str = Field(description="of the images and labels themselves")
+
+
+class CostRecord(Fields):
+    """Means per sample, except time and memory, which are those of the whole attack (see `meter.Cost`)."""
+
+    cell_evals: Amount = Field(description="evaluations of the cell, mean per sample")
+    cell_vjps: Amount = Field(description="vector-Jacobian products through the cell, mean per sample")
+    solver_steps: Amount = Field(description="iterations of all solves, mean per sample")
+    wall_seconds: Amount = Field(description="of the attack alone, all samples together")
+    peak_memory_mb: Amount | None = Field(description="during the attack: of the device, or of the process on a CPU")
+    judge_seconds: Amount | None = Field(None, description="of the judge, all samples and snapshots together")
+
+
+class CurvePoint(Fields):
     """What stopping after `step` would have given, and cost."""
 
-    step: Count
-    cell_evals: Amount
-    cell_vjps: Amount
-    wall_seconds: Amount
-    robust_accuracy: Fraction
+    step: Count = Field(description="of the attack's own steps")
+    cell_evals: Amount = Field(description="until then, mean per sample")
+    cell_vjps: Amount = Field(description="until then, mean per sample")
+    solver_steps: Amount | None = Field(None, description="until then, mean per sample")
+    wall_seconds: Amount = Field(description="until then, all samples together")
+    robust_accuracy: Fraction = Field(description="as judged after the clock had stopped")
 
 
-class Record(Config):
+class Record(Fields):
     """One attack on one model under one threat, on one set of samples.
 
     Accuracies are fractions of all samples. `residuals` holds the mean relative residual of the state after each solver
     step of the attack. Any NaN or infinity that is passed in becomes None, where the field allows it.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Annotated[int, Field(ge=SCHEMA_VERSION, le=SCHEMA_VERSION, strict=True)] = Field(
+        SCHEMA_VERSION, description="of the fields of this table"
+    )
     record_id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="also the name of the samples' file")
     created: str = Field(description="ISO 8601, in UTC")
-    model: str
-    model_sha256: str | None
-    attack: str
+    model: str = Field(description="name in the registry, folder, or `file.py:function`")
+    model_sha256: str | None = Field(description="of the weights; null for a model without a file of them")
+    attack: str = Field(description="name in the registry")
     label: str = Field(description="what tables and plots call the attack")
-    attack_config: dict[str, JsonValue]
+    attack_config: dict[str, JsonValue] = Field(description="every setting of the attack, and `targeted`")
     threat: ThreatRecord
     data: DataRecord
-    clean_accuracy: Fraction
-    robust_accuracy: Fraction
-    robust_accuracy_ci: tuple[Fraction, Fraction]
-    adversarial_loss: float | None
-    num_unconverged: Count
-    num_failed: Count
-    max_perturbation: Amount | None
+    clean_accuracy: Fraction = Field(description="share of all samples that are right without an attack")
+    robust_accuracy: Fraction = Field(description="share of all samples that are right without it and after it")
+    robust_accuracy_ci: tuple[Fraction, Fraction] = Field(description="Wilson's 95 % interval, the lower end first")
+    adversarial_loss: Number | None = Field(description="mean cross-entropy at the perturbed images, where finite")
+    num_unconverged: Count = Field(description="samples without an equilibrium; never robust")
+    num_failed: Count = Field(description="samples on which the attack failed; never robust")
+    max_perturbation: Amount | None = Field(description="the largest, in the threat's norm")
     cost: CostRecord
-    curve: list[CurvePoint]
-    residuals: list[Amount | None]
-    diagnostics: dict[str, float | None]
-    seed: int
-    batch_size: int = Field(ge=1)
-    environment: dict[str, str | int | float | None]
+    curve: list[CurvePoint] = Field(description="accuracy against cost, where snapshots were asked for")
+    residuals: list[Amount | None] = Field(description="mean relative residual after each solver step of the attack")
+    diagnostics: dict[str, Number | None] = Field(description="counts and means of the attack's own")
+    seed: Annotated[int, Field(strict=True)] = Field(description="of all randomness of the run")
+    batch_size: Annotated[int, Field(ge=1, strict=True)] = Field(description="samples attacked at a time")
+    environment: dict[str, str | int | float | None] = Field(description="versions, device, threads, commit")
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_nonfinite(cls, values: Any) -> Any:
-        return _finite(values)
+    def _drop_nonfinite(cls, values: Any, info: ValidationInfo) -> Any:
+        return values if info.mode == "json" else _finite(values)  # JSON has none, see `_parse`
 
     @field_validator("created")
     @classmethod
@@ -248,6 +279,16 @@ class RecordStore:
             raise UsageError.of(str(path), expected="the samples of a record", got="no file", fix="check the record_id")
         return pd.read_parquet(path)
 
+    def samples_table(self, record_id: str, columns: Sequence[str] | None = None) -> pyarrow.Table:
+        """The same as an Arrow table of some columns, read in a tenth of a millisecond.
+
+        Raises:
+            OSError, pyarrow.ArrowException: when there is no such file, or it is damaged.
+        """
+        file = pyarrow.parquet.ParquetFile(self.samples_path(record_id), memory_map=True, pre_buffer=False)
+        with file:
+            return file.read(columns=columns, use_threads=False)
+
 
 @contextlib.contextmanager
 def _appending(path: Path) -> Iterator[int]:
@@ -292,6 +333,26 @@ def load_records(folder: Path) -> list[Record]:
     return records
 
 
+def load_folders(folders: Iterable[Path]) -> dict[Path, list[Record]]:
+    """All records of several folders.
+
+    Raises:
+        UsageError: as `load_records`, and when two folders have the same record, such as two runs of one suite.
+    """
+    found = {Path(folder): load_records(folder) for folder in folders}
+    places: dict[str, Path] = {}
+    for folder, records in found.items():
+        for record in records:
+            if (other := places.setdefault(record.record_id, folder)) != folder:
+                raise UsageError.of(
+                    f"record {record.record_id}",
+                    expected="in one folder only",
+                    got=f"in {other} and {folder}",
+                    fix="leave one of them out, or compare them with 'robustbench-deq report --compare A B'",
+                )
+    return found
+
+
 def _read(path: Path) -> list[Record]:
     *lines, torn = path.read_bytes().split(b"\n")
     if torn:
@@ -300,21 +361,16 @@ def _read(path: Path) -> list[Record]:
 
 
 def _parse(line: bytes, where: str) -> Record:
+    if b"NaN" not in line and b"Infinity" not in line:  # which JSON does not know, but pydantic does
+        with contextlib.suppress(ValidationError):
+            return Record.model_validate_json(line)
     try:
         values = json.loads(line, parse_constant=_refuse_constant)
     except ValueError:  # malformed JSON or UTF-8
         values = None
     if not isinstance(values, dict):
         raise UsageError.of(where, expected="a record as one JSON object", got=_excerpt(line), fix="remove the line")
-    version = values.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise UsageError.of(
-            where,
-            expected=f"schema_version {SCHEMA_VERSION}",
-            got=repr(version),
-            fix="read it with the version of robustbench-deq that wrote it",
-        )
-    return validate(Record, values, where)
+    return validate(Record, migrate(values, where), where)
 
 
 def _refuse_constant(name: str) -> None:

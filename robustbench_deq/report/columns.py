@@ -47,7 +47,7 @@ COLUMNS = (
     ),
     Column(
         "Clean %",
-        COLUMN_MEANINGS["Clean %"],
+        "samples classified correctly without an attack; where records differ, the fewest",
         lambda entry: percent(entry.clean_accuracy),
         lambda entry: entry.clean_accuracy,
         is_descending=True,

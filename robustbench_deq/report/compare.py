@@ -27,6 +27,7 @@ from robustbench_deq.proportions import fisher_p_value, mcnemar_p_value, newcomb
 from robustbench_deq.report.supplements import Verdicts, num_robust
 
 SIGNIFICANCE = 0.05
+COST_TOLERANCE = 0.01
 
 
 class Change(enum.Enum):
@@ -73,6 +74,14 @@ class Comparison:
         """After over before of a cost, which `CostRecord` names; NaN when there was none before."""
         before, after = getattr(self.before.cost, cost), getattr(self.after.cost, cost)
         return after / before if before else math.nan
+
+    @property
+    def has_other_cost(self) -> bool:
+        """Whether cell evaluations or VJPs, which no clock disturbs, differ by more than `COST_TOLERANCE`."""
+        costs = [
+            (getattr(self.before.cost, name), getattr(self.after.cost, name)) for name in ("cell_evals", "cell_vjps")
+        ]
+        return any(abs(after - before) > COST_TOLERANCE * before for before, after in costs)
 
 
 @dataclass(frozen=True)

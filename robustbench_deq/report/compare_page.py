@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from robustbench_deq.bench.records import Record
-from robustbench_deq.report.compare import SIGNIFICANCE, Change, Comparison, RunComparison
+from robustbench_deq.report.compare import COST_TOLERANCE, SIGNIFICANCE, Change, Comparison, RunComparison
 from robustbench_deq.report.settings import format_threat
 from robustbench_deq.report.tables import MISSING, markdown_table, markdown_text, percent
 from robustbench_deq.report.templates import render_template
@@ -54,11 +54,12 @@ def comparison_html(found: RunComparison) -> str:
 
 
 def headline(found: RunComparison) -> str:
-    """One sentence: how many rows changed, and which way."""
+    """Two sentences: how many rows changed, and which way."""
     counts = {change: sum(row.change is change for row in found.rows) for change in Change}
     return (
         f"Of {len(found.rows)} attacks in both runs, robust accuracy is lower in {counts[Change.LOWER]}, "
-        f"higher in {counts[Change.HIGHER]}, and within noise in {counts[Change.NONE]}."
+        f"higher in {counts[Change.HIGHER]}, and within noise in {counts[Change.NONE]}. Cell evaluations or VJPs "
+        f"differ by more than {COST_TOLERANCE:.0%} in {sum(row.has_other_cost for row in found.rows)}."
     )
 
 
@@ -91,7 +92,7 @@ def _row(row: Comparison) -> dict[str, str]:
         "VJPs": _ratio(row.ratio("cell_vjps")),
         "Unconverged": f"{before.num_unconverged} → {after.num_unconverged}",
         "Failed": f"{before.num_failed} → {after.num_failed}",
-        "Notes": ", ".join(row.notes) or MISSING,
+        "Notes": ", ".join((*row.notes, *(["other cost"] if row.has_other_cost else []))) or MISSING,
     }
 
 

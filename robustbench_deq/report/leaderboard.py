@@ -152,7 +152,7 @@ def _entry(setting: Setting, names: SettingNames, records: Sequence[Record], sup
         ),
         num_failed=_under_any([verdicts.is_failed for verdicts in known], [record.num_failed for record in records]),
         card=_card_of(setting, supplements.cards),
-        gallery=next((supplements.galleries[r.record_id] for r in records if r.record_id in supplements.galleries), ()),
+        gallery=next(filter(None, (supplements.galleries.get(record.record_id) for record in records)), ()),
     )
 
 

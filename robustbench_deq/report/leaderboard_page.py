@@ -11,8 +11,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib.image
 import numpy as np
+from PIL import Image
 
 from robustbench_deq.bench.records import Record
 from robustbench_deq.report.columns import COLUMNS
@@ -146,7 +146,7 @@ def _images(row: GalleryRow) -> dict[str, str]:
 def _png(image: np.ndarray) -> str:
     """A `(channels, height, width)` image in [0, 1] as a base64 PNG."""
     pixels = np.clip(np.moveaxis(np.asarray(image, dtype=float), 0, -1), 0.0, 1.0)
-    pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+    pixels = np.round(255 * (pixels[..., 0] if pixels.shape[-1] == 1 else pixels)).astype(np.uint8)
     buffer = io.BytesIO()
-    matplotlib.image.imsave(buffer, pixels, cmap="gray", vmin=0, vmax=1, format="png", metadata={"Software": None})
+    Image.fromarray(pixels).save(buffer, format="png")
     return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -18,7 +18,7 @@ from robustbench_deq.errors import UsageError
 from robustbench_deq.report.plots import (
     Look,
     add_legend,
-    draw_result,
+    draw_results,
     facet_figure,
     facet_title,
     handle_of,
@@ -31,10 +31,10 @@ from robustbench_deq.report.plots import (
 )
 from robustbench_deq.report.settings import Setting, format_norm, group_by_setting, setting_names
 
-MAX_SETTINGS = 12
-NUM_EXAMPLES = 6
+MAX_SETTINGS = 24
+NUM_EXAMPLES = 3
 MAX_ATTACKS = 10
-MAX_POINTS = 40
+MAX_POINTS = 1000
 MIN_ATTACKS = 3
 
 
@@ -120,8 +120,7 @@ def _draw_radii(axes: Axes, records: Sequence[Record], look: Look) -> None:
         **{**look, "marker": "none"},
         zorder=2,
     )
-    for record in ordered:
-        draw_result(axes, record.threat.epsilon, record, look)
+    draw_results(axes, [(record.threat.epsilon, record) for record in ordered], look)
 
 
 def has_choice(records: Sequence[Record]) -> bool:
@@ -132,31 +131,43 @@ def has_choice(records: Sequence[Record]) -> bool:
 def pareto_plot(records: Sequence[Record]) -> Figure:
     """Robust accuracy against cost, each record a point, and with intervals the front that no cheaper record reaches.
 
+    Of more than `MAX_ATTACKS` attacks, those that are on no front are grey.
+
     Raises:
         UsageError: when there are no records.
     """
     with style():
         figure, facets = facet_figure(records)
-        looks = looks_of(records)
-        for axes, group in facets:
-            front = pareto_front(group)
+        fronts = [pareto_front(group) for _, group in facets]
+        named = {record.label for record in records}
+        if len(named) > MAX_ATTACKS:
+            named = {record.label for front in fronts for record in front}
+        looks = looks_of([record for record in records if record.label in named])
+        for (axes, group), front in zip(facets, fronts, strict=True):
             costs = [_cost(record) for record in front] + [max(map(_cost, group))]
             values = [100 * record.robust_accuracy for record in [*front, *front[-1:]]]
             axes.step(costs[: len(values)], values, where="post", **_FRONT)
             on_front = set(map(id, front))
-            for record in group:
-                if id(record) in on_front:
-                    draw_result(axes, _cost(record), record, looks[record.label])
-                elif _cost(record) > 0:
+            others = [record for record in group if id(record) not in on_front and _cost(record) > 0]
+            for record in front:
+                draw_results(axes, [(_cost(record), record)], looks[record.label])
+            for record in others:
+                if record.label in named:
                     axes.plot(_cost(record), 100 * record.robust_accuracy, **looks[record.label])
+            grey = [(_cost(record), 100 * record.robust_accuracy) for record in others if record.label not in named]
+            if grey:
+                axes.plot(*zip(*grey, strict=True), **_OTHERS)
             use_log_costs(axes)
         label_axes(figure, facets, "Cell evaluations and VJPs per sample", "Robust accuracy (%)")
         handles = [handle_of(label, {**look, "linestyle": "none"}) for label, look in looks.items()]
+        if len(named) < len({record.label for record in records}):
+            handles.append(Line2D([], [], **_OTHERS, label="other attacks"))
         add_legend(figure, [Line2D([], [], **_FRONT, label="Pareto front"), *handles])
     return figure
 
 
 _FRONT = {"color": "#888888", "linewidth": 1.4, "zorder": 1}
+_OTHERS = {"color": "#AAAAAA", "linestyle": "none", "marker": ".", "markersize": 5, "zorder": 1}
 
 
 def pareto_front(records: Sequence[Record]) -> list[Record]:

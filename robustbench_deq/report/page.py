@@ -28,15 +28,17 @@ from robustbench_deq.report.commands import command_of
 from robustbench_deq.report.gallery import GalleryRow, draw_gallery
 from robustbench_deq.report.leaderboard_page import leaderboard_html
 from robustbench_deq.report.settings import Setting, format_threat, group_by_setting, setting_names
+from robustbench_deq.report.spending import time_spent
 from robustbench_deq.report.supplements import Supplements
-from robustbench_deq.report.tables import COLUMN_MEANINGS, Format, markdown_text, readable, render, summary_table
-from robustbench_deq.report.templates import render_template
+from robustbench_deq.report.tables import Format, markdown_text, meanings, render, summary_table
+from robustbench_deq.report.templates import definitions, render_template
 
 TITLE = "Adversarial robustness of deep equilibrium models"
 CAPTIONS = {
-    "accuracy_against_cell_evals": "Robust accuracy against cell evaluations per sample. The large marker is the end "
-    "of the attack, with its confidence interval; the dashed line is the clean accuracy. Lower and further left is a "
-    "stronger attack.",
+    "accuracy_against_solver_steps": "Robust accuracy against solver steps per sample: iterations of all solves, joint "
+    "or not. The large marker is the end of the attack, with its confidence interval; the dashed line is the clean "
+    "accuracy. Lower and further left is a stronger attack.",
+    "accuracy_against_cell_evals": "The same against cell evaluations per sample.",
     "accuracy_against_wall_clock": "The same against the wall-clock of the attack, judging excluded.",
     "accuracy_against_epsilon": "Robust accuracy against the radius of the ball, with confidence intervals; the dashed "
     "line is the clean accuracy.",
@@ -44,6 +46,8 @@ CAPTIONS = {
     "it have their confidence interval.",
     "residual_against_step": "Mean relative residual of the state during the attack: how far from an equilibrium it "
     "was when the perturbation was changed.",
+    "time_spent": "Where the time went, over all records. Left: seconds of the attacks, and of the judge that checked "
+    "them. Right: calls of the cell per sample, the mean over records.",
     "gallery": "Samples before and after the attack. Perturbations are stretched to the full scale; bold marks a wrong "
     "class.",
 }
@@ -117,6 +121,7 @@ def _figures(records: Sequence[Record], gallery: Sequence[GalleryRow]) -> dict[s
     """Figures by name, each with the number of records that had room in it."""
     lines = overview.choose_drawn(records, overview.MAX_ATTACKS)
     figures = {
+        "accuracy_against_solver_steps": (plots.accuracy_against_solver_steps(lines), len(lines)),
         "accuracy_against_cell_evals": (plots.accuracy_against_cell_evals(lines), len(lines)),
         "accuracy_against_wall_clock": (plots.accuracy_against_wall_clock(lines), len(lines)),
     }
@@ -128,6 +133,7 @@ def _figures(records: Sequence[Record], gallery: Sequence[GalleryRow]) -> dict[s
         figures["pareto_front"] = overview.pareto_plot(points), len(points)
     if any(map(plots.has_residuals, lines)):
         figures["residual_against_step"] = plots.residual_against_step(lines), len(lines)
+    figures["time_spent"] = time_spent(records), len(records)
     if gallery:
         figures["gallery"] = draw_gallery(gallery), len(records)
     return figures
@@ -141,13 +147,9 @@ def _caption(name: str, num_drawn: int, num_records: int) -> str:
 
 def _markdown(table: pd.DataFrame, shown: Sequence[_Plot]) -> str:
     parts = [f"# {TITLE}", render(table, Format.MARKDOWN).rstrip()]
-    parts.append("\n".join(f"- **{markdown_text(name)}**: {text}" for name, text in _meanings(table).items()))
+    parts.append("\n".join(f"- **{markdown_text(name)}**: {text}" for name, text in meanings(table).items()))
     parts += [f"![{plot.name}](figures/{plot.name}.png)\n\n{plot.caption}" for plot in shown]
     return "\n\n".join(parts) + "\n"
-
-
-def _meanings(table: pd.DataFrame) -> dict[str, str]:
-    return {name: COLUMN_MEANINGS[name] for name in readable(table).columns}
 
 
 def _html(records: Sequence[Record], table: pd.DataFrame, shown: Sequence[_Plot]) -> str:
@@ -161,7 +163,7 @@ def _html(records: Sequence[Record], table: pd.DataFrame, shown: Sequence[_Plot]
         {
             "title": record.label,
             "subtitle": " · ".join(names[Setting.of(record)]),
-            "facts": _facts(record) | {"Environment": environments.index(record.environment) + 1},
+            "facts": definitions(_facts(record) | {"Environment": environments.index(record.environment) + 1}),
             "command": command_of(record),
         }
         for record in ordered
@@ -170,7 +172,7 @@ def _html(records: Sequence[Record], table: pd.DataFrame, shown: Sequence[_Plot]
         "page.html.jinja",
         title=TITLE,
         table=render(table, Format.HTML),
-        meanings=_meanings(table),
+        meanings=meanings(table),
         plots=shown,
         runs=runs,
         environments=environments,

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from robustbench_deq.bench.records import Record
 from robustbench_deq.errors import UsageError
@@ -31,6 +31,7 @@ MARKERS = ("o", "s", "^", "D", "v", "p", "<", ">", "h", "*")
 DASHES = ("-", "--", "-.", ":")
 MAX_COLUMNS = 3
 LEGEND_ROW = 0.22
+MIN_TICKS = 3
 STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#444444",
@@ -71,12 +72,15 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Write `stem.png` and `stem.svg`; returns the two paths."""
+    with style():
+        if (engine := figure.get_layout_engine()) is not None:  # once: with an engine, every file would be drawn twice
+            engine.execute(figure)
+            figure.set_layout_engine(None)
     paths = []
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
         path = stem.with_name(f"{stem.name}.{kind}")
         with replacing(path) as temporary, style():
             figure.savefig(temporary, format=kind, dpi=PNG_DPI, metadata=metadata)
-        figure.set_layout_engine("none")  # it is laid out now, and that takes a third of the time
         paths.append(path)
     return paths
 
@@ -89,6 +93,14 @@ def plain(text: str) -> str:
 def accuracy_against_cell_evals(records: Sequence[Record]) -> Figure:
     """Robust accuracy against cell evaluations per sample. Raises `UsageError` when there are no records."""
     return _accuracy(records, "Cell evaluations per sample", "cell_evals")
+
+
+def accuracy_against_solver_steps(records: Sequence[Record]) -> Figure:
+    """Robust accuracy against solver steps per sample. Raises `UsageError` when there are no records.
+
+    Records from before curves knew their solver steps have their end only.
+    """
+    return _accuracy(records, "Solver steps per sample", "solver_steps")
 
 
 def accuracy_against_wall_clock(records: Sequence[Record]) -> Figure:
@@ -144,20 +156,22 @@ def _draw_accuracy(axes: Axes, record: Record, cost: str, look: Look) -> None:
     """The curve with a small marker at each judged step; the end with the large marker and the interval."""
     end = (getattr(record.cost, cost), 100 * record.robust_accuracy)
     points = [(getattr(point, cost), 100 * point.robust_accuracy) for point in record.curve]
-    points = sorted(point for point in points if 0 < point[0] < end[0])
+    points = sorted((x, y) for x, y in points if x is not None and 0 < x < end[0])
     if end[0] <= 0:
         return
     axes.plot(*zip(*points, end, strict=True), **{**look, "markersize": 3.5, "markeredgewidth": 0}, zorder=2)
-    draw_result(axes, end[0], record, look)
+    draw_results(axes, [(end[0], record)], look)
 
 
-def draw_result(axes: Axes, x: float, record: Record, look: Look) -> None:
-    """Robust accuracy in percent at `x`, as a marker with the interval."""
-    y = 100 * record.robust_accuracy
-    low, high = (100 * bound for bound in record.robust_accuracy_ci)
-    error = [[max(0.0, y - low)], [max(0.0, high - y)]]
+def draw_results(axes: Axes, points: Sequence[tuple[float, Record]], look: Look) -> None:
+    """Robust accuracy in percent at each `x`, as a marker with the interval."""
+    places = [x for x, _ in points]
+    heights = [100 * record.robust_accuracy for _, record in points]
+    ends = [(100 * low, 100 * high) for low, high in (record.robust_accuracy_ci for _, record in points)]
+    below = [max(0.0, height - low) for height, (low, _) in zip(heights, ends, strict=True)]
+    above = [max(0.0, high - height) for height, (_, high) in zip(heights, ends, strict=True)]
     look = {**look, "linestyle": "none"}
-    axes.errorbar(x, y, yerr=error, **look, capsize=3.5, capthick=1.3, elinewidth=1.3, zorder=3)
+    axes.errorbar(places, heights, yerr=[below, above], **look, capsize=3.5, capthick=1.3, elinewidth=1.3, zorder=3)
 
 
 def _draw_residuals(axes: Axes, record: Record, look: Look) -> None:
@@ -242,23 +256,31 @@ def use_log_costs(axes: Axes) -> None:
     """A logarithmic axis whose ticks read 20, 50, 100 rather than powers."""
     axes.set_xscale("log")
     axes.margins(x=0.08, y=0.08)
-    axes.xaxis.set_major_locator(_log_ticks(*axes.get_xlim()))
+    axes.xaxis.set_major_locator(FixedLocator(log_ticks(*axes.get_xlim())))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _log_residuals(axes: Axes) -> None:
     axes.set_yscale("log")
     axes.margins(x=0.03, y=0.06)
-    axes.yaxis.set_major_locator(_log_ticks(*axes.get_ylim()))
+    axes.yaxis.set_major_locator(FixedLocator(log_ticks(*axes.get_ylim())))
     axes.yaxis.set_major_formatter(FuncFormatter(_scientific))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _log_ticks(low: float, high: float) -> LogLocator:
-    decades = math.log10(high / low)
-    subs = (1.0, 2.0, 5.0) if decades < 1.5 else (1.0, 3.0) if decades < 3.2 else (1.0,)
-    return LogLocator(subs=subs, numticks=12)
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers from `low` to `high` for a logarithmic axis, the roundest that give three or more."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    candidates = [
+        [factor * 10.0**decade for decade in (*decades, decades.stop) for factor in factors]
+        for factors in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 5, 7))
+    ]
+    for ticks in (*candidates, MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)):
+        inside = [float(tick) for tick in ticks if low <= tick <= high]
+        if len(inside) >= MIN_TICKS:
+            break
+    return inside
 
 
 def _scientific(value: float, _: object) -> str:

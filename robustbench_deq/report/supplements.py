@@ -7,22 +7,21 @@ their record, are left out with a warning in the log.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow
-import pyarrow.parquet
 
-from robustbench_deq.bench.images import load_images
+from robustbench_deq.bench.images import images_path, load_images
 from robustbench_deq.bench.records import Record, RecordStore
 from robustbench_deq.report.gallery import GalleryRow
 
 logger = logging.getLogger(__name__)
 
-_COLUMNS = ("sample_id", "is_clean_correct", "is_robust", "is_converged", "is_failed")
+_COLUMNS = ["sample_id", "is_clean_correct", "is_robust", "is_converged", "is_failed"]
 Card = Mapping[str, Any]
 """The content of a `model.json`: name, family, config, sha256, number of parameters, and the card itself."""
 
@@ -53,22 +52,43 @@ def read_supplements(folders: Mapping[Path, Sequence[Record]], cards: Mapping[st
         cards: passed through.
     """
     verdicts: dict[str, Verdicts] = {}
-    galleries: dict[str, Sequence[GalleryRow]] = {}
+    images: dict[str, Path] = {}
     for folder, records in folders.items():
         store = RecordStore(folder)
         for record in records:
-            found = _read_verdicts(store.samples_path(record.record_id), record)
+            found = _read_verdicts(store, record)
             if found is not None:
                 verdicts[record.record_id] = found
-            rows = _read_gallery(folder, record.record_id)
-            if rows:
-                galleries[record.record_id] = rows
-    return Supplements(verdicts, galleries, cards or {})
+            if images_path(folder, record.record_id).is_file():
+                images[record.record_id] = folder
+    return Supplements(verdicts, Galleries(images), cards or {})
 
 
-def _read_verdicts(path: Path, record: Record) -> Verdicts | None:
+class Galleries(Mapping[str, Sequence[GalleryRow]]):
+    """Images of records by their id, read when they are asked for: few of many are shown.
+
+    Args:
+        folders: the records that have some, and where they lie.
+    """
+
+    def __init__(self, folders: Mapping[str, Path]) -> None:
+        self._folders = folders
+
+    def __getitem__(self, record_id: str) -> Sequence[GalleryRow]:
+        """None of them where they cannot be read."""
+        return _read_gallery(self._folders[record_id], record_id)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._folders)
+
+    def __len__(self) -> int:
+        return len(self._folders)
+
+
+def _read_verdicts(store: RecordStore, record: Record) -> Verdicts | None:
+    path = store.samples_path(record.record_id)
     try:
-        table = pyarrow.parquet.ParquetFile(path).read(columns=list(_COLUMNS), use_threads=False)
+        table = store.samples_table(record.record_id, _COLUMNS)
         sample_ids, *columns = (table.column(name).to_numpy() for name in _COLUMNS)
     except (OSError, KeyError, pyarrow.ArrowException):
         logger.warning("%s: no verdicts could be read", path)

@@ -12,12 +12,13 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import pandas as pd
 
 from robustbench_deq.bench.records import Record
 from robustbench_deq.errors import UsageError
+from robustbench_deq.proportions import wilson_interval
 from robustbench_deq.report.settings import Setting, group_by_setting, setting_names
 
 MISSING = "–"
@@ -29,10 +30,12 @@ COLUMN_MEANINGS = {
     "Threat": "the norm ball of allowed perturbations, in pixel units of [0, 1]",
     "Data": "the data set and the split the samples come from",
     "Attack": "the attack and its number of steps",
+    "Rank": "place of the attack among those on the same model, threat and data, the strongest first; equal robust "
+    "accuracies share it",
     "Seed": "the seed of all randomness of the run",
     "n": "how many samples were attacked; every accuracy is over all of them",
-    "Clean %": "samples classified correctly without an attack",
-    "Robust %": "samples still classified correctly after it, with the confidence interval; lower is a stronger attack",
+    "Clean %": "samples classified correctly without an attack, with Wilson's 95 % interval",
+    "Robust %": "samples still classified correctly after it, with the same interval; lower is a stronger attack",
     "Adv. loss": "mean cross-entropy of the true class at the perturbed images",
     "Cell evals": "evaluations of the cell per sample: the cost that does not depend on the machine",
     "VJPs": "vector-Jacobian products through the cell per sample",
@@ -65,16 +68,29 @@ def summary_table(records: Sequence[Record]) -> pd.DataFrame:
     Raises:
         UsageError: when there are no records.
     """
-    return pd.DataFrame([_row(record) for group in group_by_setting(records).values() for record in group])
+    return pd.DataFrame([row for group in group_by_setting(records).values() for row in _rows(group)])
 
 
-def _row(record: Record) -> dict[str, object]:
+def _rows(group: Sequence[Record]) -> Iterator[dict[str, object]]:
+    """Of one setting, with ranks."""
+    rank, last = 0, None
+    for place, record in enumerate(group, start=1):
+        rank, last = (rank if record.robust_accuracy == last else place), record.robust_accuracy
+        yield _row(record, rank)
+
+
+def _row(record: Record, rank: int) -> dict[str, object]:
     low, high = record.robust_accuracy_ci
+    num_samples = record.data.num_samples
+    clean_low, clean_high = wilson_interval(round(record.clean_accuracy * num_samples), num_samples)
     return {
         **Setting.of(record)._asdict(),
         "attack": record.label,
+        "rank": rank,
         "seed": record.seed,
         "clean_accuracy": record.clean_accuracy,
+        "clean_accuracy_low": clean_low,
+        "clean_accuracy_high": clean_high,
         "robust_accuracy": record.robust_accuracy,
         "robust_accuracy_low": low,
         "robust_accuracy_high": high,
@@ -107,9 +123,10 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
         "Threat": [names[setting].threat for setting in settings],
         "Data": [names[setting].data for setting in settings],
         "Attack": frame["attack"],
+        "Rank": _each(frame, str, "rank"),
         "Seed": _each(frame, str, "seed"),
         "n": _each(frame, "{:,}".format, "num_samples"),
-        "Clean %": _each(frame, percent, "clean_accuracy"),
+        "Clean %": _each(frame, percent_interval, "clean_accuracy", "clean_accuracy_low", "clean_accuracy_high"),
         "Robust %": _each(frame, percent_interval, "robust_accuracy", "robust_accuracy_low", "robust_accuracy_high"),
         "Adv. loss": _each(frame, decimals, "adversarial_loss"),
         "Cell evals": _each(frame, amount, "cell_evals"),
@@ -118,9 +135,13 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
         "Unconverged": _each(frame, str, "num_unconverged"),
         "Failed": _each(frame, str, "num_failed"),
     }
-    if frame["seed"].nunique() == 1:
-        del columns["Seed"]
-    return pd.DataFrame(columns)
+    return pd.DataFrame({name: columns[name] for name in meanings(frame)})
+
+
+def meanings(frame: pd.DataFrame) -> dict[str, str]:
+    """What the columns of the readable table mean, in their order."""
+    has_seeds = frame["seed"].nunique() > 1
+    return {name: text for name, text in COLUMN_MEANINGS.items() if has_seeds or name != "Seed"}
 
 
 def _settings(frame: pd.DataFrame) -> list[Setting]:

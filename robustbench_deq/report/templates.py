@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import html
+from collections.abc import Mapping
+
 import jinja2
+from markupsafe import Markup
 
 
 def render_template(name: str, **values: object) -> str:
@@ -15,3 +19,9 @@ def render_template(name: str, **values: object) -> str:
         undefined=jinja2.StrictUndefined,
     )
     return environment.get_template(name).render(**values) + "\n"
+
+
+def definitions(facts: Mapping[str, object]) -> Markup:
+    """The inside of a `<dl>`, escaped. Faster than a loop in a template, for pages that have thousands of them."""
+    lines = (f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>" for name, value in facts.items())
+    return Markup("\n".join(lines))

@@ -106,7 +106,7 @@ def test_json_of_the_record_holds_the_promised_fields(setup) -> None:
     assert promised <= found.keys()
     costs = {"cell_evals", "cell_vjps", "solver_steps", "wall_seconds", "peak_memory_mb", "judge_seconds"}
     assert found["cost"].keys() == costs and all(found["cost"][name] > 0 for name in costs)
-    point = {"step", "cell_evals", "cell_vjps", "wall_seconds", "robust_accuracy"}
+    point = {"step", "cell_evals", "cell_vjps", "solver_steps", "wall_seconds", "robust_accuracy"}
     assert [entry.keys() for entry in found["curve"]] == [point] * 3
 
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from robustbench_deq.bench import records
-from robustbench_deq.bench.records import Record, RecordStore, load_records, to_frame, to_json
+from robustbench_deq.bench.records import Record, RecordStore, load_folders, load_records, to_frame, to_json
 from robustbench_deq.configs import validate
 from robustbench_deq.errors import UsageError
 
@@ -47,7 +47,16 @@ def values(**changes: Any) -> dict[str, Any]:
             "peak_memory_mb": 500.0,
             "judge_seconds": 0.9,
         },
-        "curve": [{"step": 10, "cell_evals": 10.0, "cell_vjps": 10.0, "wall_seconds": 0.4, "robust_accuracy": 0.75}],
+        "curve": [
+            {
+                "step": 10,
+                "cell_evals": 10.0,
+                "cell_vjps": 10.0,
+                "solver_steps": 20.0,
+                "wall_seconds": 0.4,
+                "robust_accuracy": 0.75,
+            }
+        ],
         "residuals": [0.5, 0.25],
         "diagnostics": {"fallback_samples": 1.0},
         "seed": 0,
@@ -161,7 +170,7 @@ def test_append_after_a_torn_line_leaves_a_whole_file(tmp_path: Path, caplog: py
         (b"\xff\xfe", "one JSON object"),
         (b"", "one JSON object"),
         (b'{"schema_version": NaN}', "one JSON object"),
-        (b'{"schema_version": 2}', "got 2; read it with the version"),
+        (b'{"schema_version": 2}', "got 2; install the newer robustbench-deq"),
         (b"{}", "expected schema_version 1, got None"),
         (b'{"schema_version": 1}', "record_id: expected"),
     ],
@@ -242,6 +251,21 @@ def test_appending_parses_every_line_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(parsed) < 2 * 20  # each line once by either store
     with pytest.raises(UsageError, match="new identifier"):
         mine.append(Record(**values(record_id="15")), samples())
+
+
+def test_a_record_lies_in_one_folder_only(tmp_path: Path) -> None:
+    first, second, again = (tmp_path / name for name in ("first", "second", "again"))
+    for folder, name in ((first, "a"), (second, "b"), (again, "a")):
+        store_with(folder, name)
+    found = load_folders([first, second, first])
+    assert [(folder, [record.record_id for record in records]) for folder, records in found.items()] == [
+        (first, ["a"]),
+        (second, ["b"]),
+    ]
+    with pytest.raises(
+        UsageError, match=r"record a: expected in one folder only, got in .*first and .*again; .*--compare"
+    ):
+        load_folders([first, second, again])
 
 
 def test_frame_is_flat_with_a_row_for_each_record() -> None:

@@ -39,6 +39,7 @@ def make_record() -> MakeRecord:
                 "step": step,
                 "cell_evals": cell_evals * step / 4,
                 "cell_vjps": cell_evals * step / 4,
+                "solver_steps": cell_evals * step / 2,
                 "wall_seconds": seconds * step / 4,
                 "robust_accuracy": min(1.0, robust + 0.02 * (4 - step)),
             }

@@ -89,7 +89,16 @@ def test_a_run_equals_itself(make_run) -> None:
     found = compare(runs, runs[::-1])
     assert [row.adjusted_p_value for row in found.rows] == [1.0] * 5
     assert all(row.before is row.after for row in found.rows)
-    assert headline(found).endswith("lower in 0, higher in 0, and within noise in 5.")
+    assert "lower in 0, higher in 0, and within noise in 5." in headline(found)
+    assert headline(found).endswith("Cell evaluations or VJPs differ by more than 1% in 0.")
+
+
+@pytest.mark.parametrize(("evals", "differs"), [(41.0, False), (41.4, False), (41.6, True), (30.0, True)])
+def test_counts_that_differ_are_said(make_run, evals: float, differs: bool) -> None:
+    found = compare([make_run("PGD", [0])], [make_run("PGD", [0], cell_evals=evals)])
+    assert found.rows[0].has_other_cost is differs
+    assert headline(found).endswith(f"in {int(differs)}.")
+    assert ("other cost" in comparison_markdown(found)) is differs
 
 
 def test_noise_alone_is_called_noise(make_run) -> None:

@@ -188,7 +188,9 @@ def test_images_of_another_shape_are_left_out(make_run, tmp_path: Path) -> None:
     two_channels = np.zeros((8, 2, 4, 4), dtype=np.float32)
     classes = samples["label"].to_numpy()
     save_images(tmp_path, "a", Images(two_channels, two_channels, classes, classes, classes))
-    assert stored([(record, samples)], tmp_path)[1].galleries == {}
+    records, supplements = stored([(record, samples)], tmp_path)
+    assert supplements.galleries["a"] == []
+    assert make_leaderboard(records, supplements)[0].gallery == ()
 
 
 # ---------------------------------------------------------------- the page
@@ -352,6 +354,30 @@ def test_a_browser_opens_a_row(chromium, page: Path) -> None:
     assert chromium.problems == []
 
 
+COLOURS = """((element) => {
+  const isClear = (node) => /^rgba\\(.*, 0\\)$/.test(getComputedStyle(node).backgroundColor);
+  let behind = element;
+  while (isClear(behind)) behind = behind.parentElement;
+  return [getComputedStyle(element).color, getComputedStyle(behind).backgroundColor];
+})"""
+"""The colour of an element's text, and the one behind it."""
+
+
+def test_the_tab_key_reaches_all_that_can_be_used_and_shows_where_it_is(chromium, page: Path) -> None:
+    chromium.open(page)
+    here = "((e) => [e.id || e.name || e.innerText.trim(), getComputedStyle(e).outlineStyle])(document.activeElement)"
+    seen = []
+    for _ in range(25):
+        chromium.press("Tab", 9)
+        seen.append(chromium.evaluate(here))
+    names = [name for name, _ in seen]
+    assert names[:7] == ["search", "family", "training", "data", "threat", "attack", "Reset"]
+    assert names[8 : 8 + len(COLUMNS)] == [column.title for column in COLUMNS]  # 7 is the table, which scrolls
+    assert names[8 + len(COLUMNS)] == models(chromium)[0]
+    assert {outline for _, outline in seen} == {"solid"}
+    assert chromium.problems == []
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_scrolls_down_only_and_text_has_contrast(chromium, page: Path, scheme: str) -> None:
     chromium.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
@@ -360,9 +386,8 @@ def test_a_phone_scrolls_down_only_and_text_has_contrast(chromium, page: Path, s
     assert chromium.evaluate("innerWidth") == 390
     assert chromium.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
     assert len(models(chromium)) == 12
-    colours = "((e) => [getComputedStyle(e).color, getComputedStyle(document.body).backgroundColor])"
-    for selector in ("p", "#count", ".open", "dt", "thead button"):
-        text, back = chromium.evaluate(f"{colours}(document.querySelector('{selector}'))")
+    for selector in ("p", "#count", ".open", "dt", "thead button", ".panel p", ".panel dt", ".panel th", "figcaption"):
+        text, back = chromium.evaluate(f"{COLOURS}(document.querySelector('{selector}'))")
         assert contrast(text, back) >= 4.5, selector
     assert chromium.problems == []
 

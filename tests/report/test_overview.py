@@ -26,7 +26,8 @@ def test_accuracy_is_drawn_against_the_radius(make_record) -> None:
     assert set(clean.get_ydata()) == {87.5}
     assert list(line.get_xdata()) == [0.1, 0.25, 0.5]
     assert list(line.get_ydata()) == pytest.approx([80.0, 65.0, 40.0])
-    assert len(axes.containers) == 3
+    ((*_, (intervals,)),) = axes.containers
+    assert len(intervals.get_segments()) == 3
     assert axes.get_xlim()[0] == 0.0
 
 
@@ -56,6 +57,15 @@ def test_pareto_plot_shows_every_record_and_the_front(make_record) -> None:
     free = {"cell_evals": 0, "cell_vjps": 0, "solver_steps": 0, "wall_seconds": 0, "peak_memory_mb": None}
     (axes,) = overview.pareto_plot([make_record("free", cost=free)]).axes
     assert len(axes.containers) == 0
+
+
+def test_many_attacks_that_are_on_no_front_are_grey(make_record) -> None:
+    dear = [make_record(f"dear {k}", robust=0.9, cell_evals=50.0 + k) for k in range(overview.MAX_ATTACKS)]
+    figure = overview.pareto_plot([make_record("best", robust=0.5, cell_evals=10.0), *dear])
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["Pareto front", "best", "other attacks"]
+    (grey,) = [line for line in figure.axes[0].lines if line.get_marker() == "."]
+    assert len(grey.get_xdata()) == overview.MAX_ATTACKS
 
 
 def test_figures_are_the_same_from_the_same_records(make_record, tmp_path: Path) -> None:
@@ -98,9 +108,11 @@ def test_report_has_the_figures_its_records_allow_and_says_what_it_left_out(make
     write_report([*records, make_record("a", residuals=[], threat=ball(0.5), seed=1)], tmp_path)
     names = {path.stem for path in (tmp_path / "figures").iterdir()}
     assert names == {
+        "accuracy_against_solver_steps",
         "accuracy_against_cell_evals",
         "accuracy_against_wall_clock",
         "accuracy_against_epsilon",
         "pareto_front",
+        "time_spent",
     }
     assert "Drawn are 6 of 7 records; the table holds all." in (tmp_path / "report.md").read_text()

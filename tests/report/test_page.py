@@ -17,7 +17,13 @@ from robustbench_deq.report.commands import command_of
 from robustbench_deq.report.gallery import GalleryRow, draw_gallery
 from robustbench_deq.report.page import write_report
 
-FIGURES = ["accuracy_against_cell_evals", "accuracy_against_wall_clock", "residual_against_step"]
+FIGURES = [
+    "accuracy_against_solver_steps",
+    "accuracy_against_cell_evals",
+    "accuracy_against_wall_clock",
+    "residual_against_step",
+    "time_spent",
+]
 VOID = {"meta", "img"}
 
 
@@ -74,7 +80,7 @@ def test_page_loads_nothing_and_shows_numbers_settings_and_environment(make_reco
     record = make_record()
     write_report([record], tmp_path)
     page = outline(tmp_path / "index.html")
-    assert len(page.sources) == 3
+    assert len(page.sources) == len(FIGURES)
     assert all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
     assert not {"script", "link", "iframe"} & page.tags
     assert not re.search(r"url\(|@import", (tmp_path / "index.html").read_text())
@@ -132,7 +138,7 @@ def test_no_residuals_leaves_their_figure_out(make_record, tmp_path: Path) -> No
 def test_markdown_report_points_to_its_figures(make_record, tmp_path: Path) -> None:
     write_report([make_record()], tmp_path)
     links = re.findall(r"!\[.*?\]\((.*?)\)", (tmp_path / "report.md").read_text())
-    assert len(links) == 3
+    assert len(links) == len(FIGURES)
     assert all((tmp_path / link).is_file() for link in links)
 
 

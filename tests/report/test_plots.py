@@ -13,6 +13,7 @@ from robustbench_deq.errors import UsageError
 from robustbench_deq.report import plots
 
 COST_PLOTS = [
+    (plots.accuracy_against_solver_steps, "Solver steps per sample", 82.0),
     (plots.accuracy_against_cell_evals, "Cell evaluations per sample", 41.0),
     (plots.accuracy_against_wall_clock, "Wall-clock of the attack (s)", 4.1),
 ]
@@ -33,6 +34,27 @@ def test_accuracy_plots_show_curve_end_interval_and_clean_accuracy(make_record, 
     ((bottom, top),) = interval.lines[2][0].get_segments()
     assert bottom == pytest.approx([end, 63.75])
     assert top == pytest.approx([end, 73.75])
+
+
+def test_curves_without_solver_steps_are_drawn_by_their_end(make_record) -> None:
+    old = make_record()
+    points = [point.model_copy(update={"solver_steps": None}) for point in old.curve]
+    (axes,) = plots.accuracy_against_solver_steps([old.model_copy(update={"curve": points})]).axes
+    assert list(axes.lines[1].get_xdata()) == [82.0]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.9, 1100, [1, 10, 100, 1000]),
+        (14, 330, [30, 100, 300]),
+        (15, 250, [20, 50, 100, 200]),
+        (107, 260, [150, 200, 250]),
+        (2e-4, 2, [1e-3, 1e-2, 1e-1, 1]),
+    ],
+)
+def test_ticks_of_a_logarithmic_axis_are_round_and_enough(low: float, high: float, ticks: list[float]) -> None:
+    assert plots.log_ticks(low, high) == pytest.approx(ticks)
 
 
 def test_residuals_are_drawn_by_step_with_gaps(make_record) -> None:

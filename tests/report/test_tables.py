@@ -26,6 +26,7 @@ def test_rows_go_by_model_then_threat_then_strength_then_cost(make_record) -> No
     ]
     order = ["other model", "small ball", "strong and cheap", "strong but dear", "weak"]
     assert summary_table(records)["attack"].tolist() == order
+    assert summary_table(records)["rank"].tolist() == [1, 1, 1, 1, 3]
     assert summary_table(records[::-1])["attack"].tolist() == order
 
 
@@ -45,8 +46,9 @@ def test_readable_cells(make_record) -> None:
         "Threat": "L2, ε = 1",
         "Data": "digits test",
         "Attack": "joint PGD-40",
+        "Rank": "1",
         "n": "256",
-        "Clean %": "87.5",
+        "Clean %": "87.5 [82.9, 91.0]",
         "Robust %": "68.4 [64.3, 72.3]",
         "Adv. loss": "–",
         "Cell evals": "1,234",

@@ -1,0 +1,81 @@
+"""The schema of the records in words, written into results/README.md from the classes that read and write them.
+
+python -m benchmarks.schema
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import click
+import pandas as pd
+from pydantic import BaseModel
+
+from robustbench_deq.bench.records import SAMPLE_COLUMNS, SCHEMA_VERSION, Record
+from robustbench_deq.errors import RunError
+from robustbench_deq.files import write_text
+from robustbench_deq.report.tables import markdown_table
+
+README = Path(__file__).parents[1] / "results" / "README.md"
+BEGIN, END = "<!-- schema: python -m benchmarks.schema -->\n", "<!-- end of schema -->\n"
+_NAMES = {float: "number", int: "integer", str: "text", types.NoneType: "null"}
+
+
+def schema_text() -> str:
+    """Two Markdown tables: the fields of a record, dotted, and the columns of its samples."""
+    fields = pd.DataFrame(list(_rows(Record)), columns=["field", "type", "meaning"])
+    columns = pd.DataFrame(list(SAMPLE_COLUMNS.items()), columns=["column", "meaning"])
+    return (
+        f"A line of `records.jsonl`, schema version {SCHEMA_VERSION}:\n\n{markdown_table(fields, fields.columns)}\n"
+        f"A row of `samples/<record_id>.parquet`:\n\n{markdown_table(columns, columns.columns)}"
+    )
+
+
+def _rows(schema: type[BaseModel], prefix: str = "") -> typing.Iterator[tuple[str, str, str]]:
+    for name, field in schema.model_fields.items():
+        path, inner, mark = f"{prefix}{name}", field.annotation, ""
+        if typing.get_origin(inner) is list and _is_schema(typing.get_args(inner)[0]):
+            yield f"`{path}`", "list", str(field.description)
+            inner, mark = typing.get_args(inner)[0], "[]"
+        if _is_schema(inner):
+            yield from _rows(inner, f"{path}{mark}.")
+        else:
+            yield f"`{path}`", _type_text(field.annotation), str(field.description)
+
+
+def _is_schema(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _type_text(annotation: Any) -> str:
+    """In the words of JSON."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _type_text(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(map(_type_text, arguments)))
+    if origin is tuple:
+        return f"{len(arguments)} {_type_text(arguments[0])}s"
+    if origin is list:
+        return f"list of {_type_text(arguments[0])}"
+    if origin is dict:
+        value = _type_text(arguments[1])
+        return "object" if value == "anything" else f"object of {value}"
+    return _NAMES.get(annotation, "anything")
+
+
+@click.command()
+def main() -> None:
+    text = README.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise RunError(f"{README}: expected the marks of the schema, got none; put them back")
+    write_text(README, f"{before}{begin}\n{schema_text()}\n{end}{after}")
+
+
+if __name__ == "__main__":
+    main()
