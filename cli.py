@@ -17,7 +17,6 @@ import shutil
 import sys
 import textwrap
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,6 +48,7 @@ from robustbench_deq.files import output_folder, whole_folder, write_text
 from robustbench_deq.memory import keep_freed_memory
 from robustbench_deq.models import MODELS, ModelDescription, describe_model, list_models, load_model
 from robustbench_deq.proportions import wilson_interval
+from robustbench_deq.quiet import ignore_torch_deprecations
 from robustbench_deq.report.compare import compare_runs
 from robustbench_deq.report.compare_page import comparison_html, comparison_markdown, headline
 from robustbench_deq.report.history import plot_history
@@ -68,8 +68,7 @@ class Commands(click.Group):
     """A group that turns every failure into one line and an exit code."""
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
-        # torch's own forward-mode code still calls what torch deprecates; users can do nothing about it.
-        warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=FutureWarning)
+        ignore_torch_deprecations()
         try:
             return super().main(*args, standalone_mode=False, **kwargs)
         except getattr(click.exceptions, "NoArgsIsHelpError", ()) as error:

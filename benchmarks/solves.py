@@ -48,6 +48,8 @@ from robustbench_deq.solvers.base import residual_norms
 
 TOLERANCES = (1e-3, 1e-6)
 MAX_STEPS = 100
+MAX_ROUNDS, SECONDS_A_PROBLEM = 50, 3.0
+"""What is over in milliseconds is timed more often than asked for: a single hiccup would decide."""
 Run = Callable[[FixedPointMap, Tensor, float], tuple]
 """Solves from a start to a tolerance; the first of what it returns is the value."""
 
@@ -151,7 +153,10 @@ def compete(problem: Problem, rtol: float, repeats: int) -> dict[str, Trial]:
     }
     trials = {label: count(problem, run, rtol) for label, run in runs.items()}
     fn = problem.build()
-    for turn in range(repeats + 1):  # the first round warms up
+    begin = time.perf_counter()
+    for turn in range(max(repeats, MAX_ROUNDS) + 1):  # the first round warms up
+        if turn > repeats and time.perf_counter() - begin > SECONDS_A_PROBLEM:
+            break
         for label in list(trials) if turn % 2 else reversed(trials):
             start = time.perf_counter()
             runs[label](fn, problem.start, rtol)

@@ -25,6 +25,7 @@ import torch
 from robustbench_deq.bench.suite import Shard
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.memory import keep_freed_memory
+from robustbench_deq.quiet import ignore_torch_deprecations
 
 Work = Callable[[Shard], str | None]
 """Does a shard; the reason when it failed."""
@@ -97,6 +98,7 @@ def _end_with_parent() -> None:
 def _begin_worker(num_threads: int) -> None:
     torch.set_num_threads(num_threads)
     keep_freed_memory()
+    ignore_torch_deprecations()
 
 
 class Ray(Executor):
