@@ -6,5 +6,5 @@ import warnings
 
 
 def ignore_torch_deprecations() -> None:
-    """Do not show that torch's own forward-mode code calls what torch deprecates. For programs, never done on import."""
+    """Hide that torch's own forward-mode code calls what torch deprecates. For programs, never done on import."""
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=FutureWarning)

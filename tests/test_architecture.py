@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "files": BASE,
     "proportions": set(),
     "memory": set(),
+    "quiet": set(),
     "registry": BASE,
     "configs": BASE | {"registry"},
     "threats": BASE,
@@ -42,7 +43,7 @@ MAY_IMPORT = {
     "data": BASE | {"registry", "configs", "files"},
     "attack": NUMERICS | {"joint"},
     "report": BASE | {"files", "configs", "proportions", "bench.records", "bench.images"},
-    "bench": NUMERICS | {"files", "models", "data", "attack", "proportions"},
+    "bench": NUMERICS | {"files", "models", "data", "attack", "proportions", "quiet"},
     "training": NUMERICS | {"files", "models", "data", "attack", "bench"},
 }
 """For each part of the package, all that it may import of the others."""
