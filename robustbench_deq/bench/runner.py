@@ -56,6 +56,13 @@ def _environment(device: str) -> dict[str, Any]:
     return describe_environment(torch.device(device))  # asks git, which takes longer than a small shard
 
 
+@functools.lru_cache(maxsize=4)
+def _warm_up(name: str, device: str, data: str, split: str, num_samples: int) -> None:
+    """One gradient, once: what a process does for the first time must not count as the time of its first attack."""
+    x = _data(data, split, num_samples).x[:2].to(device).requires_grad_()
+    torch.autograd.grad(_model(name, device)(x).sum(), x)
+
+
 def run_shard(shard: Shard, folder: Path, build_attack: BuildAttack, device: str = "cpu") -> str | None:
     """Do a shard unless it is done or another process is at it; the reason when it failed.
 
@@ -86,6 +93,7 @@ def _attack(shard: Shard, folder: Path, build_attack: BuildAttack, device: str, 
         raise UsageError.of(f"data {run.data}", expected="those of the plan", got="others", fix="start the suite anew")
     model.check_images(data.x)
     check_labels(data.y, len(data), model.num_classes)
+    _warm_up(run.model, device, run.data, run.split, run.num_samples)
     task = task_of(run, build_attack)
     batches = [
         slice(begin, min(begin + run.batch_size, shard.end)) for begin in range(shard.begin, shard.end, run.batch_size)
