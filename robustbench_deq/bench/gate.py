@@ -47,7 +47,7 @@ REFERENCE = "joint-pgd"
 class Tolerances(Config):
     """What may change between two runs of the same code on other machines, threads and batch sizes.
 
-    The defaults leave room for what `benchmarks/gate_alarms.py` measures of it, and none for a fifth more steps.
+    The defaults are meant to leave room for that (`benchmarks/gate_alarms.py` counts), and none for a fifth more steps.
     """
 
     flips: float = Field(0.01, ge=0, le=1, description="share of the samples whose verdict may differ; at least one")

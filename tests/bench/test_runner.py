@@ -19,6 +19,7 @@ import pytest
 
 import cli
 from robustbench_deq.attack import ATTACKS, Attack
+from robustbench_deq.bench import runner
 from robustbench_deq.bench.evaluate import evaluate
 from robustbench_deq.bench.executors import WORKER_DIED, Processes, Ray
 from robustbench_deq.bench.images import load_images
@@ -155,6 +156,19 @@ def test_record_of_a_run_is_that_of_one_evaluation(undisturbed: Path) -> None:
         assert getattr(record, field) == getattr(whole.record, field)
     assert record.cost.cell_vjps == whole.record.cost.cell_vjps
     pd.testing.assert_frame_equal(RecordStore(undisturbed).load_samples(record.record_id), whole.samples)
+
+
+def test_one_gradient_is_taken_before_the_first_attack_of_a_process(tmp_path: Path, monkeypatch) -> None:
+    evaluate_batch, taken = runner.evaluate_batch, []
+
+    def watched(*args: Any) -> Any:
+        taken.append(runner._warm_up.cache_info().misses)
+        return evaluate_batch(*args)
+
+    runner._warm_up.cache_clear()
+    monkeypatch.setattr(runner, "evaluate_batch", watched)
+    do(tmp_path)
+    assert len(taken) > 1 and set(taken) == {1}
 
 
 def test_every_record_has_some_images(undisturbed: Path) -> None:
