@@ -45,7 +45,7 @@ from robustbench_deq.data import DATASETS, SplitName, load
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.files import output_folder, whole_folder, write_text
-from robustbench_deq.memory import keep_freed_memory
+from robustbench_deq.memory import keep_freed_memory, no_collection
 from robustbench_deq.models import MODELS, ModelDescription, describe_model, list_models, load_model
 from robustbench_deq.proportions import wilson_interval
 from robustbench_deq.quiet import ignore_torch_deprecations
@@ -724,16 +724,20 @@ def report(folders: tuple[Path, ...], out: Path | None, compared: tuple[Path, Pa
     if bool(folders) == (compared is not None):
         got = "both" if folders else "none"
         raise UsageError.of("report", expected="FOLDERS of records, or --compare A B", got=got, fix="name one of them")
-    if compared is not None:
-        _compare_runs(*compared, out)
-        return
+    with no_collection():
+        if compared is not None:
+            _compare_runs(*compared, out)
+        else:
+            _report_on(folders, out or folders[0] / "report")
+
+
+def _report_on(folders: tuple[Path, ...], out: Path) -> None:
     found = load_folders(folders)
     records = [record for part in found.values() for record in part]
     supplements = read_supplements(found, _cards_of(records))
-    target = out or folders[0] / "report"
-    with whole_folder(target) as folder:
+    with whole_folder(out) as folder:
         written = write_report(records, folder, supplements=supplements)
-    click.echo(f"{len(records)} records, {len(written)} files in {target}; open {target / 'index.html'}")
+    click.echo(f"{len(records)} records, {len(written)} files in {out}; open {out / 'index.html'}")
 
 
 def _compare_runs(before: Path, after: Path, out: Path | None) -> None:

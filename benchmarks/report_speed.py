@@ -26,6 +26,7 @@ import pandas as pd
 from robustbench_deq.bench.images import Images, images_path, save_images
 from robustbench_deq.bench.records import RECORDS_FILE, Record, RecordStore, load_records, to_json
 from robustbench_deq.files import write_text
+from robustbench_deq.memory import no_collection
 from robustbench_deq.report.page import write_report
 from robustbench_deq.report.supplements import read_supplements
 
@@ -115,10 +116,11 @@ def main(count: int) -> None:
         folder = Path(name)
         make_records(count, folder)
         begin = last = time.perf_counter(), time.process_time()
-        for stage in stages(folder):
-            now = time.perf_counter(), time.process_time()
-            _say(stage, now[0] - last[0], now[1] - last[1])
-            last = now
+        with no_collection():  # as the command does
+            for stage in stages(folder):
+                now = time.perf_counter(), time.process_time()
+                _say(stage, now[0] - last[0], now[1] - last[1])
+                last = now
         _say("in all", last[0] - begin[0], last[1] - begin[1])
         page = (folder / "report" / "leaderboard.html").stat().st_size / 1e6
         start = time.perf_counter()

@@ -1,11 +1,13 @@
-"""Memory of the process and of the device: its peak, and what the allocator does with freed memory."""
+"""Memory of the process and of the device: its peak, what the allocator does with freed memory, and the collector."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import re
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -37,6 +39,18 @@ def release_freed_memory() -> None:
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Without Python's collector of cycles, which looks at all objects again and again while many are made and kept."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import subprocess
@@ -71,3 +72,12 @@ def test_peak_rises_with_what_is_used_and_falls_after_a_reset() -> None:
     memory.release_freed_memory()
     memory.reset_peak_memory(CPU)
     assert memory.peak_memory_mb(CPU) < before + 30
+
+
+def test_the_collector_rests_and_is_left_as_it_was() -> None:
+    with memory.no_collection():
+        assert not gc.isenabled()
+        with memory.no_collection():
+            pass
+        assert not gc.isenabled()
+    assert gc.isenabled()

@@ -151,9 +151,10 @@ def pareto_plot(records: Sequence[Record]) -> Figure:
             others = [record for record in group if id(record) not in on_front and _cost(record) > 0]
             for record in front:
                 draw_results(axes, [(_cost(record), record)], looks[record.label])
-            for record in others:
-                if record.label in named:
-                    axes.plot(_cost(record), 100 * record.robust_accuracy, **looks[record.label])
+            for label, look in looks.items():
+                places = [(_cost(record), 100 * record.robust_accuracy) for record in others if record.label == label]
+                if places:
+                    axes.plot(*zip(*places, strict=True), **{**look, "linestyle": "none"})
             grey = [(_cost(record), 100 * record.robust_accuracy) for record in others if record.label not in named]
             if grey:
                 axes.plot(*zip(*grey, strict=True), **_OTHERS)

@@ -7,7 +7,7 @@ table, plot and page groups by `Setting`.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -60,12 +60,10 @@ def group_by_setting(records: Sequence[Record]) -> dict[Setting, list[Record]]:
     """
     if not records:
         raise UsageError.of("report", expected="at least one record", got="none", fix="run an attack first")
-    groups: dict[Setting, list[Record]] = {
-        setting: [] for setting in sorted({Setting.of(record) for record in records})
-    }
+    groups: dict[Setting, list[Record]] = defaultdict(list)
     for record in sorted(records, key=_rank):
         groups[Setting.of(record)].append(record)
-    return groups
+    return {setting: groups[setting] for setting in sorted(groups)}
 
 
 def _rank(record: Record) -> tuple[float, float, str, int, str]:

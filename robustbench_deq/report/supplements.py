@@ -6,6 +6,7 @@ their record, are left out with a warning in the log.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,8 @@ from robustbench_deq.report.gallery import GalleryRow
 
 logger = logging.getLogger(__name__)
 
-_COLUMNS = ["sample_id", "is_clean_correct", "is_robust", "is_converged", "is_failed"]
+_ANSWERS = ("is_clean_correct", "is_robust", "is_converged", "is_failed")
+_SCHEMA = pyarrow.schema([("sample_id", pyarrow.int64()), *((name, pyarrow.bool_()) for name in _ANSWERS)])
 Card = Mapping[str, Any]
 """The content of a `model.json`: name, family, config, sha256, number of parameters, and the card itself."""
 
@@ -54,13 +56,8 @@ def read_supplements(folders: Mapping[Path, Sequence[Record]], cards: Mapping[st
     verdicts: dict[str, Verdicts] = {}
     images: dict[str, Path] = {}
     for folder, records in folders.items():
-        store = RecordStore(folder)
-        for record in records:
-            found = _read_verdicts(store, record)
-            if found is not None:
-                verdicts[record.record_id] = found
-            if images_path(folder, record.record_id).is_file():
-                images[record.record_id] = folder
+        verdicts |= _read_verdicts(RecordStore(folder), records)
+        images |= {record.record_id: folder for record in records if images_path(folder, record.record_id).is_file()}
     return Supplements(verdicts, Galleries(images), cards or {})
 
 
@@ -85,20 +82,38 @@ class Galleries(Mapping[str, Sequence[GalleryRow]]):
         return len(self._folders)
 
 
-def _read_verdicts(store: RecordStore, record: Record) -> Verdicts | None:
-    path = store.samples_path(record.record_id)
+def _read_verdicts(store: RecordStore, records: Sequence[Record]) -> dict[str, Verdicts]:
+    """By record id. Converted to arrays all at once, since records are many and short."""
+    known = [(record, table) for record in records if (table := _read_table(store, record)) is not None]
+    if not known:
+        return {}
+    whole = pyarrow.concat_tables(table for _, table in known)
+    sample_ids, *answers = (whole.column(name).to_numpy() for name in _SCHEMA.names)
+    found = {}
+    for (record, table), end in zip(known, itertools.accumulate(len(table) for _, table in known), strict=True):
+        rows = slice(end - len(table), end)
+        order = np.argsort(sample_ids[rows], kind="stable")
+        verdicts = Verdicts(*(answer[rows][order] for answer in answers))
+        if _is_of(verdicts, record):
+            found[record.record_id] = verdicts
+        else:
+            path = store.samples_path(record.record_id)
+            logger.warning("%s: the verdicts are not those of the record and were left out", path)
+    return found
+
+
+def _read_table(store: RecordStore, record: Record) -> pyarrow.Table | None:
     try:
-        table = store.samples_table(record.record_id, _COLUMNS)
-        sample_ids, *columns = (table.column(name).to_numpy() for name in _COLUMNS)
+        table = store.samples_table(record.record_id, _SCHEMA.names).select(_SCHEMA.names)
+        return table if table.schema.equals(_SCHEMA) else table.cast(_SCHEMA)
     except (OSError, KeyError, pyarrow.ArrowException):
-        logger.warning("%s: no verdicts could be read", path)
+        logger.warning("%s: no verdicts could be read", store.samples_path(record.record_id))
         return None
-    order = np.argsort(sample_ids, kind="stable")
-    verdicts = Verdicts(*(column.astype(bool)[order] for column in columns))
-    if len(order) != record.data.num_samples or int(verdicts.is_robust.sum()) != num_robust(record):
-        logger.warning("%s: the verdicts are not those of the record and were left out", path)
-        return None
-    return verdicts
+
+
+def _is_of(verdicts: Verdicts, record: Record) -> bool:
+    size = len(verdicts.is_robust)
+    return size == record.data.num_samples and np.count_nonzero(verdicts.is_robust) == num_robust(record)
 
 
 def num_robust(record: Record) -> int:

@@ -112,6 +112,14 @@ def test_order_of_the_rows_in_a_file_does_not_matter(make_run, tmp_path: Path) -
     assert entry.num_robust == 5
 
 
+def test_verdicts_of_many_records_are_each_their_own(make_run, tmp_path: Path) -> None:
+    runs = [make_run(f"r{index}", [index % 3, 3]) for index in range(5)]
+    verdicts = stored([*runs, make_run("short", [], num_samples=4)], tmp_path)[1].verdicts
+    for record, samples in runs:
+        np.testing.assert_array_equal(verdicts[record.record_id].is_robust, samples["is_robust"])
+    assert len(verdicts["short"].is_robust) == 4
+
+
 @pytest.mark.parametrize("spoil", ["missing", "torn", "other verdicts", "no column"])
 def test_verdicts_that_cannot_be_used_are_left_out(make_run, tmp_path: Path, caplog, spoil: str) -> None:
     record, samples = make_run("a", [0, 1])
