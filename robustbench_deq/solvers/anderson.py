@@ -14,6 +14,7 @@ Fang and Saad, "Two classes of multisecant methods", 2009.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,9 @@ class Anderson(Solver):
         damping: beta, the mixing of the residual.
         ridge: regularisation relative to the mean size of the Gram matrix's diagonal.
         patience: steps without a smaller residual after which a sample restarts.
+
+    Raises:
+        UsageError: for a setting outside these bounds.
     """
 
     kind: int = 2
@@ -43,6 +47,13 @@ class Anderson(Solver):
     damping: float = 1.0
     ridge: float = 1e-6
     patience: int = 10
+
+    def __post_init__(self) -> None:
+        self._require("kind", self.kind in (1, 2), "1 or 2")
+        self._require("history_size", self.history_size >= 1, "an integer >= 1")
+        self._require("damping", self.damping > 0, "a number > 0")
+        self._require("ridge", self.ridge >= 0, "a number >= 0")
+        self._require("patience", self.patience >= 1, "an integer >= 1")
 
     def init(self, z: Tensor) -> State:
         flat = z.flatten(1)
@@ -71,29 +82,32 @@ class Anderson(Solver):
 
     def step(self, fn: FixedPointMap, at: Iterate, state: State) -> tuple[Tensor, State]:
         z_prev, x, y, is_empty, is_fresh, best, stale = state
-        flat, image, g = at.z.flatten(1), at.f.flatten(1), at.g
-        column = at.count % self.history_size
-        torch.sub(g, y[:, -1], out=y[:, column])
-        torch.sub(flat, z_prev, out=x[:, column])
+        flat, g, column = at.z.flatten(1), at.g, at.count % self.history_size
+        last, dz, dg = y.select(1, -1), x.select(1, column), y.select(1, column)
+        torch.sub(g, last, out=dg)
+        torch.sub(flat, z_prev, out=dz)
         if self.kind == 2:
-            x[:, column].add_(y[:, column], alpha=self.damping)
-        y[:, -1] = g
-        is_empty[:, column] = is_fresh
+            dz.add_(dg, alpha=self.damping)
+        last.copy_(g)
+        is_empty.select(1, column).copy_(is_fresh)
 
         v = x if self.kind == 1 else y[:, :-1]
         products = torch.bmm(v, y.mT).masked_fill_(is_empty[:, :, None], 0.0)  # V^T Y, and V^T g in the last column
         matrix = products[:, :, :-1].masked_fill(is_empty[:, None, :], 0.0)
         gamma = solve_small(matrix, products[:, :, -1:], self.ridge, sign=-1.0 if self.kind == 1 else 1.0).mT
-        mixed = image if self.damping == 1.0 else torch.add(flat, g, alpha=self.damping)
+        mixed = at.f.flatten(1) if self.damping == 1.0 else torch.add(flat, g, alpha=self.damping)
         moved = torch.baddbmm(mixed[:, None], gamma, x, alpha=-1.0)
         if self.kind == 1:
             moved = torch.baddbmm(moved, gamma, y[:, :-1], alpha=-self.damping)
 
         stale.add_(1).masked_fill_(at.size < best, 0)
+        best = torch.minimum(at.size, best)
         is_fresh = stale >= self.patience
-        best = torch.minimum(at.size, best).masked_fill_(is_fresh, torch.inf)
-        stale.masked_fill_(is_fresh, 0)
-        return moved[:, 0].view_as(at.z), (flat, x, y, is_empty.logical_or_(is_fresh[:, None]), is_fresh, best, stale)
+        if at.count + 1 >= self.patience:  # before, no sample can have been stale for so long
+            best.masked_fill_(is_fresh, torch.inf)
+            stale.masked_fill_(is_fresh, 0)
+            is_empty.logical_or_(is_fresh[:, None])
+        return moved.view_as(at.z), (flat, x, y, is_empty, is_fresh, best, stale)
 
 
 def solve_small(matrix: Tensor, rhs: Tensor, ridge: float, sign: float) -> Tensor:
@@ -105,9 +119,9 @@ def solve_small(matrix: Tensor, rhs: Tensor, ridge: float, sign: float) -> Tenso
     diagonal = matrix.diagonal(dim1=1, dim2=2)
     shift = torch.linalg.vector_norm(diagonal, ord=1, dim=1, keepdim=True)
     diagonal.add_(shift.mul_(sign * ridge / matrix.shape[1]).add_(sign * 1e-30))
-    solution, info = torch.linalg.solve_ex(matrix, rhs)
-    is_good = (info == 0) & (solution.sum(dim=(1, 2)).abs_() < torch.inf)
-    if not bool(is_good.all()):
+    solution = torch.linalg.solve_ex(matrix, rhs)[0]
+    if not math.isfinite(float(solution.sum())):  # some failed: a pivot of zero leaves no finite number, or a solution
+        is_good = torch.isfinite(solution).all(dim=(1, 2))
         eye = torch.eye(matrix.shape[1], device=matrix.device, dtype=matrix.dtype)
         clean = torch.nan_to_num(matrix, nan=0.0, posinf=0.0, neginf=0.0)
         normal = clean.mT @ clean

@@ -6,7 +6,7 @@ A solver looks for `z* = f(z*)`. It is a step-wise object without a loop of its 
     step(fn, at, state)        -> (z', state)  from the iterate `at`, where the loop has evaluated fn
     restart(state, mask)       -> state        forget the history of the samples in `mask`
 
-`solve` owns everything else: it evaluates the map once a step, measures the relative residual
+`Solve` owns everything else: it evaluates the map once a step, measures the relative residual
 
     r = ||f(z) - z||_2 / (||f(z)||_2 + 1e-8)
 
@@ -148,6 +148,13 @@ class Solver(abc.ABC):
     def restart(self, state: State, mask: Tensor) -> State:
         return state
 
+    def _require(self, setting: str, is_good: bool, expected: str) -> None:
+        """Raise `UsageError` unless a setting is good."""
+        if not is_good:
+            got = repr(getattr(self, setting))
+            where = f"{type(self).__name__}({setting}=...)"
+            raise UsageError.of(where, expected=expected, got=got, fix="leave it out for the default")
+
 
 def residual_norms(z: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
     """Absolute and relative residual `||f - z||` and `||f - z|| / (||f|| + 1e-8)` per sample."""
@@ -194,10 +201,10 @@ class Solve:
         full: tuple[Tensor, ...] = ()
         z, state = z0, self.solver.init(z0)
         best = z0
-        best_residual = torch.full((batch,), torch.inf, device=device, dtype=z0.dtype)
-        last_residual = best_residual
+        best_residual = last_residual = torch.full((batch,), torch.inf, device=device, dtype=z0.dtype)
         steps = torch.zeros(batch, device=device, dtype=torch.int32)
         is_active = torch.ones(batch, device=device, dtype=torch.bool)
+        is_whole = True  # whether all of the working batch is known to be active
         limit = None
         trace: list[Tensor] = []
 
@@ -207,16 +214,22 @@ class Solve:
             limit = DIVERGENCE_FACTOR * at.size + 1e-6 if limit is None else limit
             if self.has_trace:
                 trace.append(_scatter_row(torch.where(is_active, residual, torch.nan), rows, batch))
-            is_improved = is_active & (residual < best_residual)
-            best_residual = torch.where(is_improved, residual, best_residual)
-            last_residual = torch.where(is_active, residual, last_residual)
             steps.masked_fill_(is_active, count)
-            is_active = is_active & (residual > self.rtol) & (at.size < limit)  # a NaN compares false
-            num_improved, num_active = 0, batch  # unless one looks
+            is_improved = residual < best_residual
+            was_active, is_active = is_active, (residual > self.rtol) & (at.size < limit)  # a NaN compares false
+            if not is_whole:
+                is_improved, is_active = is_improved & was_active, is_active & was_active
+            num_improved, num_active = -1, batch + 1  # unless one looks
             if count % self.check_every == 0:
                 num_improved, num_active = torch.stack((is_improved, is_active)).sum(1).tolist()
-            is_best = num_improved == len(z) and z is not z0  # z0 is the caller's and is not handed back
-            best = z if is_best else torch.where(per_sample(is_improved, z), z, best)
+            is_whole = num_active == len(z)
+            if num_improved == len(z):
+                best_residual = last_residual = residual
+                best = z if z is not z0 else z0.clone()  # z0 is the caller's and is not handed back
+            else:
+                best_residual = torch.where(is_improved, residual, best_residual)
+                last_residual = torch.where(was_active, residual, last_residual)
+                best = torch.where(per_sample(is_improved, z), z, best)
             if count == self.max_steps or num_active == 0:
                 break
             if num_active <= self.compact_below * len(z):
@@ -228,7 +241,7 @@ class Solve:
                 limit, best, best_residual, last_residual, steps, is_active, *state = (
                     part.index_select(0, keep) for part in kept
                 )
-                state = tuple(state)
+                state, is_whole = tuple(state), True
             z, state = self.solver.step(fn, at, state)
 
         if rows is not None:

@@ -31,11 +31,19 @@ class Broyden(Solver):
         history_size: rank-one terms kept before a restart.
         damping: length of the step, in (0, 1].
         patience: steps without a smaller residual after which a sample restarts.
+
+    Raises:
+        UsageError: for a setting outside these bounds.
     """
 
     history_size: int = 30
     damping: float = 1.0
     patience: int = 8
+
+    def __post_init__(self) -> None:
+        self._require("history_size", self.history_size >= 1, "an integer >= 1")
+        self._require("damping", 0 < self.damping <= 1, "a number in (0, 1]")
+        self._require("patience", self.patience >= 1, "an integer >= 1")
 
     def init(self, z: Tensor) -> State:
         flat = z.flatten(1)

@@ -14,6 +14,9 @@ from robustbench_deq.solvers.base import FixedPointMap, Iterate, Solver, State
 class Picard(Solver):
     damping: float = 1.0
 
+    def __post_init__(self) -> None:
+        self._require("damping", 0 < self.damping <= 1, "a number in (0, 1]")
+
     def init(self, z: Tensor) -> State:
         return ()
 

@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from robustbench_deq.errors import RunError, UsageError
-from robustbench_deq.solvers import SOLVERS, Anderson, CellMap, FixedPointMap, NewtonKrylov, Picard, Solve, Status
+from robustbench_deq.solvers import (
+    SOLVERS,
+    Anderson,
+    Broyden,
+    CellMap,
+    FixedPointMap,
+    NewtonKrylov,
+    Picard,
+    Solve,
+    Status,
+)
 from robustbench_deq.solvers.anderson import solve_small
 from robustbench_deq.solvers.base import Iterate, residual_norms
 from robustbench_deq.solvers.newton_krylov import gmres
@@ -364,3 +374,22 @@ def test_failure_is_an_exception_when_asked(make_model, make_images) -> None:
             short.require_converged()
         whole = model.equilibrium(x)
     assert whole.require_converged() is whole
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "value"),
+    [
+        (Anderson, "kind", 3),
+        (Anderson, "history_size", 0),
+        (Anderson, "damping", 0.0),
+        (Anderson, "ridge", -1e-6),
+        (Anderson, "patience", 0),
+        (Broyden, "history_size", 0),
+        (Broyden, "damping", 1.5),
+        (Broyden, "patience", 0),
+        (Picard, "damping", math.nan),
+    ],
+)
+def test_refuses_settings_out_of_bounds(kind: type, setting: str, value: float) -> None:
+    with pytest.raises(UsageError, match=rf"{kind.__name__}\({setting}=...\): expected .*, got {value!r}"):
+        kind(**{setting: value})
