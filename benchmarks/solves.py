@@ -6,8 +6,8 @@ Every solver gets the same cell, images, start and most evaluations, and stops a
 `||f(z) - z|| / ||f(z)||`: ours each sample by itself, torchdeq's when the last sample is there. What they return is
 measured once more by us. The memory is the same: torchdeq's Anderson counts iterates (6), ours their differences (5);
 Broyden's terms are 30. torchdeq's variants are those that favour it: a smaller ridge (its own is absolute), and a
-memory of all steps, which is its default. A problem's solvers take turns, back and forth, and medians of the ratios
-within a round count.
+memory of all steps, which is its default. A problem's solvers take turns, back and forth, and what counts is the median
+of the ratios within a round, with its interval. Solvers of ours that torchdeq has none of are timed less often.
 
 The adjoint is that of the cross-entropy at the equilibrium, from its Jacobian-free start. The explicit twins are left
 out: their cells do not look at the state.
@@ -34,7 +34,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 from torchdeq.solver import get_solver
 
-from benchmarks.timing import RESULTS, alternate, keep, say
+from benchmarks.timing import RESULTS, Ratio, alternate, keep, say
 from robustbench_deq.adjoints import AdjointMap
 from robustbench_deq.attack import frozen
 from robustbench_deq.data import Split, load
@@ -48,8 +48,9 @@ from robustbench_deq.solvers.base import residual_norms
 
 TOLERANCES = (1e-3, 1e-6)
 MAX_STEPS = 100
-MAX_ROUNDS, SECONDS_A_PROBLEM = 50, 3.0
-"""What is over in milliseconds is timed more often than asked for: a single hiccup would decide."""
+MAX_ROUNDS, SECONDS_A_PROBLEM = 50, 4.0
+"""A problem's rounds: at least as many as asked for, and more of what is over in milliseconds."""
+FREEZING_ROUNDS = 11
 Run = Callable[[FixedPointMap, Tensor, float], tuple]
 """Solves from a start to a tolerance; the first of what it returns is the value."""
 
@@ -102,9 +103,9 @@ class Trial(NamedTuple):
     worst_residual: float
     seconds: list[float]
 
-    def __str__(self) -> str:
-        share = "" if self.reached == 1.0 else f", {self.reached:.1%} reached"
-        return f"{self.steps:.1f} steps, {1e3 * statistics.median(self.seconds):.2f} ms{share}"
+    @property
+    def milliseconds(self) -> float:
+        return 1e3 * statistics.median(self.seconds)
 
 
 def instances(pattern: str) -> dict[str, tuple[EquilibriumModel, str]]:
@@ -147,76 +148,84 @@ def count(problem: Problem, run: Run, rtol: float) -> Trial:
 
 
 def compete(problem: Problem, rtol: float, repeats: int) -> dict[str, Trial]:
-    """All solvers on one problem, in turn."""
+    """All solvers on one problem, in turn; counting warms them up. Those without a rival take `repeats` rounds."""
     runs = {name: ours(name) for name in SOLVERS} | {
         label: run for rivals in RIVALS.values() for label, run in rivals.items()
     }
     trials = {label: count(problem, run, rtol) for label, run in runs.items()}
+    rivals = [label for label in runs if label in RIVALS or label not in SOLVERS]
     fn = problem.build()
     begin = time.perf_counter()
-    for turn in range(max(repeats, MAX_ROUNDS) + 1):  # the first round warms up
-        if turn > repeats and time.perf_counter() - begin > SECONDS_A_PROBLEM:
+    for turn in range(max(repeats, MAX_ROUNDS)):
+        labels = list(runs) if turn < repeats else rivals
+        if turn == repeats:
+            begin = time.perf_counter()
+        elif turn > repeats and time.perf_counter() - begin > SECONDS_A_PROBLEM:
             break
-        for label in list(trials) if turn % 2 else reversed(trials):
+        for label in labels if turn % 2 else reversed(labels):
             start = time.perf_counter()
             runs[label](fn, problem.start, rtol)
-            if turn:
-                trials[label].seconds.append(time.perf_counter() - start)
+            trials[label].seconds.append(time.perf_counter() - start)
     return trials
 
 
-def ratio(slow: Trial, fast: Trial) -> float:
-    """Median over the rounds of how many times longer `slow` took."""
-    return statistics.median(a / b for a, b in zip(slow.seconds, fast.seconds, strict=True))
+def ratio(slow: Trial, fast: Trial) -> Ratio:
+    """Over the rounds in which both were timed."""
+    rounds = min(len(slow.seconds), len(fast.seconds))
+    return Ratio.of(slow.seconds[:rounds], fast.seconds[:rounds])
 
 
 def best_of(trials: list[Trial]) -> Trial:
     """The fastest of those that brought the most samples there."""
-    return min(trials, key=lambda trial: (-trial.reached, statistics.median(trial.seconds)))
+    return min(trials, key=lambda trial: (-trial.reached, trial.milliseconds))
 
 
-def summarise(trials: dict[str, Trial]) -> dict[str, Any]:
-    """Each method beside the better variant of torchdeq's, and the best solver of both sides."""
-    row: dict[str, Any] = {}
-    for method, rivals in RIVALS.items():
-        rival = best_of([trials[label] for label in rivals])
-        row |= {
-            method: str(trials[method]),
-            f"torchdeq {method}": str(rival),
-            f"torchdeq / ours, {method}": round(ratio(rival, trials[method]), 2),
-            f"reached, {method}": [trials[method].reached, rival.reached],
-        }
-    own = best_of([trials[name] for name in SOLVERS])
-    rival = best_of([trial for label, trial in trials.items() if label not in SOLVERS])
-    name = next(label for label, trial in trials.items() if trial is own)
-    return row | {
-        "best of ours": f"{name}: {own}",
-        "best of torchdeq / best of ours": round(ratio(rival, own), 2),
-        "reached, best": [own.reached, rival.reached],
+class Duel(NamedTuple):
+    """One of ours beside the better variant of torchdeq's."""
+
+    own: Trial
+    rival: Trial
+    ratio: Ratio
+
+    def __str__(self) -> str:
+        if self.own.reached == self.rival.reached:
+            return str(self.ratio)
+        return f"{self.ratio} (there: {self.own.reached:.1%}, torchdeq's {self.rival.reached:.1%})"
+
+
+def duels(trials: dict[str, Trial]) -> dict[str, Duel]:
+    """By method, and the best of both sides."""
+    pairs = {
+        method: (trials[method], best_of([trials[label] for label in rivals])) for method, rivals in RIVALS.items()
     }
+    own = best_of([trials[name] for name in SOLVERS])
+    pairs["best"] = own, best_of([trial for label, trial in trials.items() if label not in SOLVERS])
+    return {title: Duel(own, rival, ratio(rival, own)) for title, (own, rival) in pairs.items()}
 
 
-def facts_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Who was slower where, among the problems on which both sides brought the same samples there."""
+def facts_of(found: dict[str, dict[str, Duel]]) -> dict[str, Any]:
+    """Of problems and their duels: who was slower where, among those where both brought the same samples there."""
     facts: dict[str, Any] = {}
-    keys = {method: f"torchdeq / ours, {method}" for method in RIVALS} | {"best": "best of torchdeq / best of ours"}
-    for title, key in keys.items():
-        reached = [row[f"reached, {title}"] for row in rows]
-        even = [row for row, (own, rival) in zip(rows, reached, strict=True) if own == rival]
+    for title in [*RIVALS, "best"]:
+        met = {where: by_title[title] for where, by_title in found.items()}
+        even = {where: duel.ratio for where, duel in met.items() if duel.own.reached == duel.rival.reached}
         facts[title] = {
-            "problems": len(rows),
-            "only ours reaches more samples": sum(own > rival for own, rival in reached),
+            "problems": len(met),
+            "only ours reaches more samples": sum(duel.own.reached > duel.rival.reached for duel in met.values()),
             "only torchdeq reaches more samples": [
-                where(row) for row, (own, rival) in zip(rows, reached, strict=True) if own < rival
+                where for where, duel in met.items() if duel.own.reached < duel.rival.reached
             ],
-            "ours is slower": [f"{where(row)}: {row[key]}" for row in even if row[key] < 1.0],
-            "median of torchdeq / ours": round(statistics.median(row[key] for row in even), 2) if even else None,
+            "ours is slower": [f"{where}: {times}" for where, times in even.items() if times.high < 1.0],
+            "cannot be told apart": [
+                f"{where}: {times}" for where, times in even.items() if times.low <= 1 <= times.high
+            ],
+            "torchdeq / ours": _range([times.median for times in even.values()]),
         }
     return facts
 
 
-def where(row: dict[str, Any]) -> str:
-    return f"{row['model']} {row['direction']} {row['tolerance']:g}"
+def _range(medians: list[float]) -> str:
+    return f"{min(medians):.2f} to {max(medians):.2f}, median {statistics.median(medians):.2f}" if medians else "none"
 
 
 def batches(model: EquilibriumModel, pool: Split, size: int, rtol: float) -> dict[str, tuple[CellMap, Tensor]]:
@@ -247,7 +256,9 @@ def freezing(model: EquilibriumModel, pool: Split, size: int, rtol: float, repea
             with Meter(model) as meter:
                 solution = solve(fn, start)
             evals.append(round(meter.cost(size).cell_evals, 1))
-        slow, fast, times = alternate(partial(together, fn, start), partial(frozen_solve, fn, start), repeats)
+        slow, fast, times = alternate(
+            partial(together, fn, start), partial(frozen_solve, fn, start), max(repeats, FREEZING_ROUNDS)
+        )
         rows.append(
             {
                 "batch": label,
@@ -257,7 +268,7 @@ def freezing(model: EquilibriumModel, pool: Split, size: int, rtol: float, repea
                 "cell evals, all stay": evals[1],
                 "ms, freezing": round(1e3 * fast, 2),
                 "ms, all stay": round(1e3 * slow, 2),
-                "all stay / freezing (ms)": round(times, 2),
+                "all stay / freezing (ms)": str(times),
             }
         )
     return rows
@@ -275,7 +286,7 @@ def draw(points: pd.DataFrame, stem: str) -> None:
         figure = new_figure(11.0, 1.8 + 0.62 * len(names))
         grid = figure.subplots(1, 4, sharey=True)
         for axes, (direction, rtol) in zip(grid, itertools.product(("forward", "adjoint"), TOLERANCES), strict=True):
-            part = points[(points["direction"] == direction) & (points["tolerance"] == rtol)]
+            part = points[(points["direction"] == direction) & (points["tolerance"] == f"{rtol:g}")]
             for point in part.itertuples():
                 colour, marker = looks[point.solver]
                 height = names.index(point.model) + 0.7 * (labels.index(point.solver) / len(labels) - 0.5)
@@ -308,7 +319,8 @@ def draw(points: pd.DataFrame, stem: str) -> None:
 @click.option("--name", default="solves", show_default=True, help="of the files in results/")
 def main(pattern: str, limit: int, pool: int, repeats: int, name: str) -> None:
     points, rows, freezes = [], [], []
-    settings = {"batch": limit, "most evaluations": MAX_STEPS, "rounds": repeats}
+    found: dict[str, dict[str, Duel]] = {}
+    settings = {"batch": limit, "most evaluations": MAX_STEPS, "rounds, at least": repeats}
     for label, (model, source) in instances(pattern).items():
         data = load(source, limit=min(pool, len(load(source))))
         with frozen(model):
@@ -316,23 +328,43 @@ def main(pattern: str, limit: int, pool: int, repeats: int, name: str) -> None:
                 problems(model, load(source, limit=limit)).items(), TOLERANCES
             ):
                 trials = compete(problem, rtol, repeats)
-                place = {"model": label, "direction": direction, "tolerance": rtol}
-                rows.append(place | summarise(trials))
+                where = f"{label} {direction} {rtol:g}"
+                found[where] = duels(trials)
+                place = {"model": label, "direction": direction, "tolerance": f"{rtol:g}"}
+                best = next(name for name in SOLVERS if trials[name] is found[where]["best"].own)
+                rows.append(place | {"best of ours": best} | {title: str(duel) for title, duel in found[where].items()})
                 for solver, trial in trials.items():
-                    milliseconds = 1e3 * statistics.median(trial.seconds)
-                    points.append({**place, "solver": solver, "ms": milliseconds, **trial._asdict()})
-                say(f"{where(place)}: {rows[-1]['best of ours']}")
+                    rounds = len(trial.seconds)
+                    points.append(
+                        {**place, "solver": solver, "ms": trial.milliseconds, "rounds": rounds} | trial._asdict()
+                    )
+                say(f"{where}: {rows[-1]}")
             for rtol in TOLERANCES:
                 freezes += [
-                    {"model": label, "tolerance": rtol, **row} for row in freezing(model, data, limit, rtol, repeats)
+                    {"model": label, "tolerance": f"{rtol:g}", **row}
+                    for row in freezing(model, data, limit, rtol, repeats)
                 ]
         frame = pd.DataFrame(points).drop(columns="seconds")
         with replacing(RESULTS / f"{name}.csv") as temporary:
             frame.to_csv(temporary, index=False, float_format="%.6g")
         draw(frame, name)
-        shown = [{key: value for key, value in row.items() if not key.startswith("reached")} for row in rows]
-        keep(name, "Equilibrium solves beside torchdeq's", shown, settings | facts_of(rows))
+        keep(name, "torchdeq's time over ours at the same tolerance", rows, settings | facts_of(found))
+        keep(f"{name}_all", "Every solver on every problem", [readable(point) for point in points], settings)
         keep(f"{name}_freezing", "Freezing on mixed batches, Anderson, forward", freezes, settings | {"pool": pool})
+
+
+def readable(point: dict[str, Any]) -> dict[str, Any]:
+    """A row of the table of all solvers."""
+    kept = {key: point[key] for key in ("model", "direction", "tolerance", "solver")}
+    return kept | {
+        "steps": f"{point['steps']:.1f}",
+        "cell evals": f"{point['cell_evals']:.1f}",
+        "VJPs": f"{point['cell_vjps']:.1f}",
+        "there": f"{point['reached']:.1%}",
+        "worst residual": f"{point['worst_residual']:.1e}",
+        "ms": f"{point['ms']:.2f}",
+        "rounds": point["rounds"],
+    }
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def main(repeats: int, batch_size: int, pattern: str) -> None:
                 "model": name,
                 "joint step (ms)": round(1e3 * joint_seconds / STEPS, 3),
                 "bare evaluation and VJP (ms)": round(1e3 * bare_seconds / STEPS, 3),
-                "ratio": round(ratio, 3),
+                "ratio": str(ratio),
                 "injection and its VJP (ms)": round(1e3 * injection_seconds / STEPS, 3),
                 "cell and its VJP (ms)": round(1e3 * cell_seconds / STEPS, 3),
             }

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
+from scipy.stats import quantile_test
 
 from attacks import ATTACKS
 from robustbench_deq.attack import Attack
@@ -72,8 +74,30 @@ def median_ratio(slow: list[Evaluation], fast: list[Evaluation]) -> float:
     return statistics.median(ratios(slow, fast))
 
 
-def alternate(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> tuple[float, float, float]:
-    """Median seconds of both, and the median of the ratios first / second, taken in turn after one warm-up each."""
+class Ratio(NamedTuple):
+    """How many times longer one thing took than another: the median over rounds, and where it lies at 95 %.
+
+    The interval is that of the median by order statistics, whatever the distribution; of few rounds it is their range.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, slow: Sequence[float], fast: Sequence[float]) -> Ratio:
+        """From the seconds of both, round by round."""
+        times = [a / b for a, b in zip(slow, fast, strict=True)]
+        low, high = quantile_test(times, q=1.0, p=0.5).confidence_interval()
+        ends = (min(times) if math.isnan(low) else low, max(times) if math.isnan(high) else high)
+        return cls(*(round(float(value), 2) for value in (statistics.median(times), *ends)))
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def alternate(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> tuple[float, float, Ratio]:
+    """Median seconds of both, and the ratio first / second, taken in turn after one warm-up each."""
     first(), second()
     pairs = []
     for _ in range(repeats):
@@ -82,11 +106,8 @@ def alternate(first: Callable[[], Any], second: Callable[[], Any], repeats: int)
         middle = time.perf_counter()
         second()
         pairs.append((middle - start, time.perf_counter() - middle))
-    return (
-        statistics.median(a for a, _ in pairs),
-        statistics.median(b for _, b in pairs),
-        statistics.median(a / b for a, b in pairs),
-    )
+    slow, fast = zip(*pairs, strict=True)
+    return statistics.median(slow), statistics.median(fast), Ratio.of(slow, fast)
 
 
 def keep(name: str, title: str, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
