@@ -31,10 +31,11 @@ from rich.table import Table
 
 import attacks as _attacks  # noqa: F401  (fills the attack registry)
 from robustbench_deq.attack import ATTACKS, Attack
+from robustbench_deq.bench.baseline import read_baseline, read_run, to_entries, update_baseline
 from robustbench_deq.bench.doctor import Verdict, examine
 from robustbench_deq.bench.evaluate import Evaluation, evaluate
 from robustbench_deq.bench.executors import Executor, Processes, Ray, Serial
-from robustbench_deq.bench.gate import Check, compare, read_baseline, read_run, to_entries, to_junit, update_baseline
+from robustbench_deq.bench.gate import Check, compare, to_junit
 from robustbench_deq.bench.images import choose_images, save_images
 from robustbench_deq.bench.progress import EarlierPaces, SuiteProgress
 from robustbench_deq.bench.records import Record, RecordStore, load_folders, load_records, to_json

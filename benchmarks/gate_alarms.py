@@ -23,8 +23,9 @@ import torch
 
 from benchmarks.timing import RESULTS, keep, say
 from cli import build_attack
+from robustbench_deq.bench.baseline import Baseline, BaselineEntry, read_baseline, read_run, to_entries
 from robustbench_deq.bench.executors import Executor, Processes, Serial
-from robustbench_deq.bench.gate import Baseline, Entry, compare, read_baseline, read_run, seconds_by_attack, to_entries
+from robustbench_deq.bench.gate import compare, seconds_by_attack
 from robustbench_deq.bench.runner import run_suite
 from robustbench_deq.bench.suite import SuiteConfig, cut, plan, read_suite
 from robustbench_deq.files import replacing
@@ -44,7 +45,7 @@ def place(workers: int, threads: int) -> Iterator[Executor]:
         torch.set_num_threads(before)
 
 
-def repeat(suite: SuiteConfig, reference: str, workers: int, threads: int) -> list[Entry]:
+def repeat(suite: SuiteConfig, reference: str, workers: int, threads: int) -> list[BaselineEntry]:
     """What one run of the suite gives, as a baseline would keep it."""
     runs = [(run, cut(run, suite.batches_per_shard)) for run in plan(suite)]
     with tempfile.TemporaryDirectory() as name, place(workers, threads) as executor:
@@ -52,11 +53,16 @@ def repeat(suite: SuiteConfig, reference: str, workers: int, threads: int) -> li
         return to_entries(read_run(Path(name)), reference)
 
 
-def measure(baseline: Baseline, entries: list[Entry]) -> tuple[dict[str, Any], list[str]]:
+def measure(baseline: Baseline, entries: list[BaselineEntry]) -> tuple[dict[str, Any], list[str]]:
     """How far the entries are from the baseline, and the alarms."""
     known = {entry.identity: entry for entry in entries}
     pairs = [(old, known[old.identity]) for old in baseline.entries if old.identity in known]
-    factors = [max(after / before, before / after) for before, after in seconds_by_attack(pairs).values()]
+    factors = [factor(before, after) for before, after in seconds_by_attack(pairs).values()]
+    of_one = [
+        factor(old.relative_seconds, new.relative_seconds)
+        for old, new in pairs
+        if old.batch_size == new.batch_size and old.relative_seconds and new.relative_seconds
+    ]
     flips = [max(differing(old.is_clean, new.is_clean), differing(old.is_robust, new.is_robust)) for old, new in pairs]
     bad = [check for check in compare(baseline, entries) if not check.is_good]
     row = {
@@ -65,6 +71,7 @@ def measure(baseline: Baseline, entries: list[Entry]) -> tuple[dict[str, Any], l
         "evaluations, most": max(change(old.cell_evals, new.cell_evals) for old, new in pairs),
         "VJPs, most": max(change(old.cell_vjps, new.cell_vjps) for old, new in pairs),
         "seconds, largest factor": round(max(factors), 2) if factors else "",
+        "of one record": round(max(of_one), 2) if of_one else "",
     }
     return row, [f"{check.record}: {check.field} {check.baseline}, now {check.now}" for check in bad]
 
@@ -72,6 +79,10 @@ def measure(baseline: Baseline, entries: list[Entry]) -> tuple[dict[str, Any], l
 def differing(before: str, after: str) -> int:
     """Samples whose verdict is another one."""
     return (int(before, 16) ^ int(after, 16)).bit_count()
+
+
+def factor(before: float, after: float) -> float:
+    return max(after / before, before / after)
 
 
 def change(before: float, after: float) -> float:

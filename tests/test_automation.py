@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import cli
-from robustbench_deq.bench.gate import read_baseline
+from robustbench_deq.bench.baseline import read_baseline
 from robustbench_deq.bench.suite import plan, read_suite
 from robustbench_deq.threats import Norm, Threat
 
