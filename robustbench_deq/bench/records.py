@@ -8,8 +8,8 @@ A record is written once and never changed. Its samples are in place before its 
 has its samples. A line counts only once its newline is there: a process that dies while writing leaves a torn last
 line, which readers skip and the next writer removes. Numbers that are not finite become null.
 
-Every field is described in `results/README.md`, which `benchmarks.schema` writes from the classes here. Lines of an older
-schema version are brought up to the present one as they are read (see `bench.migrations`).
+Every field is described in `results/README.md`, which `benchmarks.schema` writes from the classes here. Lines of an
+older schema version are brought up to the present one as they are read (see `bench.migrations`).
 """
 
 from __future__ import annotations

@@ -2,21 +2,25 @@
 
 Records are matched by model, threat, data and the attack's label, the closest first: the same samples, seed and
 settings. Where the samples' digests agree and both runs kept their verdicts, McNemar's exact test compares the robust
-accuracies sample by sample; else Fisher's exact test compares them as two independent proportions. The p-values of all
-rows together are adjusted by Benjamini and Hochberg (1995), so that many rows do not yield a change by their number.
+and the clean accuracies sample by sample; else Fisher's exact test compares them as two independent proportions. The
+p-values of all rows together, those of robust and of clean accuracy apart, are adjusted by Benjamini and Hochberg
+(1995), so that many rows do not yield a change by their number.
+
+Unconverged and failed samples are faults and no draws: on the same samples every change of their number counts, on
+others one whose 95 % interval (Newcombe's, of the difference of the shares) leaves 0 out.
 
 Costs are compared as ratios of counts, which do not depend on the machine; seconds are not compared.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy.stats import false_discovery_control
@@ -24,14 +28,14 @@ from scipy.stats import false_discovery_control
 from robustbench_deq.bench.records import Record
 from robustbench_deq.errors import UsageError
 from robustbench_deq.proportions import fisher_p_value, mcnemar_p_value, newcombe_interval
-from robustbench_deq.report.supplements import Verdicts, num_robust
+from robustbench_deq.report.supplements import Verdicts
 
 SIGNIFICANCE = 0.05
 COST_TOLERANCE = 0.01
 
 
 class Change(enum.Enum):
-    """Of the robust accuracy from the first run to the second. Lower is a weaker model or a stronger attack."""
+    """From the first run to the second. A lower robust accuracy is a weaker model or a stronger attack."""
 
     LOWER = "lower"
     HIGHER = "higher"
@@ -39,36 +43,58 @@ class Change(enum.Enum):
 
 
 @dataclass(frozen=True)
+class Difference:
+    """Of an accuracy, from the first run to the second.
+
+    Attributes:
+        before, after: fractions.
+        num_lost, num_gained: samples that were right only before, only after; None when not paired.
+        interval: Newcombe's, at 95 %, of the difference of two independent proportions; None when paired.
+        p_value: of no difference, by itself.
+        adjusted_p_value: the same among all rows.
+    """
+
+    before: float
+    after: float
+    num_lost: int | None
+    num_gained: int | None
+    interval: tuple[float, float] | None
+    p_value: float
+    adjusted_p_value: float = math.nan
+
+    @property
+    def value(self) -> float:
+        """After less before."""
+        return self.after - self.before
+
+    @property
+    def change(self) -> Change:
+        if self.adjusted_p_value >= SIGNIFICANCE or self.value == 0:
+            return Change.NONE
+        return Change.LOWER if self.value < 0 else Change.HIGHER
+
+
+@dataclass(frozen=True)
 class Comparison:
     """One attack on one model in both runs.
 
     Attributes:
-        num_lost, num_gained: samples that were robust only before, only after; None when not paired.
-        interval: Newcombe's, at 95 %, of the difference of two independent proportions; None when paired.
-        p_value: of no difference, by itself.
-        adjusted_p_value: the same among all rows.
+        unconverged, failed: of the number of such samples.
         notes: what else is not the same in the two.
     """
 
     before: Record
     after: Record
-    num_lost: int | None
-    num_gained: int | None
-    interval: tuple[float, float] | None
-    p_value: float
-    adjusted_p_value: float
+    robust: Difference
+    clean: Difference
+    unconverged: Change
+    failed: Change
     notes: tuple[str, ...]
 
     @property
-    def difference(self) -> float:
-        """Of the robust accuracies, after less before."""
-        return self.after.robust_accuracy - self.before.robust_accuracy
-
-    @property
-    def change(self) -> Change:
-        if self.adjusted_p_value >= SIGNIFICANCE or self.difference == 0:
-            return Change.NONE
-        return Change.LOWER if self.difference < 0 else Change.HIGHER
+    def is_changed(self) -> bool:
+        """Whether anything but the cost is."""
+        return {self.robust.change, self.clean.change, self.unconverged, self.failed} != {Change.NONE}
 
     def ratio(self, cost: str) -> float:
         """After over before of a cost, which `CostRecord` names; NaN when there was none before."""
@@ -118,12 +144,19 @@ def compare_runs(
     rows = [
         _compare(old, new, verdicts_before.get(old.record_id), verdicts_after.get(new.record_id)) for old, new in pairs
     ]
-    adjusted = false_discovery_control([row["p_value"] for row in rows], method="bh")
-    return RunComparison(
-        tuple(Comparison(**row, adjusted_p_value=float(p_value)) for row, p_value in zip(rows, adjusted, strict=True)),
-        tuple(only_before),
-        tuple(only_after),
-    )
+    robust, clean = _adjusted([row.robust for row in rows]), _adjusted([row.clean for row in rows])
+    rows = [
+        dataclasses.replace(row, robust=one, clean=other) for row, one, other in zip(rows, robust, clean, strict=True)
+    ]
+    return RunComparison(tuple(rows), tuple(only_before), tuple(only_after))
+
+
+def _adjusted(found: Sequence[Difference]) -> list[Difference]:
+    p_values = false_discovery_control([difference.p_value for difference in found], method="bh")
+    return [
+        dataclasses.replace(difference, adjusted_p_value=float(p_value))
+        for difference, p_value in zip(found, p_values, strict=True)
+    ]
 
 
 def _key(record: Record) -> tuple[Hashable, ...]:
@@ -176,33 +209,55 @@ def _match(
     return sorted(pairs, key=lambda pair: order(pair[0])), left, right
 
 
-def _compare(before: Record, after: Record, old: Verdicts | None, new: Verdicts | None) -> dict[str, Any]:
-    is_same_data = before.data.digest == after.data.digest
+def _compare(before: Record, after: Record, old: Verdicts | None, new: Verdicts | None) -> Comparison:
     notes = _notes(before, after)
-    values = {"before": before, "after": after}
-    if is_same_data and old is not None and new is not None:
-        num_lost = int(np.sum(old.is_robust & ~new.is_robust))
-        num_gained = int(np.sum(~old.is_robust & new.is_robust))
-        return values | {
-            "num_lost": num_lost,
-            "num_gained": num_gained,
-            "interval": None,
-            "p_value": mcnemar_p_value(num_lost, num_gained),
-            "notes": notes,
-        }
-    counts = (num_robust(before), before.data.num_samples, num_robust(after), after.data.num_samples)
-    return values | {
-        "num_lost": None,
-        "num_gained": None,
-        "interval": newcombe_interval(*counts),
-        "p_value": fisher_p_value(*counts),
-        "notes": (*notes, *(["no verdicts"] if is_same_data else [])),
-    }
+    if _is_same_data(before, after) and old is not None and new is not None:
+        robust = _paired(before.robust_accuracy, after.robust_accuracy, old.is_robust, new.is_robust)
+        clean = _paired(before.clean_accuracy, after.clean_accuracy, old.is_clean, new.is_clean)
+    else:
+        robust = _unpaired(before, after, "robust_accuracy")
+        clean = _unpaired(before, after, "clean_accuracy")
+        notes = (*notes, *(["no verdicts"] if _is_same_data(before, after) else []))
+    return Comparison(
+        before,
+        after,
+        robust,
+        clean,
+        _change_of_faults(before, after, "num_unconverged"),
+        _change_of_faults(before, after, "num_failed"),
+        notes,
+    )
+
+
+def _is_same_data(before: Record, after: Record) -> bool:
+    return before.data.digest == after.data.digest
+
+
+def _paired(before: float, after: float, old: np.ndarray, new: np.ndarray) -> Difference:
+    """From the verdicts `(samples,)` of both runs."""
+    num_lost, num_gained = int(np.sum(old & ~new)), int(np.sum(~old & new))
+    return Difference(before, after, num_lost, num_gained, None, mcnemar_p_value(num_lost, num_gained))
+
+
+def _unpaired(before: Record, after: Record, accuracy: str) -> Difference:
+    fractions = getattr(before, accuracy), getattr(after, accuracy)
+    sizes = before.data.num_samples, after.data.num_samples
+    old, new = (round(fraction * size) for fraction, size in zip(fractions, sizes, strict=True))
+    counts = old, sizes[0], new, sizes[1]
+    return Difference(*fractions, None, None, newcombe_interval(*counts), fisher_p_value(*counts))
+
+
+def _change_of_faults(before: Record, after: Record, count: str) -> Change:
+    old, new = getattr(before, count), getattr(after, count)
+    low = high = float(new - old)
+    if not _is_same_data(before, after):
+        low, high = newcombe_interval(old, before.data.num_samples, new, after.data.num_samples)
+    return Change.HIGHER if low > 0 else Change.LOWER if high < 0 else Change.NONE
 
 
 def _notes(before: Record, after: Record) -> tuple[str, ...]:
     differs = {
-        "other samples": before.data.digest != after.data.digest,
+        "other samples": not _is_same_data(before, after),
         "other weights": before.model_sha256 != after.model_sha256,
         "other settings": before.attack_config != after.attack_config,
         "other seed": before.seed != after.seed,

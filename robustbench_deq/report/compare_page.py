@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import pandas as pd
 
 from robustbench_deq.bench.records import Record
-from robustbench_deq.report.compare import COST_TOLERANCE, SIGNIFICANCE, Change, Comparison, RunComparison
+from robustbench_deq.report.compare import COST_TOLERANCE, SIGNIFICANCE, Change, Comparison, Difference, RunComparison
 from robustbench_deq.report.settings import format_threat
 from robustbench_deq.report.tables import MISSING, markdown_table, markdown_text, percent
 from robustbench_deq.report.templates import render_template
 
 TITLE = "Comparison of two runs"
-TEXTS = ("Model", "Threat", "Data", "Attack", "Verdict", "Notes")
+TEXTS = ("Model", "Threat", "Data", "Attack", "Verdict", "Clean verdict", "Notes")
 MEANINGS = {
-    "Robust %": "robust accuracy before and after",
-    "Difference": "after less before, in points; on other samples with Newcombe's 95 % interval",
-    "Lost, gained": "samples that were robust only before, and only after, on the same samples",
-    "p": "of no difference, among all rows (Benjamini and Hochberg): McNemar's exact test on the same samples, else "
-    "Fisher's",
-    "Verdict": f"lower or higher where p is below {SIGNIFICANCE:g}; lower is a weaker model or a stronger attack",
-    "Cell evals, VJPs": "after over before, per sample",
-    "Unconverged, Failed": "samples, before and after",
+    "Robust %, Clean %": "accuracy before and after the attack, in the first run and in the second",
+    "Difference, Clean difference": "second less first, in points; on the same samples with how many were right only "
+    "in the first (-) and only in the second (+), on others with Newcombe's 95 % interval",
+    "p, Clean p": "of no difference, among all rows (Benjamini and Hochberg): McNemar's exact test on the same "
+    "samples, else Fisher's",
+    "Verdict, Clean verdict": f"lower or higher where p is below {SIGNIFICANCE:g}; a lower robust accuracy is a weaker "
+    "model or a stronger attack",
+    "Cell evals, VJPs": "second over first, per sample",
+    "Unconverged, Failed": "samples; more or fewer is any change on the same samples, on others one of which the 95 % "
+    "interval leaves 0 out",
 }
 
 
@@ -41,7 +44,7 @@ def comparison_markdown(found: RunComparison) -> str:
 
 def comparison_html(found: RunComparison) -> str:
     """The page."""
-    rows = [(row.change is not Change.NONE, _row(row)) for row in found.rows]
+    rows = [(row.is_changed, _row(row)) for row in found.rows]
     return render_template(
         "compare.html.jinja",
         title=TITLE,
@@ -54,13 +57,24 @@ def comparison_html(found: RunComparison) -> str:
 
 
 def headline(found: RunComparison) -> str:
-    """Two sentences: how many rows changed, and which way."""
-    counts = {change: sum(row.change is change for row in found.rows) for change in Change}
-    return (
-        f"Of {len(found.rows)} attacks in both runs, robust accuracy is lower in {counts[Change.LOWER]}, "
-        f"higher in {counts[Change.HIGHER]}, and within noise in {counts[Change.NONE]}. Cell evaluations or VJPs "
-        f"differ by more than {COST_TOLERANCE:.0%} in {sum(row.has_other_cost for row in found.rows)}."
+    """How many rows changed, which way, and in what."""
+    robust, clean, unconverged, failed = (
+        Counter(changes)
+        for changes in zip(
+            *((row.robust.change, row.clean.change, row.unconverged, row.failed) for row in found.rows), strict=True
+        )
     )
+    accuracy, faults = ("lower", "higher", "within noise"), ("fewer", "more", "as many")
+    return (
+        f"Of {len(found.rows)} attacks in both runs, robust accuracy is {_in_words(robust, *accuracy)}; clean accuracy "
+        f"is {_in_words(clean, *accuracy)}. Unconverged samples are {_in_words(unconverged, *faults)}; failed ones are "
+        f"{_in_words(failed, *faults)}. Cell evaluations or VJPs differ by more than {COST_TOLERANCE:.0%} in "
+        f"{sum(row.has_other_cost for row in found.rows)}."
+    )
+
+
+def _in_words(counts: Counter[Change], lower: str, higher: str, none: str) -> str:
+    return f"{lower} in {counts[Change.LOWER]}, {higher} in {counts[Change.HIGHER]} and {none} in {counts[Change.NONE]}"
 
 
 def _leftovers(found: RunComparison) -> dict[str, list[str]]:
@@ -83,22 +97,37 @@ def _row(row: Comparison) -> dict[str, str]:
         "Threat": format_threat(before.threat.norm, before.threat.epsilon),
         "Data": f"{before.data.name} {before.data.split}",
         "Attack": before.label,
-        "Robust %": f"{percent(before.robust_accuracy)} → {percent(after.robust_accuracy)}",
-        "Difference": _difference(row),
-        "Lost, gained": MISSING if row.num_lost is None else f"-{row.num_lost} +{row.num_gained}",
-        "p": f"{row.adjusted_p_value:.2g}",
-        "Verdict": row.change.value,
+        "Robust %": _before_and_after(row.robust),
+        "Difference": _difference(row.robust),
+        "p": f"{row.robust.adjusted_p_value:.2g}",
+        "Verdict": row.robust.change.value,
+        "Clean %": _before_and_after(row.clean),
+        "Clean difference": _difference(row.clean),
+        "Clean p": f"{row.clean.adjusted_p_value:.2g}",
+        "Clean verdict": row.clean.change.value,
         "Cell evals": _ratio(row.ratio("cell_evals")),
         "VJPs": _ratio(row.ratio("cell_vjps")),
-        "Unconverged": f"{before.num_unconverged} → {after.num_unconverged}",
-        "Failed": f"{before.num_failed} → {after.num_failed}",
+        "Unconverged": _faults(before.num_unconverged, after.num_unconverged, row.unconverged),
+        "Failed": _faults(before.num_failed, after.num_failed, row.failed),
         "Notes": ", ".join((*row.notes, *(["other cost"] if row.has_other_cost else []))) or MISSING,
     }
 
 
-def _difference(row: Comparison) -> str:
-    text = f"{100 * row.difference:+.1f}"
-    return text if row.interval is None else f"{text} [{100 * row.interval[0]:+.1f}, {100 * row.interval[1]:+.1f}]"
+def _before_and_after(difference: Difference) -> str:
+    return f"{percent(difference.before)} → {percent(difference.after)}"
+
+
+def _difference(difference: Difference) -> str:
+    text = f"{100 * difference.value:+.1f}"
+    if difference.interval is None:
+        return f"{text} (-{difference.num_lost} +{difference.num_gained})"
+    low, high = difference.interval
+    return f"{text} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def _faults(before: int, after: int, change: Change) -> str:
+    word = {Change.LOWER: " (fewer)", Change.HIGHER: " (more)", Change.NONE: ""}[change]
+    return f"{before} → {after}{word}"
 
 
 def _ratio(value: float) -> str:

@@ -36,14 +36,14 @@ def test_the_same_samples_are_paired(make_run) -> None:
     before = make_run("PGD", range(10), num_samples=100)
     after = make_run("PGD", range(5, 30), num_samples=100, cell_evals=82.0)
     (row,) = compare([before], [after]).rows
-    assert (row.num_lost, row.num_gained, row.interval) == (20, 5, None)
+    assert (row.robust.num_lost, row.robust.num_gained, row.robust.interval) == (20, 5, None)
     p_value = 2 * sum(math.comb(25, k) for k in range(6)) / 2**25
-    assert row.p_value == row.adjusted_p_value == pytest.approx(p_value)
-    assert row.change is Change.LOWER
-    assert row.difference == pytest.approx(-0.15)
+    assert row.robust.p_value == row.robust.adjusted_p_value == pytest.approx(p_value)
+    assert row.robust.change is Change.LOWER
+    assert row.robust.value == pytest.approx(-0.15)
     assert (row.ratio("cell_evals"), row.ratio("cell_vjps"), row.notes) == (2.0, pytest.approx(81 / 40), ())
     (row,) = compare([after], [before]).rows
-    assert row.change is Change.HIGHER
+    assert row.robust.change is Change.HIGHER
 
 
 def test_pairing_sees_what_two_intervals_would_not(make_run) -> None:
@@ -51,12 +51,12 @@ def test_pairing_sees_what_two_intervals_would_not(make_run) -> None:
     before, after = make_run("PGD", range(100), num_samples=400), make_run("PGD", range(110), num_samples=400)
     records = [before[0]], [after[0]]
     (row,) = compare([before], [after]).rows
-    assert row.p_value == pytest.approx(2 * 0.5**10)
-    assert row.change is Change.LOWER
+    assert row.robust.p_value == pytest.approx(2 * 0.5**10)
+    assert row.robust.change is Change.LOWER
     (row,) = compare_runs(*records, {}, {}).rows
-    assert row.change is Change.NONE
+    assert row.robust.change is Change.NONE
     assert row.notes == ("no verdicts",)
-    assert row.num_lost is None
+    assert row.robust.num_lost is None
 
 
 def test_other_samples_are_compared_by_their_proportions(make_run) -> None:
@@ -64,12 +64,12 @@ def test_other_samples_are_compared_by_their_proportions(make_run) -> None:
     same = make_run("PGD", range(12), num_samples=100, data=OTHER_SAMPLES)
     worse = make_run("PGD", range(50), num_samples=100, data=OTHER_SAMPLES)
     (row,) = compare([before], [same]).rows
-    low, high = row.interval
-    assert (row.change, row.notes, row.num_lost) == (Change.NONE, ("other samples",), None)
+    low, high = row.robust.interval
+    assert (row.robust.change, row.notes, row.robust.num_lost) == (Change.NONE, ("other samples",), None)
     assert low < -0.02 < high and low < 0 < high
     (row,) = compare([before], [worse]).rows
-    assert row.change is Change.LOWER
-    assert row.interval[1] < 0
+    assert row.robust.change is Change.LOWER
+    assert row.robust.interval[1] < 0
 
 
 def test_one_chance_in_twenty_is_noise_among_many_rows(make_run) -> None:
@@ -78,19 +78,72 @@ def test_one_chance_in_twenty_is_noise_among_many_rows(make_run) -> None:
     moved = make_run(names[0], range(27), num_samples=100)
     after = [moved, *(make_run(name, range(20), num_samples=100) for name in names[1:])]
     (alone,) = compare(before[:1], after[:1]).rows
-    assert alone.p_value < 0.05 and alone.change is Change.LOWER
+    assert alone.robust.p_value < 0.05 and alone.robust.change is Change.LOWER
     rows = compare(before, after).rows
-    assert {row.change for row in rows} == {Change.NONE}
-    assert min(row.p_value for row in rows) == alone.p_value
+    assert {row.robust.change for row in rows} == {Change.NONE}
+    assert min(row.robust.p_value for row in rows) == alone.robust.p_value
 
 
 def test_a_run_equals_itself(make_run) -> None:
     runs = [make_run(str(number), range(number)) for number in range(5)]
     found = compare(runs, runs[::-1])
-    assert [row.adjusted_p_value for row in found.rows] == [1.0] * 5
+    assert [row.robust.adjusted_p_value for row in found.rows] == [1.0] * 5
     assert all(row.before is row.after for row in found.rows)
-    assert "lower in 0, higher in 0, and within noise in 5." in headline(found)
+    assert headline(found).count("lower in 0, higher in 0 and within noise in 5") == 2
+    assert headline(found).count("fewer in 0, more in 0 and as many in 5") == 2
     assert headline(found).endswith("Cell evaluations or VJPs differ by more than 1% in 0.")
+
+
+def with_clean(run: Run, num_clean: int) -> Run:
+    """The same run, right without an attack on so many samples only."""
+    record, samples = run
+    samples = samples.assign(is_clean_correct=np.arange(len(samples)) < num_clean)
+    return record.model_copy(update={"clean_accuracy": num_clean / len(samples)}), samples
+
+
+@pytest.mark.parametrize("data", [None, OTHER_SAMPLES])
+def test_clean_accuracy_is_compared_by_itself(make_run, data: dict | None) -> None:
+    changes = {} if data is None else {"data": data}
+    before = with_clean(make_run("PGD", range(50), num_samples=100), 99)
+    after = with_clean(make_run("PGD", range(50), num_samples=100, **changes), 80)
+    found = compare([before], [after])
+    (row,) = found.rows
+    assert (row.robust.change, row.clean.change, row.is_changed) == (Change.NONE, Change.LOWER, True)
+    assert (row.clean.num_lost, row.clean.num_gained) == ((19, 0) if data is None else (None, None))
+    assert "clean accuracy is lower in 1, higher in 0 and within noise in 0." in headline(found)
+    text = comparison_markdown(found)
+    assert "99.0 → 80.0" in text and ("-19.0 (-19 +0)" if data is None else "-19.0 [-2") in text
+    assert '<tr class="is-changed">' in comparison_html(found)
+
+
+@pytest.mark.parametrize("count", ["num_unconverged", "num_failed"])
+@pytest.mark.parametrize(
+    ("before", "after", "data", "change"),
+    [
+        (0, 1, None, Change.HIGHER),
+        (1, 0, None, Change.LOWER),
+        (1, 1, None, Change.NONE),
+        (0, 1, OTHER_SAMPLES, Change.NONE),
+        (0, 12, OTHER_SAMPLES, Change.HIGHER),
+        (12, 0, OTHER_SAMPLES, Change.LOWER),
+    ],
+)
+def test_faults_are_judged_and_counted(
+    make_run, count: str, before: int, after: int, data: dict | None, change: Change
+) -> None:
+    changes = {} if data is None else {"data": data}
+    sides = (
+        make_run("PGD", [0], num_samples=100, **{count: before}),
+        make_run("PGD", [0], num_samples=100, **changes, **{count: after}),
+    )
+    found = compare(*([side] for side in sides))
+    (row,) = found.rows
+    assert (row.unconverged if count == "num_unconverged" else row.failed) is change
+    assert row.is_changed is (change is not Change.NONE)
+    said = {Change.HIGHER: "fewer in 0, more in 1", Change.LOWER: "fewer in 1, more in 0"}
+    assert headline(found).count(said.get(change, "as many in 1")) == (1 if change in said else 2)
+    word = {Change.HIGHER: " (more)", Change.LOWER: " (fewer)", Change.NONE: ""}[change]
+    assert f"{before} → {after}{word} |" in comparison_markdown(found)
 
 
 @pytest.mark.parametrize(("evals", "differs"), [(41.0, False), (41.4, False), (41.6, True), (30.0, True)])
@@ -110,7 +163,7 @@ def test_noise_alone_is_called_noise(make_run) -> None:
             [make_run(f"PGD-{k}", np.flatnonzero(rng.random(64) < 0.4), num_samples=64) for k in range(10)]
             for _ in "ab"
         ]
-        alarms += any(row.change is not Change.NONE for row in compare(*sides).rows)
+        alarms += any(row.is_changed for row in compare(*sides).rows)
     assert alarms <= 3
 
 
@@ -163,7 +216,7 @@ def test_tables_show_the_rows_and_no_text_breaks_out(make_run) -> None:
     for shown in ("89.0 → 59.0", "-30 +0", "× 1.000", "lower"):
         assert shown in text and shown in page
     assert "+0.0 [-5.2, +5.2]" in text and "other samples" in text
-    assert "is lower in 1, higher in 0, and within noise in 1." in page
+    assert "robust accuracy is lower in 1, higher in 0 and within noise in 1;" in page
     assert not re.search(r"https?:|url\(|@import|src=|href=\"(?!data:)", page)
 
 
