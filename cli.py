@@ -35,6 +35,7 @@ from robustbench_deq.bench.baseline import read_baseline, read_run, to_entries, 
 from robustbench_deq.bench.doctor import Verdict, examine
 from robustbench_deq.bench.evaluate import Evaluation, evaluate
 from robustbench_deq.bench.executors import Executor, Processes, Ray, Serial
+from robustbench_deq.bench.failures import read_failures
 from robustbench_deq.bench.gate import Check, compare, to_junit
 from robustbench_deq.bench.images import choose_images, save_images
 from robustbench_deq.bench.progress import EarlierPaces, SuiteProgress
@@ -735,7 +736,8 @@ def report(folders: tuple[Path, ...], out: Path | None, compared: tuple[Path, Pa
 def _report_on(folders: tuple[Path, ...], out: Path) -> None:
     found = load_folders(folders)
     records = [record for part in found.values() for record in part]
-    supplements = read_supplements(found, _cards_of(records))
+    failures = sum((read_failures(folder) for folder in found), collections.Counter())
+    supplements = read_supplements(found, _cards_of(records), failures)
     with whole_folder(out) as folder:
         written = write_report(records, folder, supplements=supplements)
     click.echo(f"{len(records)} records, {len(written)} files in {out}; open {out / 'index.html'}")

@@ -47,7 +47,12 @@ def test_workflow_makes_targets_that_exist_and_keeps_what_the_gate_writes() -> N
     assert workflow["permissions"] == {"contents": "read"} and "secrets." not in (ROOT / path).read_text()
     steps = workflow["jobs"]["ci"]["steps"]
     assert all(("uses" in step) != ("run" in step) for step in steps)
-    assert [step["run"] for step in steps if "run" in step] == ["make lint", "make test", "make gate"]
+    assert [step["run"] for step in steps if "run" in step] == [
+        "google-chrome --version",
+        "make lint",
+        "make test",
+        "make gate",
+    ]
     used = {step["uses"].split("@")[0]: step.get("with", {}) for step in steps if "uses" in step}
     assert (ROOT / used["actions/setup-python"]["cache-dependency-path"]).is_file()
     assert used["actions/upload-artifact"]["path"].rstrip("/") == folder_of_the_gate()

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.stats import rankdata
 
 from robustbench_deq.bench.records import Record
 from robustbench_deq.proportions import wilson_interval
@@ -126,10 +127,9 @@ def make_leaderboard(records: Sequence[Record], supplements: Supplements) -> lis
 
     ranked: list[Entry] = []
     for _, group in itertools.groupby(sorted(entries, key=order), key=board_of):
-        rank, last = 0, None
-        for place, entry in enumerate(group, start=1):
-            rank, last = (rank if entry.num_robust == last else place), entry.num_robust
-            ranked.append(dataclasses.replace(entry, rank=rank))
+        together = list(group)
+        ranks = rankdata([-entry.num_robust for entry in together], method="min")
+        ranked += [dataclasses.replace(entry, rank=int(rank)) for entry, rank in zip(together, ranks, strict=True)]
     return ranked
 
 

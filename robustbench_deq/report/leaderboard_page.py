@@ -18,9 +18,9 @@ from robustbench_deq.bench.records import Record
 from robustbench_deq.report.columns import COLUMNS
 from robustbench_deq.report.commands import command_of, flatten
 from robustbench_deq.report.gallery import GalleryRow, stretched
-from robustbench_deq.report.leaderboard import UNKNOWN, Entry, make_leaderboard
+from robustbench_deq.report.leaderboard import UNKNOWN, Entry
 from robustbench_deq.report.settings import format_threat
-from robustbench_deq.report.supplements import Card, Supplements
+from robustbench_deq.report.supplements import Card
 from robustbench_deq.report.tables import MISSING, amount, decimals, percent, percent_interval
 from robustbench_deq.report.templates import render_template
 
@@ -29,13 +29,17 @@ FILTERS = {"family": "Family", "training": "Training", "data": "Data", "threat":
 IN_PERCENT = ("clean_accuracy", "robust_accuracy")
 
 
-def leaderboard_html(records: Sequence[Record], supplements: Supplements) -> str:
-    """The page. Raises `UsageError` when there are no records."""
-    entries = make_leaderboard(records, supplements)
+def leaderboard_html(entries: Sequence[Entry], warning: str = "") -> str:
+    """The page.
+
+    Args:
+        warning: a sentence about what the entries lack; none where nothing is.
+    """
     rows = [_row(entry, index) for index, entry in enumerate(entries)]
     return render_template(
         "leaderboard.html.jinja",
         title=TITLE,
+        warning=warning,
         columns=COLUMNS,
         rows=rows,
         filters={key: (title, _options(rows, key)) for key, title in FILTERS.items()},

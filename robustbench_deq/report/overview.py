@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,6 +16,7 @@ from matplotlib.lines import Line2D
 
 from robustbench_deq.bench.records import Record
 from robustbench_deq.errors import UsageError
+from robustbench_deq.report.leaderboard import Board
 from robustbench_deq.report.plots import (
     Look,
     add_legend,
@@ -37,18 +39,25 @@ MAX_ATTACKS = 10
 MAX_POINTS = 1000
 MIN_ATTACKS = 3
 
-
 Grouping = Callable[[Sequence[Record]], dict[Setting, list[Record]]]
 
 
-def choose_drawn(records: Sequence[Record], num_attacks: int, group_by: Grouping = group_by_setting) -> list[Record]:
-    """Those that a figure has room for: all groups, or of too many the first as examples, with `num_attacks` attacks.
+class Drawn(NamedTuple):
+    """Records that a figure has room for, and a sentence that says which they are; empty where they are all."""
 
-    Attacks that occur in more of these groups come first, then the stronger ones. One record stands for several of
-    an attack: that with the lowest robust accuracy.
+    records: list[Record]
+    note: str
+
+
+def choose_drawn(records: Sequence[Record], num_attacks: int, group_by: Grouping = group_by_setting) -> Drawn:
+    """All groups, or of too many three examples, with `num_attacks` attacks each.
+
+    Examples are the most, the middle and the least robust under their strongest attack, on the threat and samples that
+    most groups have. Attacks that occur in more of the groups come first, then the stronger ones. One record stands for
+    several of an attack: that with the lowest robust accuracy.
     """
-    groups = list(group_by(records).values())
-    groups = groups if len(groups) <= MAX_SETTINGS else groups[:NUM_EXAMPLES]
+    settings = group_by(records)
+    groups = _examples(settings) if len(settings) > MAX_SETTINGS else list(settings.values())
     strongest = [
         {(record.label, record.threat.epsilon): record for record in reversed(group)}.values() for group in groups
     ]
@@ -58,7 +67,19 @@ def choose_drawn(records: Sequence[Record], num_attacks: int, group_by: Grouping
         best[record.label] = min(best.get(record.label, 1.0), record.robust_accuracy)
     ranked = sorted(count, key=lambda label: (-count[label], best[label], natural_order(label)))
     kept = set(ranked[:num_attacks])
-    return [record for group in strongest for record in group if record.label in kept]
+    drawn = [record for group in strongest for record in group if record.label in kept]
+    if len(drawn) == len(records):
+        return Drawn(drawn, "")
+    rule = " of the most, the middle and the least robust model" if len(groups) < len(settings) else ""
+    return Drawn(drawn, f"Drawn are {len(drawn):,} of {len(records):,} records{rule}; the table holds all.")
+
+
+def _examples(settings: Mapping[Setting, list[Record]]) -> list[list[Record]]:
+    board, _ = Counter(map(Board.of, settings)).most_common(1)[0]
+    groups = [group for setting, group in settings.items() if Board.of(setting) == board]
+    groups.sort(key=lambda group: -min(record.robust_accuracy for record in group))
+    places = {round(k * (len(groups) - 1) / (NUM_EXAMPLES - 1)) for k in range(NUM_EXAMPLES)}
+    return [groups[place] for place in sorted(places)]
 
 
 def has_several_epsilons(records: Sequence[Record]) -> bool:

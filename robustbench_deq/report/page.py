@@ -3,6 +3,7 @@
     report.md, report.csv, report.tex    the table, for reading, for computing and for papers
     index.html                           one file with table, figures and how each row was made; loads nothing else
     leaderboard.html                     one file that ranks the models by the union of the attacks; loads nothing
+    leaderboard.md, .csv, .tex           the same ranks as tables
     figures/*.png, figures/*.svg         the figures
 
 The folder is a pure function of the records (and of the gallery and the supplements): it holds no date and no path.
@@ -26,15 +27,25 @@ from robustbench_deq.files import write_text
 from robustbench_deq.report import overview, plots
 from robustbench_deq.report.commands import command_of
 from robustbench_deq.report.gallery import GalleryRow, draw_gallery
+from robustbench_deq.report.leaderboard import Entry, make_leaderboard
 from robustbench_deq.report.leaderboard_page import leaderboard_html
 from robustbench_deq.report.settings import Setting, format_threat, group_by_setting, setting_names
 from robustbench_deq.report.spending import time_spent
+from robustbench_deq.report.standings import (
+    choose_ranked,
+    draw_standings,
+    standings_csv,
+    standings_latex,
+    standings_markdown,
+)
 from robustbench_deq.report.supplements import Supplements
 from robustbench_deq.report.tables import Format, markdown_text, meanings, render, summary_table
 from robustbench_deq.report.templates import definitions, render_template
 
 TITLE = "Adversarial robustness of deep equilibrium models"
 CAPTIONS = {
+    "standings": "What all attacks together leave of each model's accuracy, sample by sample, with Wilson's 95 % "
+    "interval; the upright stroke is the clean accuracy. Models stand by threat, the most robust on top.",
     "accuracy_against_solver_steps": "Robust accuracy against solver steps per sample: iterations of all solves, joint "
     "or not. The large marker is the end of the attack, with its confidence interval; the dashed line is the clean "
     "accuracy. Lower and further left is a stronger attack.",
@@ -45,7 +56,8 @@ CAPTIONS = {
     "pareto_front": "Each attack at its cost. The line is the front: no attack that costs less gets as low. Attacks on "
     "it have their confidence interval.",
     "residual_against_step": "Mean relative residual of the state during the attack: how far from an equilibrium it "
-    "was when the perturbation was changed.",
+    "was when the perturbation was changed. Left out are attacks that solve anew at each of their steps and ran in "
+    "several batches, whose solves differ in length.",
     "time_spent": "Where the time went, over all records. Left: seconds of the attacks, and of the judge that checked "
     "them. Right: calls of the cell per sample, the mean over records.",
     "gallery": "Samples before and after the attack. Perturbations are stretched to the full scale; bold marks a wrong "
@@ -99,60 +111,65 @@ def _write(
 ) -> list[Path]:
     figure_paths: list[Path] = []
     shown: list[_Plot] = []
-    for name, (figure, num_drawn) in _figures(records, gallery).items():
+    entries = make_leaderboard(records, supplements)
+    for name, (figure, note) in _figures(records, entries, gallery).items():
         png, svg = plots.save(figure, folder / "figures" / name)
         figure_paths += [png, svg]
-        shown.append(
-            _Plot(name, _caption(name, num_drawn, len(records)), base64.b64encode(svg.read_bytes()).decode("ascii"))
-        )
+        caption = f"{CAPTIONS[name]} {note}".rstrip()
+        shown.append(_Plot(name, caption, base64.b64encode(svg.read_bytes()).decode("ascii")))
     texts = {
-        "report.md": _markdown(table, shown),
+        "report.md": _markdown(table, shown, supplements.warning),
         "report.csv": render(table, Format.CSV),
         "report.tex": render(table, Format.LATEX),
-        "index.html": _html(records, table, shown),
-        "leaderboard.html": leaderboard_html(records, supplements),
+        "index.html": _html(records, table, shown, supplements.warning),
+        "leaderboard.html": leaderboard_html(entries, supplements.warning),
+        "leaderboard.md": standings_markdown(entries, supplements.warning),
+        "leaderboard.csv": standings_csv(entries),
+        "leaderboard.tex": standings_latex(entries),
     }
     for name, text in texts.items():
         write_text(folder / name, text)
     return [*(folder / name for name in texts), *figure_paths]
 
 
-def _figures(records: Sequence[Record], gallery: Sequence[GalleryRow]) -> dict[str, tuple[Figure, int]]:
-    """Figures by name, each with the number of records that had room in it."""
-    lines = overview.choose_drawn(records, overview.MAX_ATTACKS)
-    figures = {
-        "accuracy_against_solver_steps": (plots.accuracy_against_solver_steps(lines), len(lines)),
-        "accuracy_against_cell_evals": (plots.accuracy_against_cell_evals(lines), len(lines)),
-        "accuracy_against_wall_clock": (plots.accuracy_against_wall_clock(lines), len(lines)),
-    }
-    radii = overview.choose_drawn(records, overview.MAX_ATTACKS, overview.by_radius)
+def _figures(
+    records: Sequence[Record], entries: Sequence[Entry], gallery: Sequence[GalleryRow]
+) -> dict[str, tuple[Figure, str]]:
+    """Figures by name, each with a note of what had no room in it."""
+    ranked, note = choose_ranked(entries)
+    figures = {"standings": (draw_standings(ranked), note)}
+    lines, note = overview.choose_drawn(records, overview.MAX_ATTACKS)
+    figures["accuracy_against_solver_steps"] = plots.accuracy_against_solver_steps(lines), note
+    figures["accuracy_against_cell_evals"] = plots.accuracy_against_cell_evals(lines), note
+    figures["accuracy_against_wall_clock"] = plots.accuracy_against_wall_clock(lines), note
+    radii, radii_note = overview.choose_drawn(records, overview.MAX_ATTACKS, overview.by_radius)
     if overview.has_several_epsilons(radii):
-        figures["accuracy_against_epsilon"] = overview.accuracy_against_epsilon(radii), len(radii)
+        figures["accuracy_against_epsilon"] = overview.accuracy_against_epsilon(radii), radii_note
     if overview.has_choice(records):
-        points = overview.choose_drawn(records, overview.MAX_POINTS)
-        figures["pareto_front"] = overview.pareto_plot(points), len(points)
+        points, points_note = overview.choose_drawn(records, overview.MAX_POINTS)
+        figures["pareto_front"] = overview.pareto_plot(points), points_note
     if any(map(plots.has_residuals, lines)):
-        figures["residual_against_step"] = plots.residual_against_step(lines), len(lines)
-    figures["time_spent"] = time_spent(records), len(records)
+        figures["residual_against_step"] = plots.residual_against_step(lines), note
+    figures["time_spent"] = time_spent(records), ""
     if gallery:
-        figures["gallery"] = draw_gallery(gallery), len(records)
+        figures["gallery"] = draw_gallery(gallery), ""
     return figures
 
 
-def _caption(name: str, num_drawn: int, num_records: int) -> str:
-    if num_drawn == num_records:
-        return CAPTIONS[name]
-    return f"{CAPTIONS[name]} Drawn are {num_drawn:,} of {num_records:,} records; the table holds all."
-
-
-def _markdown(table: pd.DataFrame, shown: Sequence[_Plot]) -> str:
-    parts = [f"# {TITLE}", render(table, Format.MARKDOWN).rstrip()]
+def _markdown(table: pd.DataFrame, shown: Sequence[_Plot], warning: str) -> str:
+    parts = [f"# {TITLE}", *([f"**{markdown_text(warning)}**"] if warning else [])]
+    parts += [_image(plot) for plot in shown[:1]]
+    parts += [render(table, Format.MARKDOWN).rstrip()]
     parts.append("\n".join(f"- **{markdown_text(name)}**: {text}" for name, text in meanings(table).items()))
-    parts += [f"![{plot.name}](figures/{plot.name}.png)\n\n{plot.caption}" for plot in shown]
+    parts += [_image(plot) for plot in shown[1:]]
     return "\n\n".join(parts) + "\n"
 
 
-def _html(records: Sequence[Record], table: pd.DataFrame, shown: Sequence[_Plot]) -> str:
+def _image(plot: _Plot) -> str:
+    return f"![{plot.name}](figures/{plot.name}.png)\n\n{plot.caption}"
+
+
+def _html(records: Sequence[Record], table: pd.DataFrame, shown: Sequence[_Plot], warning: str) -> str:
     ordered = [record for group in group_by_setting(records).values() for record in group]
     names = setting_names(map(Setting.of, ordered))
     environments: list[dict[str, Any]] = []
@@ -171,6 +188,7 @@ def _html(records: Sequence[Record], table: pd.DataFrame, shown: Sequence[_Plot]
     return render_template(
         "page.html.jinja",
         title=TITLE,
+        warning=warning,
         table=render(table, Format.HTML),
         meanings=meanings(table),
         plots=shown,

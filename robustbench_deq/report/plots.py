@@ -110,7 +110,7 @@ def accuracy_against_wall_clock(records: Sequence[Record]) -> Figure:
 
 
 def residual_against_step(records: Sequence[Record]) -> Figure:
-    """Mean relative residual of the state after each solver step of the attacks that follow one.
+    """Mean relative residual of the state after each solver step, of records that have a meaning for it.
 
     Raises:
         UsageError: when no record has residuals.
@@ -118,7 +118,10 @@ def residual_against_step(records: Sequence[Record]) -> Figure:
     followed = [record for record in records if has_residuals(record)]
     if not followed:
         raise UsageError.of(
-            "residual plot", expected="records with residuals", got="none", fix="plot an attack that follows its state"
+            "residual plot",
+            expected="records with residuals",
+            got="none",
+            fix="plot an attack that follows its state",
         )
     with style():
         figure, facets = facet_figure(followed)
@@ -126,6 +129,7 @@ def residual_against_step(records: Sequence[Record]) -> Figure:
         for axes, group in facets:
             for record in group:
                 _draw_residuals(axes, record, looks[record.label])
+            use_log_costs(axes)
             _log_residuals(axes)
         label_axes(figure, facets, "Solver step of the attack", "Mean relative residual of the state")
         drawn = {record.label for record in followed}
@@ -134,7 +138,15 @@ def residual_against_step(records: Sequence[Record]) -> Figure:
 
 
 def has_residuals(record: Record) -> bool:
-    return any(value for value in record.residuals)
+    """Whether the record has residuals whose mean over its samples, solver step by solver step, means something.
+
+    One batch steps together, and so do all where the state is advanced once for each step of the attack. An attack that
+    solves anew at each of its steps takes another number of solver steps in every batch: what stands at the same place
+    belongs to different steps of it.
+    """
+    is_one_batch = record.data.num_samples <= record.batch_size
+    is_one_a_step = bool(record.curve) and len(record.residuals) <= record.curve[-1].step + 1
+    return (is_one_batch or is_one_a_step) and any(record.residuals)
 
 
 def _accuracy(records: Sequence[Record], x_label: str, cost: str) -> Figure:
@@ -264,7 +276,6 @@ def use_log_costs(axes: Axes) -> None:
 
 def _log_residuals(axes: Axes) -> None:
     axes.set_yscale("log")
-    axes.margins(x=0.03, y=0.06)
     axes.yaxis.set_major_locator(FixedLocator(log_ticks(*axes.get_ylim())))
     axes.yaxis.set_major_formatter(FuncFormatter(_scientific))
     axes.yaxis.set_minor_locator(NullLocator())

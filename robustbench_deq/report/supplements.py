@@ -40,25 +40,42 @@ class Verdicts:
 
 @dataclass(frozen=True)
 class Supplements:
-    """By record id: verdicts and a gallery. By model name: the card."""
+    """By record id: verdicts and a gallery. By model name: the card. By model and attack: shards that have failed."""
 
     verdicts: Mapping[str, Verdicts] = field(default_factory=dict)
     galleries: Mapping[str, Sequence[GalleryRow]] = field(default_factory=dict)
     cards: Mapping[str, Card] = field(default_factory=dict)
+    failures: Mapping[tuple[str, str], int] = field(default_factory=dict)
+
+    @property
+    def warning(self) -> str:
+        """A sentence about the failed shards, whose attacks are missing; empty where there are none."""
+        if not self.failures:
+            return ""
+        count = sum(self.failures.values())
+        runs = "; ".join(f"{model}, {label} ({number})" for (model, label), number in sorted(self.failures.items()))
+        return (
+            f"{count:,} failed {'shard has' if count == 1 else 'shards have'} left no record, so these models met "
+            f"fewer attacks than the others: {runs}. Try again with bench --resume."
+        )
 
 
-def read_supplements(folders: Mapping[Path, Sequence[Record]], cards: Mapping[str, Card] | None = None) -> Supplements:
+def read_supplements(
+    folders: Mapping[Path, Sequence[Record]],
+    cards: Mapping[str, Card] | None = None,
+    failures: Mapping[tuple[str, str], int] | None = None,
+) -> Supplements:
     """What lies in folders beside the records that were read from them.
 
     Args:
-        cards: passed through.
+        cards, failures: passed through.
     """
     verdicts: dict[str, Verdicts] = {}
     images: dict[str, Path] = {}
     for folder, records in folders.items():
         verdicts |= _read_verdicts(RecordStore(folder), records)
         images |= {record.record_id: folder for record in records if images_path(folder, record.record_id).is_file()}
-    return Supplements(verdicts, Galleries(images), cards or {})
+    return Supplements(verdicts, Galleries(images), cards or {}, failures or {})
 
 
 class Galleries(Mapping[str, Sequence[GalleryRow]]):

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import pandas as pd
+from scipy.stats import rankdata
 
 from robustbench_deq.bench.records import Record
 from robustbench_deq.errors import UsageError
@@ -73,10 +74,8 @@ def summary_table(records: Sequence[Record]) -> pd.DataFrame:
 
 def _rows(group: Sequence[Record]) -> Iterator[dict[str, object]]:
     """Of one setting, with ranks."""
-    rank, last = 0, None
-    for place, record in enumerate(group, start=1):
-        rank, last = (rank if record.robust_accuracy == last else place), record.robust_accuracy
-        yield _row(record, rank)
+    ranks = rankdata([record.robust_accuracy for record in group], method="min")
+    yield from (_row(record, int(rank)) for record, rank in zip(group, ranks, strict=True))
 
 
 def _row(record: Record, rank: int) -> dict[str, object]:
@@ -206,17 +205,23 @@ def markdown_table(frame: pd.DataFrame, text_columns: Collection[str] = ()) -> s
 _LATEX_SYMBOLS = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
     | {"~": r"\textasciitilde ", "^": r"\textasciicircum ", "\\": r"\textbackslash "}
-    | {"ε": r"$\varepsilon$", "∞": r"$_\infty$", "·": r"$\cdot$", MISSING: "--"}
+    | {"ε": r"$\varepsilon$", "≤": r"$\le$", "∞": r"$_\infty$", "·": r"$\cdot$", MISSING: "--"}
 )
 
 
 def _latex(frame: pd.DataFrame) -> str:
-    """A booktabs table. Written here, as pandas takes a millisecond for each row."""
-    table = readable(frame)
-    column_format = "".join("l" if name in TEXT_COLUMNS else "r" for name in table.columns)
+    return latex_table(readable(frame), TEXT_COLUMNS)
+
+
+def latex_table(frame: pd.DataFrame, text_columns: Collection[str] = ()) -> str:
+    """Any table of texts with booktabs; columns other than these are set to the right.
+
+    Written here, as pandas takes a millisecond for each row.
+    """
+    column_format = "".join("l" if name in text_columns else "r" for name in frame.columns)
     head, *rows = [
         " & ".join(" ".join(cell.split()).translate(_LATEX_SYMBOLS) for cell in row) + r" \\"
-        for row in [list(table.columns), *table.to_numpy().tolist()]
+        for row in [list(frame.columns), *frame.to_numpy().tolist()]
     ]
     lines = [rf"\begin{{tabular}}{{{column_format}}}", r"\toprule", head, r"\midrule", *rows, r"\bottomrule"]
     return "\n".join([*lines, r"\end{tabular}"]) + "\n"

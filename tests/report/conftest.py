@@ -165,12 +165,22 @@ class Chromium:
         self._process.wait(timeout=30)
 
 
-@pytest.fixture(scope="session")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+def find_chromium() -> str:
+    """The program. Without one the test is skipped, but fails in continuous integration, which sets CI."""
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
-        pytest.skip("no chromium is installed")
-    browser = Chromium(program, tmp_path_factory.mktemp("profile"))
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("no chromium is installed")
+    return program
+
+
+@pytest.fixture
+def find_browser() -> Callable[[], str]:
+    return find_chromium
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    browser = Chromium(find_chromium(), tmp_path_factory.mktemp("profile"))
     yield browser
     browser.close()
 

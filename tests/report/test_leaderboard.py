@@ -6,7 +6,7 @@ import html
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +89,7 @@ def test_without_verdicts_the_strongest_attack_bounds_the_union(make_run, tmp_pa
     assert text["Robust %"].startswith("≤ 37.5 [")
     (entry,) = make_leaderboard(records, Supplements())
     assert (entry.num_robust, entry.num_in_union) == (3, 0)
-    assert "At most 3 of 8" in leaderboard_html(records, known)
+    assert "At most 3 of 8" in leaderboard_html(make_leaderboard(records, known))
 
 
 def test_samples_that_any_attack_left_without_verdict_are_counted_once(make_run, tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_card_counts_only_for_the_weights_it_describes(make_run, tmp_path: Pat
     assert (entry.training, entry.trained_against) == ("adversarial", "L∞, ε = 8/255")
     (entry,) = make_leaderboard(records, Supplements(cards={"deq-conv.mine": card("deq-conv.mine", sha256="other")}))
     assert (entry.card, entry.training, entry.family) == (None, "unknown", "deq-conv")
-    assert "No card of these weights" in leaderboard_html(records, Supplements())
+    assert "No card of these weights" in leaderboard_html(make_leaderboard(records, Supplements()))
 
 
 @pytest.mark.parametrize("model", ["models/mine.py:build", "./folder", "plain"])
@@ -159,7 +159,7 @@ def test_a_file_is_of_no_family(make_run, model: str) -> None:
 
 def test_no_records_are_refused() -> None:
     with pytest.raises(UsageError, match="at least one record"):
-        leaderboard_html([], Supplements())
+        make_leaderboard([], Supplements())
 
 
 # ---------------------------------------------------------------- images
@@ -184,7 +184,7 @@ def test_a_row_shows_the_images_of_its_strongest_record_that_has_some(make_run, 
     clean = np.full((8, 3, 4, 4), 0.5, dtype=np.float32)
     save_images(tmp_path, "weak", choose_images(runs[1][1], clean, clean + 0.25))
     records, supplements = stored(runs, tmp_path)
-    page = leaderboard_html(records, supplements)
+    page = leaderboard_html(make_leaderboard(records, supplements))
     assert page.count("data:image/png;base64,") == 8 * 3
     assert page.count("largest change 0.250") == 8
     assert "true 0, read as 0" in page
@@ -207,7 +207,7 @@ def test_images_of_another_shape_are_left_out(make_run, tmp_path: Path) -> None:
 def test_page_holds_numbers_evidence_and_commands_and_loads_nothing(make_run, tmp_path: Path) -> None:
     runs = [make_run("first attack", [0, 1], record_id="a"), make_run("second attack", [2], record_id="b")]
     cards = {"deq-conv": card("deq-conv", threat={"norm": "l2", "epsilon": 0.5})}
-    page = leaderboard_html(*stored(runs, tmp_path, cards))
+    page = leaderboard_html(make_leaderboard(*stored(runs, tmp_path, cards)))
     text = html.unescape(re.sub(r"<[^>]+>", " ", page))
     for shown in ("4 of 8 samples withstood all 2 attacks", "50.0 [21.5, 78.5]", "12,345", "50.0 [40.0, 60.0] %"):
         assert shown in text
@@ -227,7 +227,8 @@ def test_page_holds_numbers_evidence_and_commands_and_loads_nothing(make_run, tm
 def test_page_depends_on_the_records_alone(make_run, tmp_path: Path) -> None:
     runs = [make_run(str(number), [number], model=f"model {number % 3}") for number in range(6)]
     records, supplements = stored(runs, tmp_path)
-    assert leaderboard_html(records, supplements) == leaderboard_html(records[::-1], supplements)
+    pages = [leaderboard_html(make_leaderboard(order, supplements)) for order in (records, records[::-1])]
+    assert pages[0] == pages[1]
 
 
 def test_hostile_names_stay_text(make_run, tmp_path: Path) -> None:
@@ -236,7 +237,7 @@ def test_hostile_names_stay_text(make_run, tmp_path: Path) -> None:
     described["card"] |= {"command": NASTY, "data": NASTY}
     changes = {"label": NASTY, "model": NASTY, "attack": NASTY, "data": data, "attack_config": {NASTY: NASTY}}
     run = make_run("a", [0], threat={"norm": NASTY, "epsilon": 1.0}, **changes)
-    page = leaderboard_html(*stored([run], tmp_path, {NASTY: described}))
+    page = leaderboard_html(make_leaderboard(*stored([run], tmp_path, {NASTY: described})))
     assert "<script>alert" not in page and "<img src=x" not in page
     assert page.count("<script>") == 2
     assert html.escape(NASTY) in page.replace("&#34;", "&quot;").replace("&#39;", "&#x27;")
@@ -267,7 +268,7 @@ def page(make_run, board_path: Path) -> Path:
             save_images(board_path, f"r{index}", choose_images(runs[-1][1], clean, 1 - clean))
         runs.append(make_run("extra", [6], model=names[0], threat=threat, attack="noise", label="noise floor"))
         cards = {name: card(name, threat={"norm": "l2", "epsilon": 0.5}) for name in names[:2]}
-        path.write_text(leaderboard_html(*stored(runs, board_path, cards)), encoding="utf-8")
+        path.write_text(leaderboard_html(make_leaderboard(*stored(runs, board_path, cards))), encoding="utf-8")
     return path
 
 
@@ -283,6 +284,16 @@ def numbers(browser, title: str) -> list[float]:
     return browser.evaluate(
         f"{VISIBLE}.map((b) => Number(b.rows[0].cells[{COLUMN}('{title}').cellIndex].dataset.value))"
     )
+
+
+@pytest.mark.parametrize(("ci", "outcome"), [("true", pytest.fail.Exception), ("", pytest.skip.Exception)])
+def test_a_missing_browser_fails_in_continuous_integration(
+    ci: str, outcome: type[BaseException], find_browser: Callable[[], str], monkeypatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(outcome, match="no chromium"):
+        find_browser()
 
 
 def test_the_browser_tells_of_errors_and_requests(chromium, page: Path) -> None:

@@ -78,26 +78,33 @@ def test_figures_are_the_same_from_the_same_records(make_record, tmp_path: Path)
 
 def test_all_is_drawn_while_there_is_room(make_record) -> None:
     records = [make_record(f"attack {k}", model) for k in range(overview.MAX_ATTACKS) for model in "abc"]
-    assert len(overview.choose_drawn(records, overview.MAX_ATTACKS)) == len(records)
+    drawn, note = overview.choose_drawn(records, overview.MAX_ATTACKS)
+    assert (len(drawn), note) == (len(records), "")
 
 
 def test_radii_of_one_model_are_one_facet_and_all_drawn(make_record) -> None:
     radii = [k / 10 for k in range(1, 2 * overview.MAX_SETTINGS)]
     records = [make_record(label, model, threat=ball(radius)) for radius in radii for label in "xy" for model in "ab"]
-    assert len(overview.choose_drawn(records, 2, overview.by_radius)) == len(records)
-    assert len(overview.choose_drawn(records, 2)) == 2 * overview.NUM_EXAMPLES
+    assert len(overview.choose_drawn(records, 2, overview.by_radius).records) == len(records)
+    drawn, note = overview.choose_drawn(records[::-1], 2)
+    assert len(drawn) == 2 * 2 and {record.threat.epsilon for record in drawn} == {radii[0]}  # a board has two models
+    shown = f"Drawn are 4 of {len(records)} records"
+    assert note == f"{shown} of the most, the middle and the least robust model; the table holds all."
     assert len(overview.accuracy_against_epsilon(records).axes) == 2
 
 
 def test_the_strongest_and_most_common_are_drawn_where_room_ends(make_record) -> None:
     settings = range(overview.MAX_SETTINGS + 3)
     everywhere = [
-        make_record("everywhere", f"model {k:02}", robust=0.8, seed=seed) for k in settings for seed in (0, 1)
+        make_record("everywhere", f"model {k:02}", robust=0.8 - k / 1000, seed=seed)
+        for k in settings
+        for seed in (0, 1)
     ]
     stronger = [make_record("everywhere", "model 00", robust=0.7)]
     once = [make_record(f"once {k:02}", "model 00", robust=0.2 + k / 100) for k in range(overview.MAX_ATTACKS)]
-    drawn = overview.choose_drawn(everywhere + stronger + once, overview.MAX_ATTACKS)
-    assert {record.model for record in drawn} == {f"model {k:02}" for k in range(overview.NUM_EXAMPLES)}
+    elsewhere = [make_record("everywhere", "model 99", robust=0.9, threat=ball(0.1))]
+    drawn, _ = overview.choose_drawn(everywhere + stronger + once + elsewhere, overview.MAX_ATTACKS)
+    assert {record.model for record in drawn} == {"model 00", "model 01", "model 14"}  # least, most, middle
     labels = {record.label for record in drawn}
     assert labels == {"everywhere", *(f"once {k:02}" for k in range(overview.MAX_ATTACKS - 1))}
     assert [r.robust_accuracy for r in drawn if (r.label, r.model) == ("everywhere", "model 00")] == [0.7]
@@ -114,5 +121,6 @@ def test_report_has_the_figures_its_records_allow_and_says_what_it_left_out(make
         "accuracy_against_epsilon",
         "pareto_front",
         "time_spent",
+        "standings",
     }
     assert "Drawn are 6 of 7 records; the table holds all." in (tmp_path / "report.md").read_text()

@@ -18,6 +18,7 @@ from robustbench_deq.report.gallery import GalleryRow, draw_gallery
 from robustbench_deq.report.page import write_report
 
 FIGURES = [
+    "standings",
     "accuracy_against_solver_steps",
     "accuracy_against_cell_evals",
     "accuracy_against_wall_clock",
@@ -70,7 +71,8 @@ def test_all_files_are_written_and_listed(make_record, tmp_path: Path) -> None:
     paths = write_report([make_record()], tmp_path / "report", gallery=[gallery_row()])
     names = [path.relative_to(tmp_path / "report").as_posix() for path in paths]
     figures = [f"figures/{name}.{kind}" for name in [*FIGURES, "gallery"] for kind in ("png", "svg")]
-    assert names == ["report.md", "report.csv", "report.tex", "index.html", "leaderboard.html", *figures]
+    boards = [f"leaderboard.{kind}" for kind in ("html", "md", "csv", "tex")]
+    assert names == ["report.md", "report.csv", "report.tex", "index.html", *boards, *figures]
     assert sorted(path for path in (tmp_path / "report").rglob("*") if path.is_file()) == sorted(paths)
     assert all(path.stat().st_size > 0 for path in paths)
     assert pd.read_csv(paths[1])["robust_accuracy"].tolist() == [0.6875]

@@ -1,0 +1,130 @@
+"""The leaderboard in print: every model with its interval, and tables that say each thing once."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from robustbench_deq.bench.failures import UNKNOWN, read_failures
+from robustbench_deq.report import standings
+from robustbench_deq.report.columns import COLUMNS
+from robustbench_deq.report.leaderboard import Entry, make_leaderboard
+from robustbench_deq.report.page import write_report
+from robustbench_deq.report.supplements import Supplements
+
+NASTY = "<b> a|b_$x^$"
+
+
+def card(name: str, threat: dict | None) -> dict:
+    described = {"name": name, "family": "deq-conv", "config": {}, "sha256": "0123456789abcdef", "num_parameters": 1}
+    return described | {"card": {"threat": threat}}
+
+
+def ball(epsilon: float) -> dict[str, object]:
+    return {"norm": "l2", "epsilon": epsilon}
+
+
+@pytest.fixture
+def entries(make_record) -> list[Entry]:
+    """Three models on one board, of which two share a place, and one on another."""
+    robust = {"hard": 0.75, "soft": 0.25, "as soft": 0.25}
+    records = [make_record("PGD", model, robust=value) for model, value in robust.items()]
+    records.append(make_record("PGD", NASTY, robust=0.5, threat=ball(2.0), clean_accuracy=0.75))
+    cards = {"hard": card("hard", ball(1.0)), "soft": card("soft", None)}
+    return make_leaderboard(records, Supplements(cards=cards))
+
+
+def test_figure_has_a_row_a_model_by_threat_and_robustness(entries: list[Entry]) -> None:
+    first, second = standings.draw_standings(entries).axes
+    assert [text.get_text() for text in first.get_yticklabels()] == ["hard", "as soft", "soft"]
+    assert [text.get_text() for text in second.get_yticklabels()] == [NASTY.replace("$", r"\$")]
+    assert first.get_title(loc="left").startswith("L2, ε = 1 ") and second.get_title(loc="left").startswith("L2, ε = 2")
+    bottom, top = first.get_ylim()
+    assert bottom > 2 > 0 > top  # the best is on top
+    found = {}
+    for container in first.containers:
+        line, _, (bars,) = container.lines
+        for value, row, ((low, _), (high, _)) in zip(*line.get_data(), bars.get_segments(), strict=True):
+            found[int(row)] = (line.get_color(), value, low, high)
+    colours = {name: look["color"] for name, look in standings.TRAININGS.items()}
+    assert found[0][:2] == (colours["adversarial"], 75.0)
+    assert found[1][:2] == (colours["unknown"], 25.0) and found[2][:2] == (colours["standard"], 25.0)
+    assert found[0][2:] == pytest.approx([100 * end for end in entries[0].robust_accuracy_ci])
+    clean = first.lines[-1]
+    assert list(clean.get_xdata()) == [87.5] * 3
+
+
+def test_figure_keeps_the_best_of_each_board_where_room_ends(make_record) -> None:
+    models = range(standings.MAX_ROWS)
+    records = [
+        make_record("a", f"{k:03}", robust=0.8 - k / 256, threat=ball(epsilon))
+        for k in models
+        for epsilon in (0.5, 1.0)
+    ]
+    entries = make_leaderboard(records, Supplements())
+    drawn, note = standings.choose_ranked(entries)
+    assert len(drawn) == standings.MAX_ROWS
+    assert {entry.rank for entry in drawn} == set(range(1, standings.MAX_ROWS // 2 + 1))
+    assert note.startswith(f"Drawn are {standings.MAX_ROWS} of {2 * standings.MAX_ROWS} rows")
+    assert standings.choose_ranked(entries[: standings.MAX_ROWS]) == (entries[: standings.MAX_ROWS], "")
+    many = [make_record("a", "m", threat=ball(k)) for k in range(1, standings.MAX_PANELS + 3)]
+    drawn, _ = standings.choose_ranked(make_leaderboard([*many, make_record("a", "n", threat=ball(9))], Supplements()))
+    assert len(drawn) == standings.MAX_PANELS + 1
+    assert {entry.setting.epsilon for entry in drawn} > {9.0}
+
+
+def test_markdown_says_once_what_is_the_same_in_a_board(entries: list[Entry]) -> None:
+    text = standings.standings_markdown(entries)
+    shared = (
+        "The same in all 3 rows: Clean % 87.5; Data digits test; Threat L2, ε = 1; n 256; Attacks 1; Cell evals 41.0"
+    )
+    assert shared in text
+    boards = [part for part in text.split("## ")[1:]]
+    heads = [next(line for line in board.splitlines() if line.startswith("|")) for board in boards]
+    assert "Trained against" in heads[0] and "Clean %" not in heads[0]
+    assert [name.strip() for name in heads[1].strip("|").split("|")] == [column.title for column in COLUMNS]
+    rows = [re.split(r"(?<!\\)\|", line) for line in boards[0].splitlines() if line.startswith("|")]
+    assert [(row[1].strip(), row[2].strip()) for row in rows[2:]] == [("1", "hard"), ("2", "as soft"), ("2", "soft")]
+    assert "<b>" not in text and r"a\|b" in text
+
+
+def test_csv_holds_the_numbers_and_latex_all_rows(entries: list[Entry]) -> None:
+    table = pd.read_csv(io.StringIO(standings.standings_csv(entries)))
+    assert table["robust_accuracy"].tolist() == [0.75, 0.25, 0.25, 0.5]
+    assert table["rank"].tolist() == [1, 2, 2, 1]
+    assert table["training"].tolist() == ["adversarial", "unknown", "standard", "unknown"]
+    latex = standings.standings_latex(entries).splitlines()
+    assert latex[1] == r"\toprule" and len(latex) == 6 + len(entries)
+    assert all(line.count(" & ") == len(COLUMNS) - 1 and line.endswith(r"\\") for line in (latex[2], *latex[4:-2]))
+
+
+# ---------------------------------------------------------------- attacks that are missing
+
+
+def fail(folder: Path, name: str, content: object) -> None:
+    (folder / "shards").mkdir(exist_ok=True)
+    (folder / "shards" / f"{name}.failed.json").write_text(json.dumps(content))
+
+
+def test_failed_shards_are_counted_by_model_and_attack(tmp_path: Path) -> None:
+    assert read_failures(tmp_path) == {}
+    for begin in (0, 128):
+        shard = {"run": {"model": "m", "label": "cold PGD"}, "begin": begin, "end": begin + 128}
+        fail(tmp_path, f"k-{begin}", {"reason": "no memory", "shard": shard})
+    fail(tmp_path, "other", [])
+    assert read_failures(tmp_path) == {("m", "cold PGD"): 2, UNKNOWN: 1}
+
+
+def test_page_and_board_say_which_attacks_have_failed(make_record, tmp_path: Path) -> None:
+    write_report([make_record()], tmp_path, supplements=Supplements(failures={(NASTY, "cold PGD"): 2, ("a", "b"): 1}))
+    said = "3 failed shards have left no record"
+    for name in ("index.html", "leaderboard.html", "report.md", "leaderboard.md"):
+        text = (tmp_path / name).read_text()
+        assert text.count(said) == 1 and "cold PGD (2); a, b (1)" in text and "<b> a" not in text, name
+    write_report([make_record()], tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.is_file() and "failed shard" in path.read_text()]
