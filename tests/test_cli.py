@@ -727,8 +727,11 @@ def test_report_makes_a_page_of_all_records(tmp_path: Path) -> None:
     page = (tmp_path / "page" / "index.html").read_text()
     assert "joint run" in page and "sequential run" in page and "test-linear.tiny" in page
     assert len(pd.read_csv(tmp_path / "page" / "report.csv")) == 2
+    (tmp_path / "one" / "shards").mkdir()
+    failed = {"reason": "no memory", "shard": {"run": {"model": "m", "label": "cold PGD"}}}
+    (tmp_path / "one" / "shards" / "key.failed.json").write_text(json.dumps(failed))
     succeeds("report", tmp_path / "one")
-    assert (tmp_path / "one" / "report" / "index.html").is_file()
+    assert "m, cold PGD (1)" in (tmp_path / "one" / "report" / "index.html").read_text()
     board = (tmp_path / "page" / "leaderboard.html").read_text()
     assert "withstood all 2 attacks, each judged sample by sample" in board
     assert board.count("data:image/png;base64,") == 8 * 3

@@ -66,6 +66,20 @@ def test_residuals_are_drawn_by_step_with_gaps(make_record) -> None:
     np.testing.assert_equal(axes.lines[0].get_ydata(), [0.5, 0.1, np.nan, np.nan, 0.001])
 
 
+def test_residuals_of_unlike_steps_are_not_drawn(make_record) -> None:
+    """Of several batches, the curve is drawn only where each attack step has one solver step, as `curve` has four."""
+    joint = make_record("joint", residuals=[0.5, 0.4, 0.3, 0.2, 0.1])
+    cold = {"residuals": [0.5, 0.1] * 20}
+    in_batches, at_once = make_record("cold", **cold), make_record("cold at once", **cold, batch_size=256)
+    unknown = make_record("no curve", curve=[])
+    drawn = plots.residual_against_step([joint, in_batches, at_once, unknown])
+    assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["cold at once", "joint"]
+    assert len(drawn.axes[0].lines) == 2
+    assert drawn.axes[0].get_xscale() == "log"
+    with pytest.raises(UsageError, match="records with residuals"):
+        plots.residual_against_step([in_batches])
+
+
 def test_an_attack_looks_the_same_in_every_facet_and_figure(make_record) -> None:
     records = [
         make_record("first", "a", residuals=[]),

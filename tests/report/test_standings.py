@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from benchmarks.standings import LAST_RANK, README, TABLE, standings_text
 from robustbench_deq.bench.failures import UNKNOWN, read_failures
 from robustbench_deq.report import standings
 from robustbench_deq.report.columns import COLUMNS
@@ -101,6 +102,13 @@ def test_csv_holds_the_numbers_and_latex_all_rows(entries: list[Entry]) -> None:
     latex = standings.standings_latex(entries).splitlines()
     assert latex[1] == r"\toprule" and len(latex) == 6 + len(entries)
     assert all(line.count(" & ") == len(COLUMNS) - 1 and line.endswith(r"\\") for line in (latex[2], *latex[4:-2]))
+
+
+def test_readme_shows_the_first_ranks_of_every_board() -> None:
+    text = standings_text()
+    assert text in README.read_text(encoding="utf-8"), "run 'python -m benchmarks.standings'"
+    rows = [int(line.split("|")[1]) for line in text.splitlines() if re.match(r"\| \d", line)]
+    assert rows.count(1) == TABLE.read_text(encoding="utf-8").count("\n## ") and max(rows) <= LAST_RANK
 
 
 # ---------------------------------------------------------------- attacks that are missing

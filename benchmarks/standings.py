@@ -1,0 +1,54 @@
+"""The leaderboard of the suite `fashion` in short, written into README.md from the table that `report` has made.
+
+Of each board its heading, what is the same in all its rows, and the rows of the first ten ranks.
+
+python -m benchmarks.standings
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+
+from robustbench_deq.errors import RunError
+from robustbench_deq.files import write_text
+
+ROOT = Path(__file__).parents[1]
+README, TABLE = ROOT / "README.md", ROOT / "results" / "fashion" / "report" / "leaderboard.md"
+BEGIN, END = "<!-- leaderboard: python -m benchmarks.standings -->\n", "<!-- end of leaderboard -->\n"
+LAST_RANK = 10
+
+
+def standings_text() -> str:
+    """Markdown, without what the columns mean."""
+    _, *boards = TABLE.read_text(encoding="utf-8").split("\n## ")
+    return "\n".join(_board(board) for board in boards)
+
+
+def _board(text: str) -> str:
+    lines = [line for line in text.splitlines() if line and not line.startswith("- ")]
+    heading, *rest = [line for line in lines if not _is_below(line)]
+    table = [line for line in rest if line.startswith("|")]
+    said = [line for line in rest if not line.startswith("|")]
+    return "\n".join([f"**{heading}**", "", *said, *([""] if said else []), *table]) + "\n"
+
+
+def _is_below(line: str) -> bool:
+    rank = re.match(r"\| (\d+) ", line)
+    return rank is not None and int(rank[1]) > LAST_RANK
+
+
+@click.command()
+def main() -> None:
+    text = README.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise RunError(f"{README}: expected the marks of the leaderboard, got none; put them back")
+    write_text(README, f"{before}{begin}\n{standings_text()}\n{end}{after}")
+
+
+if __name__ == "__main__":
+    main()
