@@ -28,7 +28,7 @@ from scipy.stats import false_discovery_control
 from robustbench_deq.bench.records import Record
 from robustbench_deq.errors import UsageError
 from robustbench_deq.proportions import fisher_p_value, mcnemar_p_value, newcombe_interval
-from robustbench_deq.report.supplements import Verdicts
+from robustbench_deq.report.supplements import SampleVerdicts
 
 SIGNIFICANCE = 0.05
 COST_TOLERANCE = 0.01
@@ -122,8 +122,8 @@ class RunComparison:
 def compare_runs(
     before: Sequence[Record],
     after: Sequence[Record],
-    verdicts_before: Mapping[str, Verdicts],
-    verdicts_after: Mapping[str, Verdicts],
+    verdicts_before: Mapping[str, SampleVerdicts],
+    verdicts_after: Mapping[str, SampleVerdicts],
 ) -> RunComparison:
     """Match and compare the records of two runs.
 
@@ -209,7 +209,7 @@ def _match(
     return sorted(pairs, key=lambda pair: order(pair[0])), left, right
 
 
-def _compare(before: Record, after: Record, old: Verdicts | None, new: Verdicts | None) -> Comparison:
+def _compare(before: Record, after: Record, old: SampleVerdicts | None, new: SampleVerdicts | None) -> Comparison:
     notes = _notes(before, after)
     if _is_same_data(before, after) and old is not None and new is not None:
         robust = _paired(before.robust_accuracy, after.robust_accuracy, old.is_robust, new.is_robust)

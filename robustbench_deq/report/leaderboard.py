@@ -23,7 +23,7 @@ from robustbench_deq.bench.records import Record
 from robustbench_deq.proportions import wilson_interval
 from robustbench_deq.report.gallery import GalleryRow
 from robustbench_deq.report.settings import Setting, SettingNames, format_threat, group_by_setting, setting_names
-from robustbench_deq.report.supplements import Card, Supplements, Verdicts, num_robust
+from robustbench_deq.report.supplements import Card, SampleVerdicts, Supplements, num_robust
 
 UNKNOWN = "unknown"
 
@@ -156,7 +156,7 @@ def _entry(setting: Setting, names: SettingNames, records: Sequence[Record], sup
     )
 
 
-def _sole_breaks(found: Sequence[Verdicts | None]) -> tuple[int | None, ...]:
+def _sole_breaks(found: Sequence[SampleVerdicts | None]) -> tuple[int | None, ...]:
     """Samples that are clean under every attack and robust under all but this one."""
     known = [verdicts for verdicts in found if verdicts is not None]
     if len(known) < 2:

@@ -29,7 +29,7 @@ Card = Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
-class Verdicts:
+class SampleVerdicts:
     """What was found of each sample of a record, as booleans `(n,)` in the order of the samples' numbers."""
 
     is_clean: np.ndarray
@@ -42,7 +42,7 @@ class Verdicts:
 class Supplements:
     """By record id: verdicts and a gallery. By model name: the card. By model and attack: shards that have failed."""
 
-    verdicts: Mapping[str, Verdicts] = field(default_factory=dict)
+    verdicts: Mapping[str, SampleVerdicts] = field(default_factory=dict)
     galleries: Mapping[str, Sequence[GalleryRow]] = field(default_factory=dict)
     cards: Mapping[str, Card] = field(default_factory=dict)
     failures: Mapping[tuple[str, str], int] = field(default_factory=dict)
@@ -70,7 +70,7 @@ def read_supplements(
     Args:
         cards, failures: passed through.
     """
-    verdicts: dict[str, Verdicts] = {}
+    verdicts: dict[str, SampleVerdicts] = {}
     images: dict[str, Path] = {}
     for folder, records in folders.items():
         verdicts |= _read_verdicts(RecordStore(folder), records)
@@ -99,7 +99,7 @@ class Galleries(Mapping[str, Sequence[GalleryRow]]):
         return len(self._folders)
 
 
-def _read_verdicts(store: RecordStore, records: Sequence[Record]) -> dict[str, Verdicts]:
+def _read_verdicts(store: RecordStore, records: Sequence[Record]) -> dict[str, SampleVerdicts]:
     """By record id. Converted to arrays all at once, since records are many and short."""
     known = [(record, table) for record in records if (table := _read_table(store, record)) is not None]
     if not known:
@@ -110,7 +110,7 @@ def _read_verdicts(store: RecordStore, records: Sequence[Record]) -> dict[str, V
     for (record, table), end in zip(known, itertools.accumulate(len(table) for _, table in known), strict=True):
         rows = slice(end - len(table), end)
         order = np.argsort(sample_ids[rows], kind="stable")
-        verdicts = Verdicts(*(answer[rows][order] for answer in answers))
+        verdicts = SampleVerdicts(*(answer[rows][order] for answer in answers))
         if _is_of(verdicts, record):
             found[record.record_id] = verdicts
         else:
@@ -128,7 +128,7 @@ def _read_table(store: RecordStore, record: Record) -> pyarrow.Table | None:
         return None
 
 
-def _is_of(verdicts: Verdicts, record: Record) -> bool:
+def _is_of(verdicts: SampleVerdicts, record: Record) -> bool:
     size = len(verdicts.is_robust)
     return size == record.data.num_samples and np.count_nonzero(verdicts.is_robust) == num_robust(record)
 

@@ -15,16 +15,16 @@ from robustbench_deq.bench.records import Record
 from robustbench_deq.errors import UsageError
 from robustbench_deq.report.compare import Change, RunComparison, compare_runs
 from robustbench_deq.report.compare_page import comparison_html, comparison_markdown, headline
-from robustbench_deq.report.supplements import Verdicts
+from robustbench_deq.report.supplements import SampleVerdicts
 
 Run = tuple[Record, pd.DataFrame]
 NASTY = "<script>alert('1')</script> a|b"
 OTHER_SAMPLES = {"name": "digits", "split": "test", "num_samples": 100, "digest": "0ther"}
 
 
-def verdicts_of(runs: Sequence[Run]) -> dict[str, Verdicts]:
+def verdicts_of(runs: Sequence[Run]) -> dict[str, SampleVerdicts]:
     names = ("is_clean_correct", "is_robust", "is_converged", "is_failed")
-    return {record.record_id: Verdicts(*(samples[name].to_numpy() for name in names)) for record, samples in runs}
+    return {record.record_id: SampleVerdicts(*(samples[name].to_numpy() for name in names)) for record, samples in runs}
 
 
 def compare(before: Sequence[Run], after: Sequence[Run]) -> RunComparison:
