@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import datetime
 import importlib.metadata
 import json
 import os
@@ -16,21 +15,16 @@ import shlex
 import shutil
 import sys
 import textwrap
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 import torch
 from rich.console import Console
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 import attacks as _attacks  # noqa: F401  (fills the attack registry)
-from robustbench_deq.attack import ATTACKS, Attack
+from robustbench_deq.attack import ATTACKS, Attack, make_attack
 from robustbench_deq.bench.baseline import read_baseline, read_run, to_entries, update_baseline
 from robustbench_deq.bench.doctor import Verdict, examine
 from robustbench_deq.bench.evaluate import Evaluation, evaluate
@@ -39,11 +33,12 @@ from robustbench_deq.bench.failures import read_failures
 from robustbench_deq.bench.gate import Check, compare, to_junit
 from robustbench_deq.bench.images import choose_images, save_images
 from robustbench_deq.bench.progress import EarlierPaces, SuiteProgress
-from robustbench_deq.bench.records import Record, RecordStore, load_folders, load_records, to_json
-from robustbench_deq.bench.runner import claim_folder, missing_shards, run_suite
+from robustbench_deq.bench.records import RECORDS_FILE, Record, RecordStore, load_folders, load_records, to_json
+from robustbench_deq.bench.runner import check_folder, claim_folder, missing_shards, run_suite
 from robustbench_deq.bench.suite import Run, Shard, SuiteConfig, cut, plan
 from robustbench_deq.configs import merge, parse_assignments, parse_fraction, read_yaml, validate
 from robustbench_deq.data import DATASETS, SplitName, load
+from robustbench_deq.display import bar, suite_display
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.files import output_folder, whole_folder, write_text
@@ -63,7 +58,6 @@ from robustbench_deq.training.session import TrainingSession
 DEBUG_VARIABLE = "ROBUSTBENCH_DEQ_DEBUG"
 DEFAULT_LIMIT = 1000
 NUM_SNAPSHOTS = 8
-SECONDS_A_LINE = 30
 
 
 class Commands(click.Group):
@@ -114,15 +108,24 @@ T = TypeVar("T")
 
 
 def _choose_device(name: str | None) -> torch.device:
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _named_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
-        device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
-        raise UsageError.of(
-            "--device", expected="cpu, cuda or cuda:N of this machine", got=repr(name), fix="omit it"
-        ) from None
+        raise _unknown_device(name) from None
     return device
+
+
+def _named_device(name: str) -> torch.device:
+    """One that some machine may have."""
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise _unknown_device(name) from None
+
+
+def _unknown_device(name: str | None) -> UsageError:
+    return UsageError.of("--device", expected="cpu, cuda or cuda:N of this machine", got=repr(name), fix="omit it")
 
 
 def _listing(rows: list[dict[str, Any]], kind: str, is_json: bool) -> None:
@@ -317,9 +320,8 @@ def datasets(is_json: bool) -> None:
 
 
 def build_attack(name: str, threat: Threat, settings: dict[str, Any]) -> Attack:
-    """The attack that the command line or a training config names."""
-    kind = ATTACKS.get(name)
-    return kind(threat, validate(kind.config_type, settings, f"attack {name}"))
+    """The attack that a name means. A worker that unpickles this function imports all attacks with it."""
+    return make_attack(name, threat, settings)
 
 
 def _attack_of(spec: AttackSpec | None) -> Attack | None:
@@ -382,7 +384,7 @@ def attack(
     if limit is None and len(samples) > DEFAULT_LIMIT:
         samples = load(name, SplitName(split), DEFAULT_LIMIT)
     target = _choose_device(device)
-    with output_folder(out) as folder, _bar(f"{attack_name} on {model}", len(samples), "robust {:.1%}") as advance:
+    with output_folder(out) as folder, bar(f"{attack_name} on {model}", len(samples), "robust {:.1%}") as advance:
         result = evaluate(
             loaded,
             chosen,
@@ -438,45 +440,6 @@ def _echo_result(result: Evaluation, out: Path | None) -> None:
         click.echo(f"record            {out}")
 
 
-@contextlib.contextmanager
-def _bar(title: str, total: int, note: str) -> Iterator[Any]:
-    """Progress on standard error; yields `advance(done, value)`. A bar on a terminal, else a line now and then."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _line_by_line(title, total, note)
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(title, total=total, note="")
-        yield lambda done, value: progress.update(task, completed=done, note=note.format(value))
-
-
-def _line_by_line(title: str, total: int, note: str) -> Callable[[int, float], None]:
-    """Progress for a log: a line every `SECONDS_A_LINE` seconds, with the time left."""
-    start = last = time.monotonic()
-    first: int | None = None
-
-    def advance(done: int, value: float) -> None:
-        nonlocal last, first
-        now = time.monotonic()
-        first = done if first is None else first
-        if now - last < SECONDS_A_LINE or done == first:
-            return
-        last = now
-        left = datetime.timedelta(seconds=round((now - start) / (done - first) * (total - done)))
-        click.echo(f"{title}  {done}/{total}  {note.format(value)}  left {left}", err=True)
-
-    return advance
-
-
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any key of the config, dotted.")
@@ -505,7 +468,7 @@ def train(
         plot_history=plot_history,
     )
     place = contextlib.nullcontext(resume) if resume else output_folder(out or Path("results/runs") / parsed.name)
-    with place as folder, _bar(parsed.name, session.num_batches, "loss {:.4f}") as advance:
+    with place as folder, bar(parsed.name, session.num_batches, "loss {:.4f}") as advance:
         session.prepare(folder, is_resumed=resume is not None)
         try:
             described = session.run(lambda done, loss: advance(done, loss))
@@ -530,7 +493,7 @@ def train(
 @click.option("--executor", "kind", type=click.Choice(["local", "ray"]), default="local", show_default=True)
 @click.option("--address", default=None, help="Of a Ray cluster, such as HOST:6379.  [default: one on this machine]")
 @click.option("--dry-run", "is_dry", is_flag=True, help="Print the plan, with times from earlier records.")
-@click.option("--device", default=None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]")
+@click.option("--device", default=None, help="cpu, cuda or cuda:N.  [default: cuda where a worker sees one]")
 def bench(
     suite: Path,
     assignments: tuple[str, ...],
@@ -549,19 +512,22 @@ def bench(
     parsed = validate(SuiteConfig, merge(read_yaml(suite), parse_assignments(assignments)), str(suite))
     runs = [(run, cut(run, parsed.batches_per_shard)) for run in plan(parsed)]
     target = out or Path("results/runs") / parsed.name
-    chosen = str(_choose_device(device))
     _check_executor(kind, address, workers)
+    if device is not None:  # of another machine, perhaps; without a name every worker looks for itself
+        device = str(_choose_device(device) if address is None else _named_device(device))
     if is_dry:
-        _echo_plan(runs, missing_shards(runs, target) if resume else [shard for _, cut in runs for shard in cut])
+        missing = missing_shards(runs, target) if resume else [shard for _, shards in runs for shard in shards]
+        _echo_plan(runs, missing, EarlierPaces([Path("results"), target], device), workers or 1)
         return
-    executor = _make_executor(parsed, kind, address, workers, chosen)
     place = contextlib.nullcontext(target) if resume else output_folder(target)
     with place as folder:
-        claim_folder(folder, parsed, is_resumed=resume)
+        check_folder(folder, parsed, [run for run, _ in runs])
+        executor = _make_executor(parsed, kind, address, workers, device)
+        claim_folder(folder, parsed)
         progress = SuiteProgress(runs, folder)
-        with _suite_display(parsed.name, progress) as watch:
-            outcome = run_suite(runs, folder, build_attack, executor, chosen, watch)
-    records = load_records(target) if (target / "records.jsonl").exists() else []
+        with suite_display(parsed.name, progress) as watch:
+            outcome = run_suite(runs, folder, build_attack, executor, device, watch)
+    records = load_records(target) if (target / RECORDS_FILE).exists() else []
     click.echo(f"{len(records)} of {len(runs)} records in {target}; 'robustbench-deq report {target}' shows them")
     if outcome.failures:
         reasons = collections.Counter(outcome.failures.values()).most_common(3)
@@ -578,86 +544,42 @@ def _check_executor(kind: str, address: str | None, workers: int | None) -> None
         raise UsageError.of("--workers", expected="none with --address", got=workers, fix="set resources in the suite")
 
 
-def _make_executor(suite: SuiteConfig, kind: str, address: str | None, workers: int | None, device: str) -> Executor:
+def _make_executor(
+    suite: SuiteConfig, kind: str, address: str | None, workers: int | None, device: str | None
+) -> Executor:
     if kind == "ray":
-        num_gpus = suite.resources.num_gpus
-        if num_gpus is None:
-            num_gpus = float(device.startswith("cuda"))
-        return Ray(address, workers, suite.resources.num_cpus, num_gpus)
+        return Ray(address, workers, suite.resources, device)
     return Processes(workers) if workers is not None and workers > 1 else Serial()
 
 
-@contextlib.contextmanager
-def _suite_display(name: str, progress: SuiteProgress) -> Iterator[Callable[[Shard, str | None], None]]:
-    """Progress on standard error; yields what is to be called when a shard ends.
-
-    On a terminal a bar of all shards, with a line for every shard in progress; else a line now and then.
-    """
-    console = Console(stderr=True)
-    if console.is_terminal:
-        with Live(get_renderable=lambda: _suite_table(name, progress), console=console, transient=True, screen=False):
-            yield progress.end
-        return
-    last = time.monotonic()
-
-    def watch(shard: Shard, reason: str | None) -> None:
-        nonlocal last
-        progress.end(shard, reason)
-        if time.monotonic() - last >= SECONDS_A_LINE:
-            last = time.monotonic()
-            click.echo(f"{_suite_line(name, progress)}  {_run_words(progress, shard.run)}", err=True)
-
-    yield watch
-
-
-def _suite_line(name: str, progress: SuiteProgress) -> str:
-    left = progress.seconds_left()
-    words = [name, f"{progress.num_done}/{progress.num_shards} shards"]
-    words += [f"{progress.num_failed} failed"] if progress.num_failed else []
-    words += [] if left is None else [f"left {datetime.timedelta(seconds=round(left))}"]
-    return "  ".join(words)
-
-
-def _run_words(progress: SuiteProgress, run: Run) -> str:
-    accuracy = progress.robust_accuracy(run)
-    so_far = "" if accuracy is None else f": robust {accuracy:.1%} of {progress.num_samples(run)}"
-    return f"{run.model}, {run.label}{so_far}"
-
-
-def _suite_table(name: str, progress: SuiteProgress) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_row(_suite_line(name, progress), ProgressBar(progress.num_shards, progress.num_done, width=40))
-    for shard, at in progress.running():
-        size = shard.end - shard.begin
-        elapsed = datetime.timedelta(seconds=round(time.time() - at.began))
-        of_shard = f", robust {at.num_robust / at.num_done:.1%}" if at.num_done else ""
-        where = f"{shard.run.norm} {shard.run.epsilon:g}, samples {shard.begin} to {shard.end}"
-        standing = f"{at.num_done}/{size}{of_shard}  {elapsed}"
-        table.add_row(f"  {_run_words(progress, shard.run)}", f"{where}: {standing}")
-    return table
-
-
-def _echo_plan(runs: list[tuple[Run, list[Shard]]], missing: list[Shard]) -> None:
+def _echo_plan(
+    runs: list[tuple[Run, list[Shard]]], missing: list[Shard], paces: EarlierPaces, num_workers: int
+) -> None:
     """The runs of a suite, with the seconds that earlier records let expect for what is missing."""
-    paces = EarlierPaces(Path("results"))
     samples = collections.Counter[str]()
     for shard in missing:
         samples[shard.run.key] += shard.end - shard.begin
     table = Table(box=None, pad_edge=False)
-    for column in ("model", "attack", "threat", "data", "samples", "shards", "to do", "expected (s)", "as in"):
+    columns = ("model", "attack", "threat", "data", "samples", "shards", "to do", "expected (s)", "threads", "as in")
+    for column in columns:
         table.add_column(column, overflow="fold")
     whole, num_unknown = 0.0, 0
     for run, shards in runs:
         pace, num_samples = paces.of(run), samples[run.key]
-        whole, num_unknown = whole + (pace.seconds if pace else 0.0) * num_samples, num_unknown + (pace is None)
-        expected = (f"{pace.seconds * num_samples:.1f}", str(pace.source)) if pace else ("-", "-")
+        whole += (pace.seconds if pace else 0.0) * num_samples
+        num_unknown += pace is None and num_samples > 0
+        expected = ("-", "-", "-")
+        if pace is not None:
+            expected = (f"{pace.seconds * num_samples:.1f}", str(pace.num_threads), str(pace.source))
         counts = (str(run.num_samples), str(len(shards)), str(num_samples))
         table.add_row(run.model, run.label, f"{run.norm} {run.epsilon:g}", run.data, *counts, *expected)
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 240).print(table)
     click.echo(f"{len(runs)} runs, {sum(len(shards) for _, shards in runs)} shards, {len(missing)} of them to do")
+    shared = f" ({whole / num_workers:.0f} s if {num_workers} workers did {num_workers} times as much)"
     click.echo(
-        f"expected: {whole:.0f} s of attack and judge with one worker, on a machine like that of the earlier records; "
-        f"{num_unknown} of {len(runs)} runs have none"
+        f"expected: {whole:.0f} s of attack and judge with one worker{shared if num_workers > 1 else ''}, "
+        "with the device and threads of the earlier records; "
+        f"{num_unknown} of {sum(count > 0 for count in samples.values())} runs to do have none"
     )
 
 

@@ -16,11 +16,10 @@ import pandas as pd
 import torch
 from scipy.stats import quantile_test
 
-from attacks import ATTACKS
+from cli import build_attack
 from robustbench_deq.attack import Attack
 from robustbench_deq.bench.environment import describe_environment
 from robustbench_deq.bench.evaluate import Evaluation, evaluate
-from robustbench_deq.configs import validate
 from robustbench_deq.data import Split
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.files import write_json, write_text
@@ -35,8 +34,7 @@ keep_freed_memory()  # every benchmark measures as the command line runs
 
 def make_attack(name: str, threat: Threat, **settings: Any) -> Attack:
     """An attack by its registry name."""
-    kind = ATTACKS.get(name)
-    return kind(threat, validate(kind.config_type, settings, name))
+    return build_attack(name, threat, settings)
 
 
 def say(message: str) -> None:

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
-from robustbench_deq.configs import Config, named_in
+from robustbench_deq.configs import Config, named_in, validate
 from robustbench_deq.equilibrium import EquilibriumModel, check_labels
 from robustbench_deq.meter import Cost, Meter
 from robustbench_deq.objectives import OBJECTIVES, Objective, Targeted
@@ -315,3 +315,16 @@ def frozen(model: EquilibriumModel) -> Iterator[None]:
 
 
 ATTACKS: Registry[type[Attack]] = Registry("attack")
+
+
+def make_attack(name: str, threat: Threat, settings: dict[str, Any], where: str | None = None) -> Attack:
+    """A registered attack with settings that are checked.
+
+    Args:
+        where: what the settings are from, for the message.
+
+    Raises:
+        UsageError: for an unknown name, or settings or a threat that the attack refuses.
+    """
+    kind = ATTACKS.get(name)
+    return kind(threat, validate(kind.config_type, settings, where or f"attack {name}"))

@@ -1,25 +1,30 @@
-"""Files: atomic writes and digests. A reader never sees half a file."""
+"""Files: atomic writes, locks and digests. A reader never sees half a file."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from robustbench_deq.errors import UsageError
+
+TEMPORARY_SUFFIX = ".partial"
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY_SUFFIX)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -30,6 +35,28 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_temporaries(folder: Path) -> None:
+    """Remove the files that killed processes have left in `folder` while they were `replacing` others."""
+    for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def lock(handle: int, waits: bool = True) -> bool:
+    """Lock an open file until it is closed or the process ends; False when another has it and this one does not wait.
+
+    Where the file system has no locks, everybody gets one.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return True
+
+
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -37,6 +64,31 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def check_json(path: Path, content: dict[str, Any], but: Collection[str] = ()) -> None:
+    """See that a folder's `path` was written from `content`, whatever it has under the keys in `but`.
+
+    Raises:
+        UsageError: when it is no JSON object, or another one.
+    """
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        earlier = "none" if isinstance(error, FileNotFoundError) else "an unreadable one"
+    if not isinstance(earlier, dict):
+        got = earlier if isinstance(earlier, str) else f"a JSON {type(earlier).__name__}"
+        raise UsageError.of(
+            f"folder {path.parent}", expected=f"the {path.name} of an earlier run", got=got, fix="name a new folder"
+        )
+    changed = [key for key in content | earlier if key not in but and earlier.get(key) != content.get(key)]
+    if changed:
+        raise UsageError.of(
+            f"folder {path.parent}",
+            expected=f"the {path.stem} it was made from",
+            got=f"another {changed[0]}",
+            fix="use that one, or name a new folder",
+        )
 
 
 def sha256_of(path: Path) -> str:

@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "models": NUMERICS | {"files"},
     "data": BASE | {"registry", "configs", "files"},
     "attack": NUMERICS | {"joint"},
+    "display": BASE | {"bench"},
     "report": BASE | {"files", "configs", "proportions", "bench.records", "bench.images"},
     "bench": NUMERICS | {"files", "models", "data", "attack", "proportions", "quiet"},
     "training": NUMERICS | {"files", "models", "data", "attack", "bench"},

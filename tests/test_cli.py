@@ -23,6 +23,7 @@ import yaml
 
 import cli
 from attacks import ATTACKS, JointPGD
+from robustbench_deq import display
 from robustbench_deq.bench.records import load_records
 from robustbench_deq.configs import read_yaml, validate
 from robustbench_deq.data import DATASETS, sources, splits
@@ -872,7 +873,7 @@ def test_models_of_the_readme_are_attacked(name: str) -> None:
 
 
 def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "SECONDS_A_LINE", 0)
+    monkeypatch.setattr(display, "SECONDS_A_LINE", 0)
     result = invoke(*QUICK, "--batch-size", "2", "--json")
     lines = result.stderr.splitlines()
     assert [line.split()[-5] for line in lines] == ["4/8", "6/8", "8/8"], lines

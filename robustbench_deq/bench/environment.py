@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -20,13 +21,19 @@ def describe_environment(device: torch.device) -> dict[str, str | int | None]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "num_cpus": os.cpu_count(),
+        "num_cpus": num_cpus(),
         "num_threads": torch.get_num_threads(),
         "commit": _commit(),
     }
     return environment | {package: _version(package) for package in PACKAGES}
 
 
+def num_cpus() -> int:
+    """CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -34,6 +41,7 @@ def _version(package: str) -> str | None:
         return None
 
 
+@functools.cache  # git takes longer than a small shard, and what runs is what was imported
 def _commit() -> str | None:
     """The commit of the checkout this file is in, "-dirty" if files other than results were changed since; None outside
     one."""

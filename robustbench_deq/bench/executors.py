@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-from robustbench_deq.bench.suite import Shard
+from robustbench_deq.bench.environment import num_cpus
+from robustbench_deq.bench.suite import Resources, Shard
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.memory import keep_freed_memory
 from robustbench_deq.quiet import ignore_torch_deprecations
@@ -48,11 +49,11 @@ class Serial(Executor):
 
 
 class Processes(Executor):
-    """`num_workers` processes on this machine, which share its cores evenly unless `num_threads` of each is given."""
+    """`num_workers` processes here, which share the CPUs of this one evenly unless `num_threads` of each is given."""
 
     def __init__(self, num_workers: int, num_threads: int | None = None) -> None:
         self.num_workers = num_workers
-        self.num_threads = num_threads or max(1, (os.cpu_count() or 1) // num_workers)
+        self.num_threads = num_threads or max(1, num_cpus() // num_workers)
 
     def map(self, work: Work, shards: Sequence[Shard]) -> Iterator[tuple[Shard, str | None]]:
         attempts: collections.Counter[str] = collections.Counter()
@@ -62,8 +63,8 @@ class Processes(Executor):
             suspects = [shard for key, shard in waiting.items() if attempts[key] == MAX_ATTEMPTS - 1]
             batch = suspects[:1] or list(waiting.values())
             with self._pool() as pool:
-                futures = {pool.submit(work, shard): shard for shard in batch}
                 try:
+                    futures = {pool.submit(work, shard): shard for shard in batch}
                     for future in concurrent.futures.as_completed(futures):
                         shard, reason = futures[future], future.result()
                         del waiting[shard.key]
@@ -102,19 +103,25 @@ def _begin_worker(num_threads: int) -> None:
 
 
 class Ray(Executor):
-    """A Ray cluster, whose machines share the suite's folder; one shard takes `num_cpus` and `num_gpus` of it.
+    """A Ray cluster, whose machines share the suite's folder.
 
     Args:
         address: of a running cluster; None starts one on this machine, which ends with this process.
         num_workers: shards at a time on a cluster that is started here; None: as many as it has room for.
+        resources: of one shard. Where they do not say how many GPUs, one on a cluster that has any, else none.
+        device: where shards are to be done; None: on a GPU where a worker sees one.
 
     Raises:
-        UsageError: when Ray is not installed or no cluster answers.
+        UsageError: when Ray is not installed, no cluster answers, or it has no GPU and `device` is one.
         RunError: when none can be started here.
     """
 
     def __init__(
-        self, address: str | None, num_workers: int | None = None, num_cpus: float = 1.0, num_gpus: float = 0.0
+        self,
+        address: str | None,
+        num_workers: int | None = None,
+        resources: Resources | None = None,
+        device: str | None = "cpu",
     ) -> None:
         try:
             import ray
@@ -122,13 +129,31 @@ class Ray(Executor):
             raise UsageError.of(
                 "--executor ray", expected="the package ray", got="none", fix="pip install 'robustbench-deq[cluster]'"
             ) from None
-        self._ray, self.num_cpus, self.num_gpus = ray, num_cpus, num_gpus
+        resources = resources or Resources()
+        self._ray, self.num_cpus = ray, resources.num_cpus
         if address is not None:
             self._join(address)
-            return
-        here = {} if num_workers is None else {"num_cpus": max(1, math.ceil(num_workers * num_cpus))}
+        else:
+            self._start(num_cpus() if num_workers is None else max(1, math.ceil(num_workers * self.num_cpus)))
+        self.num_gpus = self._gpus_of_a_shard(resources.num_gpus, device)
+
+    def _gpus_of_a_shard(self, asked: float | None, device: str | None) -> float:
+        if asked is not None:
+            return asked
+        is_there = self._ray.cluster_resources().get("GPU", 0) > 0
+        if device is not None and device.startswith("cuda") and not is_there:
+            raise UsageError.of(
+                f"--device {device}",
+                expected="a Ray cluster with GPUs",
+                got="one without",
+                fix="set resources.num_gpus in the suite if it will have some, or omit --device",
+            )
+        return float(is_there and device != "cpu")
+
+    def _start(self, room: int) -> None:
+        ray = self._ray
         try:
-            ray.init(address="local", include_dashboard=False, **QUIET, **here)
+            ray.init(address="local", include_dashboard=False, num_cpus=room, **QUIET)
         except Exception as error:  # of no common kind: a busy machine's bare Exception among them
             ray.shutdown()
             raise RunError(f"Ray did not start: {' '.join(str(error).split())[:300]}") from None

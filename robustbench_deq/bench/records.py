@@ -15,7 +15,6 @@ older schema version are brought up to the present one as they are read (see `be
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import math
@@ -33,7 +32,7 @@ from pydantic import BaseModel, Field, JsonValue, ValidationError, ValidationInf
 from robustbench_deq.bench.migrations import SCHEMA_VERSION, migrate
 from robustbench_deq.configs import Config, validate
 from robustbench_deq.errors import RunError, UsageError
-from robustbench_deq.files import replacing
+from robustbench_deq.files import lock, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -295,7 +294,7 @@ def _appending(path: Path) -> Iterator[int]:
     """A handle for appending that no other writer has at the same time."""
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        lock(handle)
         yield handle
     finally:
         os.close(handle)

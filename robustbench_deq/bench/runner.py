@@ -9,10 +9,10 @@ A run that was killed is continued by doing what is missing, and two runners on 
 
 from __future__ import annotations
 
+import datetime
 import functools
-import json
-import logging
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,19 +22,17 @@ import torch
 from robustbench_deq.attack import Attack
 from robustbench_deq.bench.environment import describe_environment
 from robustbench_deq.bench.evaluate import Part, Task, evaluate_batch, summarise
-from robustbench_deq.bench.executors import WORKER_DIED, Executor
+from robustbench_deq.bench.executors import Executor
 from robustbench_deq.bench.images import choose_images, save_images
 from robustbench_deq.bench.records import DataRecord, RecordStore
 from robustbench_deq.bench.shards import Claim, ShardStore
-from robustbench_deq.bench.suite import Run, Shard, SuiteConfig
+from robustbench_deq.bench.suite import Run, Shard, SuiteConfig, digest_of_model
 from robustbench_deq.data import Split, SplitName, load
 from robustbench_deq.equilibrium import EquilibriumModel, check_labels
 from robustbench_deq.errors import UsageError
-from robustbench_deq.files import write_json
+from robustbench_deq.files import check_json, write_json
 from robustbench_deq.models import load_model
 from robustbench_deq.threats import Norm, Threat
-
-log = logging.getLogger(__name__)
 
 BuildAttack = Callable[[str, Threat, dict[str, Any]], Attack]
 SUITE_FILE = "suite.json"
@@ -42,8 +40,12 @@ POLL_SECONDS = 1.0
 
 
 @functools.lru_cache(maxsize=4)
-def _model(name: str, device: str) -> EquilibriumModel:
-    return load_model(name).to(device).eval()
+def _model(name: str, digest: str, device: str) -> EquilibriumModel:
+    """The model of the plan. Raises `UsageError` when it has become another one."""
+    model = load_model(name).to(device).eval()
+    if digest_of_model(name) != digest:
+        raise UsageError.of(f"model {name}", expected="that of the plan", got="another", fix="start the suite anew")
+    return model
 
 
 @functools.lru_cache(maxsize=4)
@@ -51,49 +53,48 @@ def _data(name: str, split: str, num_samples: int) -> Split:
     return load(name, SplitName(split), num_samples)
 
 
-@functools.lru_cache(maxsize=1)
-def _environment(device: str) -> dict[str, Any]:
-    return describe_environment(torch.device(device))  # asks git, which takes longer than a small shard
-
-
 @functools.lru_cache(maxsize=4)
-def _warm_up(name: str, device: str, data: str, split: str, num_samples: int) -> None:
+def _warm_up(name: str, model_digest: str, device: str, data: str, split: str, num_samples: int) -> None:
     """One gradient, once: what a process does for the first time must not count as the time of its first attack."""
     x = _data(data, split, num_samples).x[:2].to(device).requires_grad_()
-    torch.autograd.grad(_model(name, device)(x).sum(), x)
+    torch.autograd.grad(_model(name, model_digest, device)(x).sum(), x)
 
 
-def run_shard(shard: Shard, folder: Path, build_attack: BuildAttack, device: str = "cpu") -> str | None:
+def run_shard(shard: Shard, folder: Path, build_attack: BuildAttack, device: str | None = "cpu") -> str | None:
     """Do a shard unless it is done or another process is at it; the reason when it failed.
 
-    What the models, the data or the attack raise is a failure of this shard, kept with its reason, and no exception.
+    What the models, the data, the attack or the disk raise is a failure of this shard, kept with its reason, and no
+    exception.
+
+    Args:
+        device: None: a GPU where this process sees one, else the CPU.
     """
-    store = ShardStore(folder)
-    with store.claim(shard) as claim:
-        if claim is None:
+    store, device = ShardStore(folder), device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        with store.claim(shard) as claim:
+            if claim is not None:
+                start = time.perf_counter()
+                parts = _attack(shard, folder, build_attack, device, claim)
+                environment = describe_environment(torch.device(device))
+                store.save(shard, parts, environment, claim.began, time.perf_counter() - start)
+    except Exception as error:
+        if store.is_done(shard):  # by another runner, which had no use for what was in progress here
             return None
-        start = time.perf_counter()
-        try:
-            parts = _attack(shard, folder, build_attack, device, claim)
-        except Exception as error:
-            log.debug("shard %s", shard.key, exc_info=True)
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            store.fail(shard, reason)
-            return reason
-        seconds = time.perf_counter() - start
-        store.save(shard, parts, _environment(device), claim.began, seconds)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        store.fail(shard, reason, traceback.format_exc())
+        return reason
     return None
 
 
 def _attack(shard: Shard, folder: Path, build_attack: BuildAttack, device: str, claim: Claim) -> list[Part]:
     """The parts of a shard; the first one of a run also leaves some of its images in the folder."""
     run = shard.run
-    model, data = _model(run.model, device), _data(run.data, run.split, run.num_samples)
+    model, data = _model(run.model, run.model_digest, device), _data(run.data, run.split, run.num_samples)
     if data.digest != run.digest:
         raise UsageError.of(f"data {run.data}", expected="those of the plan", got="others", fix="start the suite anew")
     model.check_images(data.x)
     check_labels(data.y, len(data), model.num_classes)
-    _warm_up(run.model, device, run.data, run.split, run.num_samples)
+    _warm_up(run.model, run.model_digest, device, run.data, run.split, run.num_samples)
     task = task_of(run, build_attack)
     batches = [
         slice(begin, min(begin + run.batch_size, shard.end)) for begin in range(shard.begin, shard.end, run.batch_size)
@@ -131,10 +132,12 @@ def assemble(runs: Sequence[tuple[Run, list[Shard]]], folder: Path, build_attack
             if run.key in known or not all(store.is_done(shard) for shard in shards):
                 continue
             loaded = [store.load(shard) for shard in shards]
+            began = datetime.datetime.fromtimestamp(min(store.times(shard).began for shard in shards), datetime.UTC)
             parts = [part for found, _ in loaded for part in found]
             data = DataRecord(name=run.data, split=run.split, num_samples=run.num_samples, digest=run.digest)
             record, samples = summarise(parts, task_of(run, build_attack), data, loaded[0][1])
-            records.append(record.model_copy(update={"record_id": run.key}), samples)
+            created = began.isoformat(timespec="seconds")
+            records.append(record.model_copy(update={"record_id": run.key, "created": created}), samples)
             count += 1
         if all(store.is_done(shard) for _, shards in runs for shard in shards):
             store.tidy()
@@ -154,7 +157,7 @@ def run_suite(
     folder: Path,
     build_attack: BuildAttack,
     executor: Executor,
-    device: str = "cpu",
+    device: str | None = "cpu",
     watch: Callable[[Shard, str | None], None] | None = None,
 ) -> Outcome:
     """Do what is missing, then write the records of all runs that are whole.
@@ -163,6 +166,7 @@ def run_suite(
 
     Args:
         executor: where shards are done.
+        device: None: a GPU where the process that does a shard sees one, else the CPU.
         watch: called after each shard, with the reason if it failed.
     """
     folder = folder.resolve()  # workers may have another current folder
@@ -182,8 +186,8 @@ def run_suite(
                 del missing[shard.key]
                 if reason is not None:
                     failures[shard.key] = reason
-                if reason == WORKER_DIED:  # and could not write it down
-                    store.fail(shard, reason)
+                    if store.reason(shard) != reason:  # a worker that died could not write it down
+                        store.fail(shard, reason)
                 if watch is not None:
                     watch(shard, reason)
     finally:
@@ -191,28 +195,29 @@ def run_suite(
     return Outcome(sum(store.is_done(shard) for shard in shards), failures, num_records)
 
 
-def claim_folder(folder: Path, suite: SuiteConfig, is_resumed: bool) -> None:
-    """Make `folder` that of `suite`. One that was killed before it had a suite is begun.
+def check_folder(folder: Path, suite: SuiteConfig, runs: Sequence[Run]) -> None:
+    """See that `folder` is that of `suite`, or empty, as when it was killed before it had a suite.
 
     Raises:
-        UsageError: when a resumed folder holds something but no suite, or another one.
+        UsageError: when it holds something but no suite, or another one, or records of models, data or defaults that
+            are others by now.
     """
-    path, content = folder / SUITE_FILE, suite.model_dump(mode="json")
-    is_empty = not any(not entry.name.startswith(".") for entry in folder.glob("*"))
-    if not is_resumed or is_empty:
-        write_json(path, content)
+    if all(entry.name.startswith(".") for entry in folder.glob("*")):
         return
-    try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    check_json(folder / SUITE_FILE, suite.model_dump(mode="json"), but=["resources"])
+    strange = RecordStore(folder).identifiers() - {run.key for run in runs}
+    if strange:
         raise UsageError.of(
-            f"folder {folder}", expected=f"{SUITE_FILE} of an earlier run", got="none", fix="drop --resume"
-        ) from None
-    changed = [key for key in content if key != "resources" and earlier.get(key) != content[key]]
-    if changed:
-        raise UsageError.of(
-            f"folder {folder}", expected="the suite it was made from", got=f"another {changed[0]}", fix="use --out"
+            f"folder {folder}",
+            expected="records of the models, data and settings of today",
+            got=f"{len(strange)} of earlier ones",
+            fix="name a new folder",
         )
+
+
+def claim_folder(folder: Path, suite: SuiteConfig) -> None:
+    """Make `folder`, which has been checked, that of `suite`."""
+    write_json(folder / SUITE_FILE, suite.model_dump(mode="json"))
 
 
 def missing_shards(runs: Sequence[tuple[Run, list[Shard]]], folder: Path) -> list[Shard]:

@@ -1,7 +1,7 @@
 """Shards of a folder: which are done, which have failed, and who is at which.
 
     DIR/shards/KEY.parquet      a finished shard's samples, and KEY.json, written last: the rest of its parts
-    DIR/shards/KEY.failed.json  why a shard failed
+    DIR/shards/KEY.failed.json  why a shard failed, with the traceback
     DIR/shards/KEY.lock         a shard in progress; the system releases the lock when the process that holds it dies
 
 A shard is done when its JSON file is there, whoever made it.
@@ -10,7 +10,6 @@ A shard is done when its JSON file is there, whoever made it.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import time
@@ -24,10 +23,11 @@ from robustbench_deq.bench.evaluate import Part
 from robustbench_deq.bench.images import IMAGES_FOLDER
 from robustbench_deq.bench.records import SAMPLES_FOLDER, CostRecord, CurvePoint
 from robustbench_deq.bench.suite import Shard
-from robustbench_deq.files import replacing, write_json
+from robustbench_deq.files import lock, remove_temporaries, replacing, write_json
 
 SHARDS_FOLDER = "shards"
-ASSEMBLY_LOCK = "assembly.lock"
+LOCK_SUFFIX = ".lock"
+ASSEMBLY_LOCK = f"assembly{LOCK_SUFFIX}"
 
 
 class ShardTimes(NamedTuple):
@@ -113,8 +113,11 @@ class ShardStore:
         """Of a finished shard's samples."""
         return sum(part["num_robust"] for part in self._read(shard)["parts"])
 
-    def fail(self, shard: Shard, reason: str) -> None:
-        write_json(self._path(shard, ".failed.json"), {"reason": reason, "shard": shard.model_dump(mode="json")})
+    def fail(self, shard: Shard, reason: str, trace: str | None = None) -> None:
+        """Keep why a shard failed, with the traceback where there is one. A full disk keeps nothing."""
+        content = {"reason": reason, "traceback": trace, "shard": shard.model_dump(mode="json")}
+        with contextlib.suppress(OSError):
+            write_json(self._path(shard, ".failed.json"), content)
 
     def reason(self, shard: Shard) -> str | None:
         """Why the shard failed; None when it did not."""
@@ -125,38 +128,43 @@ class ShardStore:
     @contextlib.contextmanager
     def claim(self, shard: Shard) -> Iterator[Claim | None]:
         """The right to do the shard, None when it is done or another process has it. Ends with the block or process."""
-        path = self._path(shard, ".lock")
+        path = self._path(shard, LOCK_SUFFIX)
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not lock(handle, waits=False):
                 yield None
                 return
-            yield None if self.is_done(shard) else Claim(handle)
-            path.unlink(missing_ok=True)
+            try:
+                yield None if self.is_done(shard) else Claim(handle)
+            finally:
+                path.unlink(missing_ok=True)
         finally:
             os.close(handle)
 
     def is_claimed(self, shard: Shard) -> bool:
         """Whether a process is at the shard right now."""
         try:
-            handle = os.open(self._path(shard, ".lock"), os.O_RDWR)
+            handle = os.open(self._path(shard, LOCK_SUFFIX), os.O_RDWR)
         except FileNotFoundError:
             return False
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+            return not lock(handle, waits=False)
         finally:
             os.close(handle)
-        return False
+
+    def begun(self) -> set[str]:
+        """Keys of the shards that have a lock file: in progress, or left by a process that was killed."""
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as entries:
+            return {entry.name.removesuffix(LOCK_SUFFIX) for entry in entries if entry.name.endswith(LOCK_SUFFIX)}
+        return set()
 
     def standing(self, shard: Shard) -> Standing | None:
-        """What the last process at the shard has noted, dead or alive; None when the shard is done or was not begun."""
+        """What the process at the shard has noted; None when there is none."""
+        if not self.is_claimed(shard):
+            return None
         with contextlib.suppress(OSError, ValueError, TypeError):
-            return Standing(**json.loads(self._path(shard, ".lock").read_text(encoding="utf-8")))
+            return Standing(**json.loads(self._path(shard, LOCK_SUFFIX).read_text(encoding="utf-8")))
         return None
 
     @contextlib.contextmanager
@@ -164,16 +172,15 @@ class ShardStore:
         """Waits until no other process is in such a block."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / ASSEMBLY_LOCK).open("w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            lock(handle.fileno())
             yield
 
     def tidy(self) -> None:
         """Remove what killed processes have left: temporary files and locks. Only once all shards are done."""
         for folder in (self.folder, self.root / SAMPLES_FOLDER, self.root / IMAGES_FOLDER):
-            for path in folder.glob(".*"):
-                path.unlink(missing_ok=True)
-        for path in self.folder.glob("*.lock"):
-            if path.name != ASSEMBLY_LOCK:
+            remove_temporaries(folder)
+        for path in self.folder.glob(f"*{LOCK_SUFFIX}"):
+            if path.name != ASSEMBLY_LOCK and path.is_file():
                 path.unlink(missing_ok=True)
 
     def _read(self, shard: Shard) -> dict[str, Any]:

@@ -19,11 +19,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from robustbench_deq.attack import ATTACKS
+from robustbench_deq.attack import ATTACKS, make_attack
 from robustbench_deq.bench.records import SCHEMA_VERSION
 from robustbench_deq.configs import Config, merge, named_in, parse_fraction, read_yaml, validate
 from robustbench_deq.data import Split, SplitName, load
 from robustbench_deq.errors import UsageError
+from robustbench_deq.files import sha256_of
 from robustbench_deq.models import MODELS, ModelDescription, describe_model
 from robustbench_deq.solvers import SOLVERS
 from robustbench_deq.threats import Norm, Threat
@@ -99,7 +100,7 @@ class Resources(Config):
     """Of one shard on a Ray cluster."""
 
     num_cpus: float = Field(1.0, gt=0, description="and as many threads, at least one")
-    num_gpus: float | None = Field(None, ge=0, description="null: 1 on a CUDA device, else 0")
+    num_gpus: float | None = Field(None, ge=0, description="null: 1 on a cluster with GPUs unless --device cpu, else 0")
 
 
 class SuiteConfig(Config):
@@ -118,7 +119,7 @@ class SuiteConfig(Config):
     solvers: list[Annotated[str, named_in(SOLVERS)]] | None = Field(
         None, min_length=1, description="of the attacks' equilibrium solves; null: what their settings say"
     )
-    seeds: list[int] = Field([0], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
     batch_size: int = Field(128, ge=1)
     batches_per_shard: int = Field(1, ge=1, description="batches of a shard")
     num_snapshots: int = Field(8, ge=0, description="points of the accuracy-against-cost curves")
@@ -146,9 +147,17 @@ class SuiteConfig(Config):
 
 
 class Run(Config):
-    """Everything that determines one record, but for what the machine adds."""
+    """Everything that determines one record, but for the code of this package and what the machine adds.
+
+    Attributes:
+        model_digest: of all that makes the model, see `digest_of_model`.
+        model_sha256: of its weights alone, as the record has it.
+        config: every setting of the attack, the defaults too.
+        digest: of the samples.
+    """
 
     model: str
+    model_digest: str
     model_sha256: str | None
     attack: str
     label: str
@@ -197,19 +206,20 @@ def plan(suite: SuiteConfig) -> list[Run]:
     splits: dict[str, Split] = {}
     axes, attacks = suite.axes(), suite.attacks
     for model in dict.fromkeys(name for pattern in suite.models for name in _expand(pattern)):
-        described = None if ".py:" in model else describe_model(model)
+        described, model_digest = _describe(model), digest_of_model(model)
         for name in _data(suite, model, described):
             split = splits[name] = splits.get(name) or _load(name, suite)
             _check_shape(model, described, split)
             for threat, spec, seed in itertools.product(_threats(suite, model, described), attacks, suite.seeds):
                 for label, config in spec.variants(axes):
-                    _check_attack(spec.name, label, config, threat)
+                    attack = make_attack(spec.name, threat, config, f"suite: attack {label}")
                     run = Run(
                         model=model,
+                        model_digest=model_digest,
                         model_sha256=(described.sha256 or None) if described else None,
                         attack=spec.name,
                         label=label,
-                        config=config,
+                        config=attack.config.model_dump(mode="json"),
                         norm=threat.norm.value,
                         epsilon=threat.epsilon,
                         data=name,
@@ -224,6 +234,31 @@ def plan(suite: SuiteConfig) -> list[Run]:
                         raise UsageError.of("suite", expected="different runs", got=f"{label} twice", fix="drop one")
                     runs[run.key] = run
     return list(runs.values())
+
+
+def digest_of_model(model: str) -> str:
+    """Of a model's family, settings and weights; of a `file.py:function` the text of the file.
+
+    What such a file imports or reads is not looked into.
+
+    Raises:
+        UsageError: for an unknown name, a folder without a model, or a file that is not there.
+    """
+    described = _describe(model)
+    if described is not None:
+        content = json.dumps([described.family, described.config, described.sha256], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+    try:
+        return sha256_of(Path(model.rpartition(":")[0]))
+    except OSError as error:
+        raise UsageError.of(
+            f"model {model}", expected="file.py:function", got=error.strerror, fix="check the path"
+        ) from None
+
+
+def _describe(model: str) -> ModelDescription | None:
+    """None for a model of a file, which has no description."""
+    return None if ".py:" in model else describe_model(model)
 
 
 def cut(run: Run, batches_per_shard: int) -> list[Shard]:
@@ -273,9 +308,3 @@ def _threats(suite: SuiteConfig, model: str, described: ModelDescription | None)
     if "epsilon" not in known:
         raise UsageError.of(f"suite: model {model}", expected="a threat", got="none in its card", fix="set threats")
     return [Threat(Norm.parse(known.get("norm", "l2")), float(known["epsilon"]))]
-
-
-def _check_attack(name: str, label: str, config: dict[str, Any], threat: Threat) -> None:
-    """Settings and threat that the attack refuses come to light before anything runs."""
-    kind = ATTACKS.get(name)
-    kind(threat, validate(kind.config_type, config, f"suite: attack {label}"))

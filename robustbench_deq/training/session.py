@@ -9,7 +9,6 @@ FOLDER/model.*            the trained model and its card
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from robustbench_deq.configs import merge, validate
 from robustbench_deq.data import DATASETS, Split, SplitName, load
 from robustbench_deq.equilibrium import EquilibriumModel, check_labels
 from robustbench_deq.errors import UsageError
-from robustbench_deq.files import replacing, write_json
+from robustbench_deq.files import check_json, replacing, write_json
 from robustbench_deq.models import (
     FAMILIES,
     Card,
@@ -121,20 +120,7 @@ class TrainingSession:
         if not is_resumed:
             write_json(path, content)
             return
-        try:
-            earlier = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise UsageError.of(
-                f"folder {folder}", expected="config.json of a run", got="none", fix="use --out"
-            ) from None
-        if earlier != content:
-            changed = [key for key in content if earlier.get(key) != content[key]]
-            raise UsageError.of(
-                f"folder {folder}",
-                expected="the config it was made from",
-                got=f"another {changed[0]}",
-                fix="use that one",
-            )
+        check_json(path, content)
         if self.trainer.has_checkpoint:  # a run that was interrupted in its first epoch has none
             self.trainer.resume()
 

@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import cli
+from robustbench_deq import files
 from robustbench_deq.attack import ATTACKS, Attack
 from robustbench_deq.bench import runner
+from robustbench_deq.bench import shards as shards_module
+from robustbench_deq.bench.environment import describe_environment
 from robustbench_deq.bench.evaluate import evaluate
 from robustbench_deq.bench.executors import WORKER_DIED, Processes, Ray
 from robustbench_deq.bench.images import load_images
 from robustbench_deq.bench.records import RecordStore, load_records
-from robustbench_deq.bench.runner import claim_folder, run_shard
+from robustbench_deq.bench.runner import check_folder, claim_folder, run_shard
 from robustbench_deq.bench.shards import ASSEMBLY_LOCK, ShardStore
 from robustbench_deq.bench.suite import cut, plan, read_suite
-from robustbench_deq.configs import validate
+from robustbench_deq.configs import read_yaml, validate
 from robustbench_deq.data import load
 from robustbench_deq.errors import UsageError
-from robustbench_deq.models import load_model
+from robustbench_deq.files import replacing
+from robustbench_deq.models import MODELS, load_model, save_model
 from robustbench_deq.threats import Norm, Threat
 from tests.bench.small_suite import content, do, runs_of, suite
 
@@ -70,12 +79,16 @@ def test_budgets_and_solvers_are_axes_of_the_attacks_that_have_them() -> None:
             solvers=["anderson", "broyden"],
         )
     )
-    assert [(run.label, run.config) for run in runs] == [
+    defaults = {run.attack: ATTACKS.get(run.attack).config_type().model_dump(mode="json") for run in runs}
+    changed = [
+        {key: value for key, value in run.config.items() if value != defaults[run.attack].get(key)} for run in runs
+    ]
+    assert [(run.label, settings) for run, settings in zip(runs, changed, strict=True)] == [
         ("joint-pgd steps=4", {"steps": 4}),
         ("joint-pgd steps=6 max_evaluations=30", {"steps": 6, "max_evaluations": 30}),
-        ("warm steps=4 solver=anderson", {"steps": 4, "solver": "anderson"}),
+        ("warm steps=4 solver=anderson", {"steps": 4}),
         ("warm steps=4 solver=broyden", {"steps": 4, "solver": "broyden"}),
-        ("warm steps=6 max_evaluations=30 solver=anderson", {"steps": 6, "max_evaluations": 30, "solver": "anderson"}),
+        ("warm steps=6 max_evaluations=30 solver=anderson", {"steps": 6, "max_evaluations": 30}),
         ("warm steps=6 max_evaluations=30 solver=broyden", {"steps": 6, "max_evaluations": 30, "solver": "broyden"}),
         ("noise", {}),
     ]
@@ -97,9 +110,67 @@ def test_shards_are_whole_batches_and_cover_the_run(batches: int, expected: list
 
 def test_key_follows_from_everything_that_the_result_depends_on() -> None:
     one = plan(suite())[0]
-    for change in ({"seed": 1}, {"epsilon": 0.31}, {"digest": "x"}, {"batch_size": 9}, {"model_sha256": "x"}):
+    for change in ({"seed": 1}, {"epsilon": 0.31}, {"digest": "x"}, {"batch_size": 9}, {"model_digest": "x"}):
         assert one.model_copy(update=change).key != one.key
     assert plan(suite())[0].key == one.key
+
+
+def test_key_follows_from_defaults_as_from_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = ATTACKS.get("noise").config_type
+    written, explicit = (
+        plan(suite(attacks=[{"name": "noise", "config": config}]))[0] for config in ({}, kind().model_dump())
+    )
+    assert written.key == explicit.key
+
+    class Changed(kind):
+        restarts: int = 7
+
+    monkeypatch.setattr(ATTACKS.get("noise"), "config_type", Changed)
+    assert plan(suite(attacks=[{"name": "noise"}]))[0].key != written.key
+
+
+def test_key_follows_from_the_settings_of_a_saved_model(tmp_path: Path) -> None:
+    def key() -> str:
+        return plan(suite(models=[str(tmp_path)]))[0].key
+
+    save_model(load_model("test-linear.tiny"), tmp_path, "mine")
+    before, path = key(), tmp_path / "model.json"
+    described = json.loads(path.read_text())
+    path.write_text(json.dumps(described | {"card": {"seed": 5}}))
+    assert key() == before
+    path.write_text(json.dumps(described | {"config": described["config"] | {"contraction": 0.125}}))
+    assert key() != before
+
+
+MODEL_FILE = """
+from robustbench_deq.models import load_model
+def build():
+    model = load_model("test-linear.tiny")
+    model.readout.weight.data *= {factor}
+    return model
+"""
+
+
+def test_edited_model_file_is_another_model(tmp_path: Path) -> None:
+    path, folder = tmp_path / "model.py", tmp_path / "suite"
+    path.write_text(MODEL_FILE.format(factor=1))
+    config = suite(models=[f"{path}:build"], attacks=[{"name": "noise"}])
+    before = runs_of(config)
+    assert run_shard(before[0][1][0], folder, cli.build_attack) is None
+
+    path.write_text(MODEL_FILE.format(factor=-1.5))
+    assert not {run.key for run in plan(config)} & {run.key for run, _ in before}
+    runner._model.cache_clear()  # as in another process
+    reason = run_shard(before[0][1][1], folder, cli.build_attack)
+    assert "expected that of the plan, got another" in reason
+    do(folder, config)
+    assert len(load_records(folder)) == 2 and ShardStore(folder).is_done(before[0][1][0])
+
+    claim_folder(folder, config)
+    check_folder(folder, config, plan(config))
+    path.write_text(MODEL_FILE.format(factor=2))
+    with pytest.raises(UsageError, match="models, data and settings of today, got 2 of earlier ones"):
+        check_folder(folder, config, plan(config))
 
 
 @pytest.mark.parametrize(
@@ -117,6 +188,8 @@ def test_key_follows_from_everything_that_the_result_depends_on() -> None:
         ({"threats": [{"norm": "l2", "epsilons": [-1]}]}, "epsilon"),
         ({"attacks": [{"name": "torchattacks-pgd"}]}, "norm linf"),
         ({"solvers": ["simplex"]}, "anderson"),
+        ({"seeds": [-1]}, "seeds"),
+        ({"models": ["nowhere/model.py:build"]}, "nowhere/model.py:build: expected file.py:function, got No such file"),
         ({"solvers": ["anderson"]}, "an attack with solver, got none"),
         ({"budgets": [{"steps": 4}], "attacks": [{"name": "noise"}]}, "an attack with steps, got none"),
         ({"budgets": [{"steps": 4}]}, "one place for steps"),
@@ -136,6 +209,8 @@ def test_shipped_suites_are_sound(path: Path) -> None:
     assert len({label for _, label, _ in variants}) == len(variants)
     for spec, label, settings in variants:
         validate(ATTACKS.get(spec.name).config_type, settings, label)
+    trained = {f"results/runs/{read_yaml(path)['name']}" for path in (ROOT / "configs" / "training").glob("*.yaml")}
+    assert all(pattern in trained or MODELS.list(pattern) for pattern in config.models)
 
 
 # ---------------------------------------------------------------- running
@@ -226,32 +301,102 @@ def test_failed_shard_is_kept_with_its_reason_and_the_rest_goes_on(undisturbed: 
     store = ShardStore(tmp_path)
     failed = [shard for _, shards in runs_of(suite()) for shard in shards if store.reason(shard)]
     assert {shard.key for shard in failed} == set(outcome.failures)
+    kept = json.loads((tmp_path / "shards" / f"{failed[0].key}.failed.json").read_text())
+    assert (
+        kept["traceback"].startswith("Traceback") and "in build" not in kept["reason"] and "throw" in kept["traceback"]
+    )
     assert not do(tmp_path).failures  # tried again, and now it works
     assert not any(store.reason(shard) for shard in failed)
     assert sorted(content(tmp_path), key=str) == sorted(content(undisturbed), key=str)
 
 
+def test_full_disk_is_the_reason_of_its_shard_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = runs_of(suite())[0][1][1]
+    write = shards_module.write_json
+
+    def full(path: Path, content: Any) -> None:
+        if path.name.startswith(lost.key):  # neither the shard nor its reason finds room
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, content)
+
+    monkeypatch.setattr(shards_module, "write_json", full)
+    outcome = do(tmp_path)
+    assert outcome.failures == {lost.key: "OSError: [Errno 28] No space left on device"}
+    assert (outcome.num_done, outcome.num_records) == (11, 3)
+    monkeypatch.undo()
+    assert do(tmp_path).num_records == 1
+
+
+def test_work_done_twice_where_there_are_no_locks(undisturbed: Path, tmp_path: Path, monkeypatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    shard = runs_of(suite())[0][1][0]
+    with ShardStore(tmp_path).claim(shard) as one, ShardStore(tmp_path).claim(shard) as other:
+        assert one is not None and other is not None
+    assert not do(tmp_path).failures
+    assert content(tmp_path) == content(undisturbed)
+
+
+def test_shard_that_another_has_done_meanwhile_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = runs_of(suite())[0][1][0]
+    save = ShardStore.save
+
+    def late(self: ShardStore, *args: Any) -> None:
+        save(self, *args)
+        raise FileNotFoundError("a temporary file that the other one has tidied away")
+
+    monkeypatch.setattr(ShardStore, "save", late)
+    assert run_shard(shard, tmp_path, cli.build_attack) is None
+    assert ShardStore(tmp_path).reason(shard) is None
+
+
+def test_record_says_when_its_first_shard_was_begun_and_with_how_many_threads(tmp_path: Path) -> None:
+    first, *rest = runs_of(suite())[0][1]
+    for num_threads, shard in zip((2, 1, 1), (first, *rest), strict=True):
+        torch.set_num_threads(num_threads)
+        assert run_shard(shard, tmp_path, cli.build_attack) is None
+    path = tmp_path / "shards" / f"{rest[0].key}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"began": 0.0}))
+    do(tmp_path)
+    record = load_records(tmp_path)[0]
+    assert record.created == "1970-01-01T00:00:00+00:00"
+    threads = [ShardStore(tmp_path).load(shard)[1]["num_threads"] for shard in (first, *rest)]
+    assert threads == [2, 1, 1]
+
+
 def test_resume_begins_where_nothing_is_and_refuses_what_is_not_its_own(tmp_path: Path) -> None:
     (tmp_path / ".suite.json.torn").write_text("{")  # killed before it had a suite
-    claim_folder(tmp_path, suite(), is_resumed=True)
-    claim_folder(tmp_path, suite(resources={"num_cpus": 2}), is_resumed=True)
+    check_folder(tmp_path, suite(), [])
+    claim_folder(tmp_path, suite())
+    check_folder(tmp_path, suite(resources={"num_cpus": 2}), [])
     with pytest.raises(UsageError, match="another limit"):
-        claim_folder(tmp_path, suite(limit=10), is_resumed=True)
+        check_folder(tmp_path, suite(limit=10), [])
+    (tmp_path / "suite.json").write_text("[]")
+    with pytest.raises(UsageError, match=r"suite\.json of an earlier run, got a JSON list"):
+        check_folder(tmp_path, suite(), [])
     (tmp_path / "suite.json").unlink()
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(UsageError, match=r"suite\.json of an earlier run"):
-        claim_folder(tmp_path, suite(), is_resumed=True)
+    with pytest.raises(UsageError, match=r"suite\.json of an earlier run, got none"):
+        check_folder(tmp_path, suite(), [])
 
 
 def test_what_killed_processes_left_goes_once_all_is_done(undisturbed: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(undisturbed, tmp_path / "copy")
-    stale = [folder / "shards" / name for name in (".one.parquet.x1", "two.lock")] + [
-        folder / "images" / ".three.npz.x"
-    ]
-    for path in stale:
-        path.write_text("")
+    stale = [folder / "shards" / "two.lock"]
+    for path in (folder / "shards" / "one.parquet", folder / "images" / "three.npz"):
+        with contextlib.suppress(KeyError), replacing(path) as temporary:
+            stale.append(shutil.copy(temporary, temporary.with_name(f".again{temporary.name}")))
+            raise KeyError
+    foreign = [folder / "shards" / ".nfs0001", folder / "images" / ".gitignore"]
+    for path in [*stale, *foreign]:
+        path.touch()
+    for name in (".cache", ".dir.partial", "dir.lock"):
+        (folder / "shards" / name).mkdir()
     do(folder)
     assert not any(path.exists() for path in stale)
+    assert all(path.exists() for path in foreign)
     assert content(folder) == content(undisturbed)
 
 
@@ -334,6 +479,28 @@ def test_killed_worker_loses_nothing(undisturbed: Path, tmp_path: Path) -> None:
     assert (tmp_path / "killed").exists()
     assert not outcome.failures
     assert content(tmp_path / "suite") == content(undisturbed)
+
+
+def test_pool_that_breaks_while_it_is_given_work_is_begun_anew(undisturbed: Path, tmp_path: Path, monkeypatch) -> None:
+    submit, calls = ProcessPoolExecutor.submit, []
+
+    def fragile(self: ProcessPoolExecutor, *args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            raise BrokenProcessPool("a worker died")
+        return submit(self, *args)
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", fragile)
+    outcome = do(tmp_path, executor=Processes(2))
+    assert not outcome.failures and len(calls) > 12
+    assert content(tmp_path) == content(undisturbed)
+
+
+def test_workers_share_the_cpus_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert Processes(2).num_threads == 3
+    assert describe_environment(torch.device("cpu"))["num_cpus"] == 6
 
 
 def test_only_the_shard_that_kills_its_workers_fails(tmp_path: Path) -> None:
