@@ -23,8 +23,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import attacks as _attacks  # noqa: F401  (fills the attack registry)
-from robustbench_deq.attack import ATTACKS, Attack, make_attack
+from attacks import build_attack
+from robustbench_deq.attack import ATTACKS, Attack
 from robustbench_deq.bench.baseline import read_baseline, read_run, to_entries, update_baseline
 from robustbench_deq.bench.doctor import Verdict, examine
 from robustbench_deq.bench.evaluate import Evaluation, evaluate
@@ -317,11 +317,6 @@ def datasets(is_json: bool) -> None:
         for info in map(DATASETS.get, DATASETS)
     ]
     _listing(rows, "datasets", is_json)
-
-
-def build_attack(name: str, threat: Threat, settings: dict[str, Any]) -> Attack:
-    """The attack that a name means. A worker that unpickles this function imports all attacks with it."""
-    return make_attack(name, threat, settings)
 
 
 def _attack_of(spec: AttackSpec | None) -> Attack | None:

@@ -1,10 +1,13 @@
 """Every attack, one family a file. Importing this package fills the registry `ATTACKS`."""
 
+from typing import Any
+
 from attacks.joint import JointPGD, JointPGDConfig
 from attacks.noise import Noise, NoiseConfig
 from attacks.sequential import SequentialPGD, SequentialPGDConfig
 from attacks.torchattacks_bridge import TorchattacksConfig, TorchattacksPGD, TorchattacksPGDL2
-from robustbench_deq.attack import ATTACKS
+from robustbench_deq.attack import ATTACKS, Attack, make_attack
+from robustbench_deq.threats import Threat
 
 __all__ = [
     "ATTACKS",
@@ -17,4 +20,10 @@ __all__ = [
     "TorchattacksConfig",
     "TorchattacksPGD",
     "TorchattacksPGDL2",
+    "build_attack",
 ]
+
+
+def build_attack(name: str, threat: Threat, settings: dict[str, Any]) -> Attack:
+    """The attack that a name means. It stands here so that a worker that unpickles it has imported all of them."""
+    return make_attack(name, threat, settings)

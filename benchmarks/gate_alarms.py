@@ -21,8 +21,8 @@ import click
 import pandas as pd
 import torch
 
+from attacks import build_attack
 from benchmarks.timing import RESULTS, keep, say
-from cli import build_attack
 from robustbench_deq.bench.baseline import Baseline, BaselineEntry, read_baseline, read_run, to_entries
 from robustbench_deq.bench.executors import Executor, Processes, Serial
 from robustbench_deq.bench.gate import compare, seconds_by_attack

@@ -25,8 +25,8 @@ from typing import Any
 import click
 import torch
 
+from attacks import build_attack
 from benchmarks.timing import keep, say
-from cli import build_attack
 from robustbench_deq.bench.executors import Executor, Processes, Serial
 from robustbench_deq.bench.runner import run_suite
 from robustbench_deq.bench.shards import ShardStore

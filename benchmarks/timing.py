@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from scipy.stats import quantile_test
 
-from cli import build_attack
+from attacks import build_attack
 from robustbench_deq.attack import Attack
 from robustbench_deq.bench.environment import describe_environment
 from robustbench_deq.bench.evaluate import Evaluation, evaluate

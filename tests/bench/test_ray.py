@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 import cli
 from robustbench_deq.attack import Attack
 from robustbench_deq.bench.executors import WORKER_DIED, Ray
+from robustbench_deq.bench.records import load_records
 from robustbench_deq.bench.shards import ShardStore
+from robustbench_deq.bench.suite import Resources
 from robustbench_deq.errors import RunError
 from robustbench_deq.threats import Threat
 from tests.bench.small_suite import content, do, runs_of, suite
 
 ray = pytest.importorskip("ray", reason="the extra cluster is not installed")
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +87,53 @@ def test_shard_that_kills_every_worker_fails_and_the_rest_goes_on(cluster: Ray, 
     store = ShardStore(tmp_path)
     assert store.reason(lost) == WORKER_DIED
     assert store.is_done(fine) and outcome.num_records == 1
+
+
+def bench(folder: Path, *words: str, **changes: Any) -> Result:
+    path = folder / "small.yaml"
+    path.write_text(json.dumps(suite(**changes).model_dump(mode="json")))  # JSON is YAML
+    return CliRunner().invoke(cli.main, ["bench", str(path), "--out", str(folder / "new"), "--executor", "ray", *words])
+
+
+def test_command_line_joins_a_cluster_and_gives_shards_their_resources(
+    cluster: Ray, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, remote = [], ray.remote
+    monkeypatch.setattr(ray, "remote", lambda **options: asked.append(options) or remote(**options))
+    monkeypatch.setattr(ray, "init", lambda **options: asked.append(options))  # this process has joined it already
+    address = ray.get_runtime_context().gcs_address
+    result = bench(tmp_path, "--address", address, resources={"num_cpus": 2, "num_gpus": 0})
+    assert result.exit_code == 0, result.stderr
+    joined, options = asked
+    assert joined["address"] == address
+    assert (options["num_cpus"], options["num_gpus"]) == (2, 0)
+    records = load_records(tmp_path / "new")
+    assert {record.environment["num_threads"] for record in records} == {2}
+    assert content(tmp_path / "new") == content(undisturbed)
+
+
+def test_device_is_that_of_the_cluster(cluster: Ray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "init", lambda **options: None)
+    address = ray.get_runtime_context().gcs_address
+    result = bench(tmp_path, "--address", address, "--device", "cuda")
+    assert result.exit_code == 2 and "--device cuda: expected a Ray cluster with GPUs, got one without" in result.stderr
+    assert not (tmp_path / "new").exists()
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+    shares = [Ray(address, device=device).num_gpus for device in ("cuda", None, "cpu")]
+    assert shares == [1, 1, 0]
+    assert Ray(address, resources=Resources(num_gpus=0.5), device="cuda").num_gpus == 0.5
+
+
+def test_command_line_starts_a_cluster(undisturbed: Path, tmp_path: Path) -> None:
+    """In a process of its own, as this one has a cluster."""
+    path = tmp_path / "small.yaml"
+    path.write_text(json.dumps(suite().model_dump(mode="json")))
+    words = ["bench", str(path), "--out", str(tmp_path / "new"), "--executor", "ray", "--workers", "1"]
+    answer = subprocess.run([sys.executable, "cli.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert answer.returncode == 0, answer.stderr
+    assert "4 of 4 records" in answer.stdout
+    assert content(tmp_path / "new") == content(undisturbed)
 
 
 @pytest.mark.parametrize(("address", "said"), [("127.0.0.1:1", "refused"), ("nonsense", "no host:port")])

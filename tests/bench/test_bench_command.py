@@ -1,0 +1,109 @@
+"""`bench` as it is called: exit codes, what it refuses, and what it says on standard error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+import cli
+from robustbench_deq.bench.executors import Ray
+from robustbench_deq.bench.records import load_records
+from robustbench_deq.bench.shards import ShardStore
+from tests.bench.small_suite import content, runs_of, suite
+
+FAILING_MODEL = """
+from robustbench_deq.models import load_model
+def build():
+    {line}
+    return load_model("test-linear.tiny")
+"""
+
+
+def bench(path: Path, *words: object) -> Result:
+    return CliRunner().invoke(cli.main, ["bench", str(path), *map(str, words)])
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return write(tmp_path / "small.yaml")
+
+
+def write(path: Path, **changes: Any) -> Path:
+    path.write_text(json.dumps(suite(**changes).model_dump(mode="json")))  # JSON is YAML
+    return path
+
+
+def test_suite_leaves_its_records(path: Path, undisturbed: Path, tmp_path: Path) -> None:
+    result = bench(path, "--out", tmp_path / "new")
+    assert result.exit_code == 0 and result.stderr == ""
+    assert (
+        result.stdout
+        == f"4 of 4 records in {tmp_path / 'new'}; 'robustbench-deq report {tmp_path / 'new'}' shows them\n"
+    )
+    assert content(tmp_path / "new") == content(undisturbed)
+
+
+def test_failed_shards_are_named_the_rest_is_done_and_the_exit_code_is_one(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(FAILING_MODEL.format(line="raise RuntimeError('no luck')"))
+    models = ["test-linear.tiny", f"{tmp_path / 'model.py'}:build"]
+    path = write(tmp_path / "small.yaml", models=models, attacks=[{"name": "noise"}], limit=8)
+    result = bench(path, "--out", tmp_path / "new")
+    assert result.exit_code == 1
+    *named, last = result.stderr.splitlines()
+    assert [line.partition(": ")[0] for line in named] == ["small  failed"] * 2
+    assert all(f"{models[1]}, noise, l2 0." in line and "no luck" in line for line in named)
+    assert last.startswith("Error: 2 of 4 shards failed: 2 x ") and last.endswith("try them again with --resume")
+    assert "2 of 4 records" in result.stdout and len(load_records(tmp_path / "new")) == 2
+
+
+def test_folder_with_something_is_refused_without_resume(path: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "full"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("")
+    result = bench(path, "--out", folder)
+    assert result.exit_code == 2 and "expected an empty or new folder" in result.stderr
+    result = bench(path, "--out", folder, "--resume")
+    assert result.exit_code == 2 and "expected the suite.json of an earlier run, got none" in result.stderr
+    assert [entry.name for entry in folder.iterdir()] == ["thesis.tex"]
+
+
+def test_resume_does_what_is_missing(path: Path, undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    assert bench(path, "--out", folder).exit_code == 0
+    lost = runs_of(suite())[2][1][1]
+    (folder / "shards" / f"{lost.key}.json").unlink()
+    before = {entry.name: entry.stat().st_mtime_ns for entry in (folder / "shards").glob("*.json")}
+    (folder / "records.jsonl").unlink()
+    result = bench(path, "--out", folder, "--resume")
+    assert result.exit_code == 0 and "4 of 4 records" in result.stdout
+    after = {entry.name: entry.stat().st_mtime_ns for entry in (folder / "shards").glob("*.json")}
+    assert after == before | {f"{lost.key}.json": after[f"{lost.key}.json"]}
+    assert content(folder) == content(undisturbed)
+
+
+def test_device_of_this_machine_is_checked_here(path: Path, tmp_path: Path) -> None:
+    result = bench(path, "--out", tmp_path / "new", "--device", "abacus")
+    assert result.exit_code == 2 and "--device: expected cpu, cuda" in result.stderr and not (tmp_path / "new").exists()
+    if not torch.cuda.is_available():
+        assert bench(path, "--out", tmp_path / "new", "--device", "cuda").exit_code == 2
+
+
+def test_folder_is_checked_before_a_cluster_is_started(path: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Ray, "__init__", lambda *_: pytest.fail("a cluster was started"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    for more in ([], ["--resume"]):
+        assert bench(path, "--out", tmp_path / "other", "--executor", "ray", *more).exit_code == 2
+
+
+def test_worker_without_a_name_of_a_device_looks_for_itself(path: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    result = bench(path, "--out", tmp_path / "new")  # where there is none, CUDA says why in every shard
+    (run, [shard, *_]), *_ = runs_of(suite())
+    reason = ShardStore(tmp_path / "new").reason(shard)
+    assert result.exit_code == 1 and "cuda" in reason.lower()
