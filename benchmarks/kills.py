@@ -22,8 +22,9 @@ import select
 import signal
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import torch
@@ -59,6 +60,24 @@ def contents(folder: Path) -> list[tuple[dict[str, Any], str]]:
         (without_circumstances(record), store.load_samples(record.record_id).to_csv())
         for record in load_records(folder)
     ]
+
+
+class Process(NamedTuple):
+    """A living process of this machine, and the leader of its group."""
+
+    pid: int
+    parent: int
+    group: int
+    command: str
+
+
+def processes() -> Iterator[Process]:
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent, group = path.read_text().rpartition(")")[2].split()[:3]
+            if state != "Z":
+                command = path.with_name("cmdline").read_bytes().decode(errors="replace")
+                yield Process(int(path.parent.name), int(parent), int(group), command)
 
 
 class Runner:
@@ -97,13 +116,7 @@ class Runner:
         return True
 
     def workers(self) -> list[int]:
-        found = []
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                parent = int(path.read_text().rpartition(")")[2].split()[1])
-                if parent == self.pid and b"spawn_main" in path.with_name("cmdline").read_bytes():
-                    found.append(int(path.parent.name))
-        return found
+        return [one.pid for one in processes() if one.parent == self.pid and "spawn_main" in one.command]
 
     def kill(self, kind: str, rng: random.Random) -> str | None:
         """Kill by SIGKILL; what was killed, None when there was nothing of that kind."""
@@ -140,7 +153,7 @@ def num_done(folder: Path) -> int:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--no-keep", "is_check", is_flag=True, help="Only check: write no table.")
 def main(kills: int, seed: int, is_check: bool) -> None:
-    torch.set_num_threads(1)  # no thread pool is begun here, so that forking is safe
+    torch.set_num_threads(1)  # so that torch begins no pool of threads, which a fork would lack; Arrow makes a new one
     rng, start = random.Random(seed), time.perf_counter()
     counts: collections.Counter[str] = collections.Counter()
     standings: dict[str, list[int]] = collections.defaultdict(list)

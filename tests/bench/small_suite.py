@@ -7,7 +7,6 @@ from typing import Any
 
 import cli
 from robustbench_deq.bench.executors import Serial
-from robustbench_deq.bench.records import RecordStore, load_records, without_circumstances
 from robustbench_deq.bench.runner import Outcome, run_suite
 from robustbench_deq.bench.suite import SuiteConfig, cut, plan
 from robustbench_deq.configs import validate
@@ -34,12 +33,3 @@ def runs_of(config: SuiteConfig) -> list:
 def do(folder: Path, config: SuiteConfig | None = None, executor=None, build=cli.build_attack, watch=None) -> Outcome:
     config = config or suite()
     return run_suite(runs_of(config), folder, build, executor or Serial(), watch=watch)
-
-
-def content(folder: Path) -> list[tuple[dict[str, Any], str]]:
-    """Records and samples, timings aside."""
-    store = RecordStore(folder)
-    return [
-        (without_circumstances(record), store.load_samples(record.record_id).to_csv())
-        for record in load_records(folder)
-    ]

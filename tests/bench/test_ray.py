@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import cli
+from benchmarks.kills import contents
 from robustbench_deq.attack import Attack
 from robustbench_deq.bench.executors import WORKER_DIED, Ray
 from robustbench_deq.bench.records import load_records
@@ -22,7 +23,7 @@ from robustbench_deq.bench.shards import ShardStore
 from robustbench_deq.bench.suite import Resources
 from robustbench_deq.errors import RunError
 from robustbench_deq.threats import Threat
-from tests.bench.small_suite import content, do, runs_of, suite
+from tests.bench.small_suite import do, runs_of, suite
 
 ray = pytest.importorskip("ray", reason="the extra cluster is not installed")
 
@@ -60,7 +61,7 @@ def deadly(is_deadly: Callable[[Threat], bool]) -> Callable[..., Attack]:
 def test_two_workers_give_the_records_of_one_process(cluster: Ray, undisturbed: Path, tmp_path: Path) -> None:
     outcome = do(tmp_path, executor=cluster)
     assert not outcome.failures
-    assert content(tmp_path) == content(undisturbed)
+    assert contents(tmp_path) == contents(undisturbed)
 
 
 def test_worker_killed_in_the_middle_loses_nothing(cluster: Ray, undisturbed: Path, tmp_path: Path) -> None:
@@ -76,7 +77,7 @@ def test_worker_killed_in_the_middle_loses_nothing(cluster: Ray, undisturbed: Pa
     outcome = do(tmp_path / "suite", executor=cluster, build=deadly(kills_once))
     assert Path(marker).exists()
     assert not outcome.failures
-    assert content(tmp_path / "suite") == content(undisturbed)
+    assert contents(tmp_path / "suite") == contents(undisturbed)
 
 
 def test_shard_that_kills_every_worker_fails_and_the_rest_goes_on(cluster: Ray, tmp_path: Path) -> None:
@@ -109,7 +110,7 @@ def test_command_line_joins_a_cluster_and_gives_shards_their_resources(
     assert (options["num_cpus"], options["num_gpus"]) == (2, 0)
     records = load_records(tmp_path / "new")
     assert {record.environment["num_threads"] for record in records} == {2}
-    assert content(tmp_path / "new") == content(undisturbed)
+    assert contents(tmp_path / "new") == contents(undisturbed)
 
 
 def test_device_is_that_of_the_cluster(cluster: Ray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +134,7 @@ def test_command_line_starts_a_cluster(undisturbed: Path, tmp_path: Path) -> Non
     answer = subprocess.run([sys.executable, "cli.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert answer.returncode == 0, answer.stderr
     assert "4 of 4 records" in answer.stdout
-    assert content(tmp_path / "new") == content(undisturbed)
+    assert contents(tmp_path / "new") == contents(undisturbed)
 
 
 @pytest.mark.parametrize(("address", "said"), [("127.0.0.1:1", "refused"), ("nonsense", "no host:port")])

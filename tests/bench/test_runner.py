@@ -23,6 +23,7 @@ import pytest
 import torch
 
 import cli
+from benchmarks.kills import contents, processes
 from robustbench_deq import files
 from robustbench_deq.attack import ATTACKS, Attack
 from robustbench_deq.bench import runner
@@ -41,7 +42,7 @@ from robustbench_deq.errors import UsageError
 from robustbench_deq.files import replacing
 from robustbench_deq.models import MODELS, load_model, save_model
 from robustbench_deq.threats import Norm, Threat
-from tests.bench.small_suite import content, do, runs_of, suite
+from tests.bench.small_suite import do, runs_of, suite
 
 ROOT = Path(__file__).parents[2]
 
@@ -262,7 +263,7 @@ def test_shards_in_another_order_and_cut_give_the_same_records(undisturbed: Path
         for shard in reversed(shards):
             assert run_shard(shard, tmp_path, cli.build_attack) is None
     do(tmp_path)
-    assert content(tmp_path) == content(undisturbed)
+    assert contents(tmp_path) == contents(undisturbed)
 
 
 def test_running_again_does_nothing(undisturbed: Path, tmp_path: Path) -> None:
@@ -285,7 +286,7 @@ def test_only_missing_shards_are_done(undisturbed: Path, tmp_path: Path) -> None
     seen = []
     do(folder, watch=lambda shard, reason: seen.append(shard.key))
     assert seen == [lost.key]
-    assert content(folder) == content(undisturbed)
+    assert contents(folder) == contents(undisturbed)
 
 
 def test_failed_shard_is_kept_with_its_reason_and_the_rest_goes_on(undisturbed: Path, tmp_path: Path) -> None:
@@ -307,7 +308,7 @@ def test_failed_shard_is_kept_with_its_reason_and_the_rest_goes_on(undisturbed: 
     )
     assert not do(tmp_path).failures  # tried again, and now it works
     assert not any(store.reason(shard) for shard in failed)
-    assert sorted(content(tmp_path), key=str) == sorted(content(undisturbed), key=str)
+    assert sorted(contents(tmp_path), key=str) == sorted(contents(undisturbed), key=str)
 
 
 def test_full_disk_is_the_reason_of_its_shard_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +337,7 @@ def test_work_done_twice_where_there_are_no_locks(undisturbed: Path, tmp_path: P
     with ShardStore(tmp_path).claim(shard) as one, ShardStore(tmp_path).claim(shard) as other:
         assert one is not None and other is not None
     assert not do(tmp_path).failures
-    assert content(tmp_path) == content(undisturbed)
+    assert contents(tmp_path) == contents(undisturbed)
 
 
 def test_shard_that_another_has_done_meanwhile_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,7 +398,7 @@ def test_what_killed_processes_left_goes_once_all_is_done(undisturbed: Path, tmp
     do(folder)
     assert not any(path.exists() for path in stale)
     assert all(path.exists() for path in foreign)
-    assert content(folder) == content(undisturbed)
+    assert contents(folder) == contents(undisturbed)
 
 
 def test_claimed_shard_is_left_to_its_owner(tmp_path: Path) -> None:
@@ -433,7 +434,7 @@ def start_runner(folder: Path) -> subprocess.Popen:
 def test_two_runners_share_a_folder(undisturbed: Path, tmp_path: Path) -> None:
     first, second = start_runner(tmp_path), start_runner(tmp_path)
     assert (first.wait(120), second.wait(120)) == (0, 0)
-    assert sorted(content(tmp_path), key=str) == sorted(content(undisturbed), key=str)
+    assert sorted(contents(tmp_path), key=str) == sorted(contents(undisturbed), key=str)
     assert [path.name for path in (tmp_path / "shards").glob("*.lock")] == [ASSEMBLY_LOCK]
 
 
@@ -447,7 +448,7 @@ def test_killed_runner_is_continued(seconds: float, undisturbed: Path, tmp_path:
     runner.send_signal(signal.SIGKILL)
     runner.wait(10)
     do(tmp_path)
-    assert content(tmp_path) == content(undisturbed)
+    assert contents(tmp_path) == contents(undisturbed)
 
 
 # ---------------------------------------------------------------- workers
@@ -455,7 +456,7 @@ def test_killed_runner_is_continued(seconds: float, undisturbed: Path, tmp_path:
 
 def test_processes_give_the_same_records(undisturbed: Path, tmp_path: Path) -> None:
     do(tmp_path, executor=Processes(2))
-    assert sorted(content(tmp_path), key=str) == sorted(content(undisturbed), key=str)
+    assert sorted(contents(tmp_path), key=str) == sorted(contents(undisturbed), key=str)
 
 
 def die_once(marker: Path, name: str, threat: Threat, settings: dict[str, Any]) -> Attack:
@@ -478,7 +479,7 @@ def test_killed_worker_loses_nothing(undisturbed: Path, tmp_path: Path) -> None:
     outcome = do(tmp_path / "suite", executor=Processes(2), build=functools.partial(die_once, tmp_path / "killed"))
     assert (tmp_path / "killed").exists()
     assert not outcome.failures
-    assert content(tmp_path / "suite") == content(undisturbed)
+    assert contents(tmp_path / "suite") == contents(undisturbed)
 
 
 def test_pool_that_breaks_while_it_is_given_work_is_begun_anew(undisturbed: Path, tmp_path: Path, monkeypatch) -> None:
@@ -493,7 +494,7 @@ def test_pool_that_breaks_while_it_is_given_work_is_begun_anew(undisturbed: Path
     monkeypatch.setattr(ProcessPoolExecutor, "submit", fragile)
     outcome = do(tmp_path, executor=Processes(2))
     assert not outcome.failures and len(calls) > 12
-    assert content(tmp_path) == content(undisturbed)
+    assert contents(tmp_path) == contents(undisturbed)
 
 
 def test_workers_share_the_cpus_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -535,12 +536,7 @@ def test_workers_end_with_a_killed_runner(tmp_path: Path) -> None:
 
 def group_of(leader: int) -> list[int]:
     """Living processes of a process group."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, group = path.read_text().rpartition(")")[2].split()[:3]
-            found += [int(path.parent.name)] if int(group) == leader and state != "Z" else []
-    return found
+    return [one.pid for one in processes() if one.group == leader]
 
 
 def test_ray_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
