@@ -119,7 +119,7 @@ class Record(Fields):
         SCHEMA_VERSION, description="of the fields of this table"
     )
     record_id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="also the name of the samples' file")
-    created: str = Field(description="ISO 8601, in UTC")
+    created: str = Field(description="ISO 8601, in UTC; of a suite's record, when its first shard was begun")
     model: str = Field(description="name in the registry, folder, or `file.py:function`")
     model_sha256: str | None = Field(description="of the weights; null for a model without a file of them")
     attack: str = Field(description="name in the registry")
