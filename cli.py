@@ -565,7 +565,7 @@ def _echo_plan(
         num_unknown += pace is None and num_samples > 0
         expected = ("-", "-", "-")
         if pace is not None:
-            expected = (f"{pace.seconds * num_samples:.1f}", str(pace.num_threads), str(pace.source))
+            expected = (f"{pace.seconds * num_samples:.1f}", str(pace.num_threads or "-"), str(pace.source))
         counts = (str(run.num_samples), str(len(shards)), str(num_samples))
         table.add_row(run.model, run.label, f"{run.norm} {run.epsilon:g}", run.data, *counts, *expected)
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 240).print(table)
