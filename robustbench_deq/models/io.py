@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import importlib.util
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +26,16 @@ from robustbench_deq.configs import Config, validate
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import replacing, sha256_of, write_json
-from robustbench_deq.models.base import FAMILIES
+from robustbench_deq.models.base import FAMILIES, Family, FamilyModel
+from robustbench_deq.models.user_file import model_from_file
 from robustbench_deq.models.zoo import MODELS
 from robustbench_deq.threats import Norm
 
 DESCRIPTION_NAME = "model.json"
 WEIGHTS_NAME = "model.safetensors"
 NEXT_WEIGHTS_NAME = "model.next.safetensors"
+SCHEMA_VERSION = 1
+"""Of `model.json`; rises when a reader of this version would misread the file."""
 
 
 class CardThreat(Config):
@@ -72,7 +73,7 @@ class Card(Config):
 class ModelDescription(Config):
     """The content of `model.json`."""
 
-    schema_version: int = 1
+    schema_version: int = Field(SCHEMA_VERSION, ge=1)
     name: str
     family: str
     config: dict[str, Any]
@@ -84,8 +85,11 @@ class ModelDescription(Config):
 def save_model(model: EquilibriumModel, folder: Path, name: str, card: Card | None = None) -> ModelDescription:
     """Write `model` of a registered family to `folder`. A save that is interrupted leaves the old model or the new one.
 
+    What is written is the config and the weights. Whatever else was changed on the object is not: another `model.solve`
+    or `model.adjoint` is lost, unless the config names it.
+
     Raises:
-        UsageError: for a model that no registered family could build again.
+        UsageError: for a model that no registered family could build again, a subclass of a family's among them.
     """
     if model.family not in FAMILIES:
         raise UsageError.of(
@@ -93,6 +97,14 @@ def save_model(model: EquilibriumModel, folder: Path, name: str, card: Card | No
             expected="one of a registered family",
             got=f"one of the family {model.family!r}",
             fix="register its class with @add_family, or keep it as file.py:function",
+        )
+    family_type = FAMILIES.get(model.family).build
+    if type(model) is not family_type:
+        raise UsageError.of(
+            "saving a model",
+            expected=f"a {family_type.__name__} itself, as it would be loaded as one",
+            got=f"its subclass {type(model).__name__}",
+            fix="register the subclass with @add_family, or keep it as file.py:function",
         )
     if any(value.is_floating_point() and value.dtype != torch.float32 for value in model.state_dict().values()):
         raise UsageError.of("saving a model", expected="one in float32", got="another", fix="call model.float() before")
@@ -118,18 +130,26 @@ def save_model(model: EquilibriumModel, folder: Path, name: str, card: Card | No
 
 
 def describe(folder: Path) -> ModelDescription:
-    """Read `model.json`. Raises `UsageError` when it is missing or malformed."""
+    """Read `model.json`. Raises `UsageError` when it is missing, malformed, or of a newer schema."""
     path = folder / DESCRIPTION_NAME
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         got = "no such file" if isinstance(error, FileNotFoundError) else "an unreadable file"
         raise UsageError.of(str(path), expected="a model description", got=got, fix="save the model again") from None
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise UsageError.of(
+            str(path),
+            expected=f"schema version {SCHEMA_VERSION} at most",
+            got=version,
+            fix="read it with the newer robustbench-deq that wrote it",
+        )
     return validate(ModelDescription, content, str(path))
 
 
 def load_folder(folder: Path) -> EquilibriumModel:
-    """Rebuild the model saved in `folder`, in evaluation mode.
+    """Rebuild the model saved in `folder`, in evaluation mode. The global random state is left as it was.
 
     Raises:
         UsageError: for a wrong digest, missing, surplus or misshapen tensors, or a config that its family refuses.
@@ -137,7 +157,7 @@ def load_folder(folder: Path) -> EquilibriumModel:
     description = describe(folder)
     family = FAMILIES.get(description.family)
     where = f"{folder / DESCRIPTION_NAME} (family {family.name})"
-    model = family.build(validate(family.config_type, description.config, where))
+    model = _build(family, description.config, where)
     path = _weights_of(folder, description.sha256)
     try:
         tensors = load_file(path if path.exists() else folder / WEIGHTS_NAME)  # a writer may just have renamed it
@@ -156,6 +176,12 @@ def load_folder(folder: Path) -> EquilibriumModel:
             raise _wrong_tensors(path, f"{name!r} as {tensors[name].dtype} instead of {expected[name].dtype}")
     model.load_state_dict(tensors)
     return model.eval()
+
+
+def _build(family: Family, config: dict[str, Any], where: str) -> FamilyModel:
+    """Initial weights are drawn in a fork of the global random state, and take gradients whatever mode we are in."""
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
+        return family.build(validate(family.config_type, config, where))
 
 
 def _wrong_tensors(path: Path, got: str) -> UsageError:
@@ -184,6 +210,9 @@ def _weights_of(folder: Path, sha256: str) -> Path:
 def load_model(model_name: str, dataset: str | None = None, threat_model: str | None = None) -> EquilibriumModel:
     """The model behind `model_name`: a registry name, a folder, or `file.py:function`.
 
+    The modules that lie beside such a file can be imported while it is run and the function called, not later; what
+    these print goes to standard error. The global random state is left as it was, even where the function seeds it.
+
     With `dataset` or `threat_model` it is RobustBench's call, and looks among the registered models only. A family
     (`deq-conv`) or a wildcard means the models of that dataset trained against that threat; a model of standard
     training, which belongs to every threat, is named in full.
@@ -198,18 +227,15 @@ def load_model(model_name: str, dataset: str | None = None, threat_model: str | 
     """
     if dataset is not None or threat_model is not None:
         model_name = _name_within(model_name, dataset, threat_model)
-    if model_name in MODELS:
-        entry = MODELS.get(model_name)
-        if entry.folder is not None:
-            return load_folder(entry.folder)
-        family = FAMILIES.get(entry.family)
-        return family.build(validate(family.config_type, entry.config, model_name)).eval()
-    if ".py:" in model_name:
-        return _from_file(model_name)
-    if Path(model_name).is_dir():
-        return load_folder(Path(model_name))
-    MODELS.get(model_name)
-    raise AssertionError("unreachable: the registry raised")
+    if model_name not in MODELS:
+        if ".py:" in model_name:
+            return model_from_file(model_name)
+        if Path(model_name).is_dir():
+            return load_folder(Path(model_name))
+    entry = MODELS.get(model_name)
+    if entry.folder is not None:
+        return load_folder(entry.folder)
+    return _build(FAMILIES.get(entry.family), entry.config, model_name).eval()
 
 
 def _name_within(model_name: str, dataset: str | None, threat_model: str | None) -> str:
@@ -274,36 +300,3 @@ def describe_model(source: str) -> ModelDescription:
             num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         )
     return describe(Path(source))
-
-
-def _from_file(source: str) -> EquilibriumModel:
-    file, _, function = source.rpartition(":")
-    path = Path(file)
-    if not path.is_file():
-        raise UsageError.of(f"model {source}", expected="file.py:function", got="no such file", fix="check the path")
-    spec = importlib.util.spec_from_file_location(f"_robustbench_deq_user_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-        build = getattr(module, function, None)
-        if not callable(build):
-            raise UsageError.of(
-                f"model {source}", expected=f"a function {function!r} in the file", got="none", fix="check the name"
-            )
-        model = build()
-    except UsageError:
-        raise
-    except (Exception, SystemExit) as error:  # whatever the user's file raises
-        reason = str(error).splitlines()[0] if str(error) else "no message"
-        raise UsageError.of(
-            f"model {source}", expected="a model", got=f"{type(error).__name__}: {reason}", fix="correct the file"
-        ) from error
-    if not isinstance(model, EquilibriumModel):
-        raise UsageError.of(
-            f"model {source}",
-            expected="an EquilibriumModel",
-            got=type(model).__name__,
-            fix="subclass robustbench_deq.EquilibriumModel, or call its from_callables",
-        )
-    return model.eval()

@@ -32,24 +32,6 @@ from robustbench_deq.models.zoo import WEIGHTS_FOLDER, ModelEntry
 from robustbench_deq.registry import Registry
 
 ROOT = Path(__file__).parents[2]
-SOURCE = """
-import torch
-from robustbench_deq.models import Linear, LinearConfig
-
-def build():
-    return Linear(LinearConfig(input_shape=(1, 4, 4), num_classes=3, hidden=5)).train()
-
-def other():
-    return torch.nn.Linear(3, 3)
-
-def fails():
-    raise RuntimeError("no weights here\\nsecond line")
-
-def needs(argument):
-    return build()
-
-constant = 3
-"""
 
 
 @pytest.fixture
@@ -176,6 +158,29 @@ def test_a_model_of_no_family_is_not_saved(make_model, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_a_subclass_of_a_family_is_not_saved_as_the_family(make_model, tmp_path: Path) -> None:
+    model = make_model("deq-fc", dtype=torch.float32)
+    model.__class__ = type("Mine", (type(model),), {"cell": lambda self, z, u: torch.tanh(u)})
+    with pytest.raises(UsageError, match=r"expected a DEQFC itself, .*, got its subclass Mine; register") as caught:
+        save_model(model, tmp_path / "new", "mine")
+    assert "\n" not in str(caught.value) and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_loading_leaves_the_random_state_as_it_was(family: str, saved) -> None:
+    folder, before = saved(family), torch.get_rng_state()
+    load_model(str(folder))
+    load_model("test-linear.tiny")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_model_loaded_in_inference_mode_takes_gradients_later(saved, make_images) -> None:
+    with torch.inference_mode():
+        model = load_model(str(saved("deq-fc")))
+    model(make_images(2, torch.float32)).sum().backward()
+    assert float(model.readout.weight.grad.abs().max()) > 0
+
+
 # ---------------------------------------------------------------- damage
 
 
@@ -255,6 +260,8 @@ def test_config_or_name_of_another_family_is_refused(saved) -> None:
         ({"config": {"hidden": 6}}, "input_shape: expected"),
         ({"config": 3}, "config: expected"),
         ({"surplus": 1}, "unknown key 'surplus'"),
+        ({"schema_version": 2, "surplus": 1}, "expected schema version 1 at most, got 2; read it with the newer"),
+        ({"schema_version": 0}, "schema_version: expected greater than or equal to 1"),
         ({"card": {"clean_acuracy": 0.5}}, "unknown key 'card.clean_acuracy': expected one of clean_accuracy"),
     ],
 )
@@ -267,7 +274,7 @@ def test_keys_and_types_of_the_description_are_checked(values: dict, said: str, 
     assert "\n" not in str(caught.value)
 
 
-# ---------------------------------------------------------------- names and files
+# ---------------------------------------------------------------- names
 
 
 def test_an_unknown_name_lists_the_close_ones() -> None:
@@ -275,46 +282,6 @@ def test_an_unknown_name_lists_the_close_ones() -> None:
         with pytest.raises(UsageError) as caught:
             load("test-linear.tini")
         assert "test-linear.tiny" in str(caught.value) and "robustbench-deq models" in str(caught.value)
-
-
-def test_a_function_in_a_file_builds_a_model(tmp_path: Path, make_images) -> None:
-    path = tmp_path / "mine.py"
-    path.write_text(SOURCE)
-    model = load_model(f"{path}:build")
-    assert not model.training
-    assert model(make_images(2, torch.float32)).shape == (2, 3)
-
-
-@pytest.mark.parametrize(
-    ("function", "said"),
-    [
-        ("fails", "expected a model, got RuntimeError: no weights here; correct the file"),
-        ("missing", "expected a function 'missing' in the file, got none"),
-        ("constant", "expected a function 'constant' in the file, got none"),
-        ("other", "expected an EquilibriumModel, got Linear"),
-        ("needs", "expected a model, got TypeError"),
-        ("", "expected a function '' in the file"),
-    ],
-)
-def test_a_function_that_gives_no_model_is_refused(function: str, said: str, tmp_path: Path) -> None:
-    path = tmp_path / "mine.py"
-    path.write_text(SOURCE)
-    with pytest.raises(UsageError) as caught:
-        load_model(f"{path}:{function}")
-    assert said in str(caught.value)
-
-
-@pytest.mark.parametrize("source", ["1 / 0", "def build(:", "import no_such_module", "raise SystemExit(3)"])
-def test_a_file_that_cannot_be_run_is_refused(source: str, tmp_path: Path) -> None:
-    path = tmp_path / "mine.py"
-    path.write_text(source)
-    with pytest.raises(UsageError, match="expected a model, got"):
-        load_model(f"{path}:build")
-
-
-def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"expected file\.py:function, got no such file"):
-        load_model(f"{tmp_path}/none.py:build")
 
 
 # ---------------------------------------------------------------- RobustBench's call

@@ -1,0 +1,93 @@
+"""Models of one's own as `file.py:function`: the file is run, and the function called without arguments.
+
+Meanwhile the modules that lie beside the file can be imported by their plain names, as if Python ran it. Afterwards
+they are forgotten: the file of another folder may have neighbours of the same names. What the file or the function
+prints goes to standard error, since standard output belongs to results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.errors import UsageError
+
+
+def model_from_file(source: str) -> EquilibriumModel:
+    """What the function of `file.py:function` returns, in evaluation mode. The global random state is left as it was.
+
+    Raises:
+        UsageError: for a file or function that is not there, whatever they raise, or a result that is no
+            `EquilibriumModel`.
+    """
+    file, _, function = source.rpartition(":")
+    path = Path(file).resolve()
+    if not path.is_file():
+        raise UsageError.of(f"model {source}", expected="file.py:function", got="no such file", fix="check the path")
+    digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]  # two files of one stem are two modules
+    spec = importlib.util.spec_from_file_location(f"_robustbench_deq_user_{path.stem}_{digest}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # to stay: pickle and annotations look up its classes there
+    try:
+        with (
+            _importable(path.parent),
+            contextlib.redirect_stdout(sys.stderr),
+            torch.random.fork_rng(devices=[]),
+            torch.inference_mode(False),
+        ):
+            spec.loader.exec_module(module)
+            build = getattr(module, function, None)
+            if not callable(build):
+                raise UsageError.of(
+                    f"model {source}", expected=f"a function {function!r} in the file", got="none", fix="check the name"
+                )
+            model = build()
+    except UsageError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever the user's file raises
+        reason = str(error).splitlines()[0] if str(error) else "no message"
+        raise UsageError.of(
+            f"model {source}", expected="a model", got=f"{type(error).__name__}: {reason}", fix="correct the file"
+        ) from error
+    if not isinstance(model, EquilibriumModel):
+        raise UsageError.of(
+            f"model {source}",
+            expected="an EquilibriumModel",
+            got=type(model).__name__,
+            fix="subclass robustbench_deq.EquilibriumModel, or call its from_callables",
+        )
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Within, the modules in `folder` can be imported by their names; afterwards these are free for others' again."""
+    known = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # the user's code may have removed it
+            sys.path.remove(str(folder))
+        names = sys.modules.keys() - known
+        roots = {name.partition(".")[0] for name in names} - known
+        beside = {root for root in roots if root in sys.modules and _lies_in(sys.modules[root], folder)}
+        for name in names:
+            if name.partition(".")[0] in beside:
+                del sys.modules[name]
+
+
+def _lies_in(module: ModuleType, folder: Path) -> bool:
+    """Whether the module's file, or the package's folder, is an entry of `folder`."""
+    place = next(iter(getattr(module, "__path__", ())), None) or getattr(module, "__file__", None)
+    return place is not None and Path(place).parent == folder
