@@ -63,3 +63,17 @@ def make_images() -> Callable[..., Tensor]:
         return torch.rand(n, *shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def logit_gain() -> Callable[[EquilibriumModel, Tensor], float]:
+    """`logit_gain(model, x)`: the largest gain `||d logits / d x||_2` at the images `x`."""
+
+    def gain(model: EquilibriumModel, x: Tensor) -> float:
+        rows = []
+        for column in range(model.num_classes):
+            leaf = x.clone().requires_grad_()
+            rows.append(torch.autograd.grad(model(leaf)[:, column].sum(), leaf)[0].flatten(1))
+        return float(torch.linalg.matrix_norm(torch.stack(rows, dim=1), ord=2).max())
+
+    return gain

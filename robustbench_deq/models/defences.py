@@ -80,9 +80,12 @@ class EarlyState(StateEnsemble):
 class EntropyReduction(_Defence):
     """`x <- x - step_size * sign(dH/dx)` within `radius` (Linf) and the pixel box, `num_steps` times, then the model.
 
-    H is the entropy of the softmax at the iterate `num_states` of the plain iteration. The sign has no derivative, so
-    the gradient by the image is that at the moved image (BPDA with the identity). Every injection costs `num_steps *
-    num_states` evaluations of the cell and as many VJPs, which are counted.
+    H is the entropy of the softmax at the iterate `num_states` of the plain iteration. Every injection costs
+    `num_steps * num_states` evaluations of the cell and as many VJPs, which are counted.
+
+    **Attacks see this defence by BPDA only.** The sign has no derivative, so the gradient by the image is taken to be
+    that at the moved image (BPDA with the identity). It ignores how the move depends on the image, and robust accuracy
+    measured with it is an upper bound that an attack made for the defence may lower.
 
     Raises:
         UsageError: for steps or states below 1, or a step size or radius that is not positive.
@@ -112,8 +115,11 @@ class EntropyReduction(_Defence):
     def _reduce(self, x: Tensor) -> Tensor:
         moved, low, high = x, (x - self.radius).clamp_min(0.0), (x + self.radius).clamp_max(1.0)
         for _ in range(self.num_steps):
-            with torch.enable_grad():
-                leaf = moved.detach().requires_grad_()
+            with (
+                torch.inference_mode(False),
+                torch.enable_grad(),
+            ):  # the defence needs gradients whatever the caller does
+                leaf = moved.detach().clone().requires_grad_()
                 gradient = torch.autograd.grad(self._entropy(leaf).sum(), leaf)[0]
             moved = torch.minimum(torch.maximum(moved - self.step_size * gradient.sign(), low), high)
         return moved

@@ -8,7 +8,8 @@ run on it as they are, the adjoint thus by the same splitting with transposed ma
     Peaceman-Rachford    z = relu(v),  v' = 2 z - v,  f(v, u) = 2 (I + a (I - W))^-1 (v' + a u) - v'
 
 The state of the second is v, and its equilibrium is z = relu(v). If `sym(I - W) >= m I`, forward-backward surely
-converges for `0 < a < 2 m / ||I - W||_2^2` and Peaceman-Rachford for every a > 0.
+converges for `0 < a < 2 m / ||I - W||_2^2` and Peaceman-Rachford for every a > 0. Both find the same z, so that the
+splitting may be chosen on a model that has its weights: `model.choose_splitting("forward-backward", 0.1)`.
 
 W is a matrix, or, for a circular convolution, one matrix for every frequency (`SpectralDEQ`).
 
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from robustbench_deq.configs import validate
 from robustbench_deq.models.base import FamilyModel, ModelConfig
 
 
@@ -60,6 +62,22 @@ class SplittingDEQ(FamilyModel):
         super().__init__(config)
         self._cached: tuple[object, Tensor] | None = None
 
+    def choose_splitting(self, splitting: Splitting | str, step: float) -> None:
+        """Iterate by another splitting or step; the equilibrium stays. The config says so too, and is saved.
+
+        States of the one splitting are none of the other: what was kept for a warm start is void.
+
+        Args:
+            splitting: a `Splitting` or its value.
+            step: a > 0, within the module's bound for forward-backward.
+
+        Raises:
+            UsageError: for an unknown splitting, or a step that is not positive.
+        """
+        values = {**self.config.model_dump(), "splitting": splitting, "splitting_step": step}
+        self.config = validate(type(self.config), values, "choose_splitting")
+        self._cached = None
+
     @abc.abstractmethod
     def operator(self) -> Tensor:
         """W `(..., n, n)`."""
@@ -82,10 +100,12 @@ class SplittingDEQ(FamilyModel):
     def matrix(self) -> Tensor:
         """The step's matrix; built anew only when a parameter has changed or its gradient is wanted.
 
-        A parameter that is written to through `.data`, in place, looks unchanged to torch and so to this.
+        A parameter that is written to through `.data`, in place, looks unchanged to torch and so to this. Parameters
+        made in inference mode tell of no change at all; for them nothing is kept.
         """
         parameters = list(self.parameters())
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
+        wants_gradient = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
+        if wants_gradient or any(parameter.is_inference() for parameter in parameters):
             return self._build_matrix()
         key = tuple((part.data_ptr(), part._version, part.dtype) for part in parameters)
         if self._cached is None or self._cached[0] != key:

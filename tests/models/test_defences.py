@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attacks import JointPGD, JointPGDConfig
+from attacks import ATTACKS
 from robustbench_deq.errors import UsageError
 from robustbench_deq.meter import Meter
 from robustbench_deq.models.defences import EarlyState, EntropyReduction, StateEnsemble
@@ -76,15 +76,26 @@ def test_entropy_reduction_pays_for_what_it_evaluates(make_model, make_images) -
     assert (cost.cell_evals, cost.cell_vjps) == (12, 12)
 
 
+@pytest.mark.parametrize("family", ["deq-conv", "mondeq-fc"])
+def test_entropy_reduction_moves_alike_in_inference_mode(family: str, make_model, make_images) -> None:
+    defence, x = EntropyReduction(make_model(family), num_steps=2), make_images(3)
+    with torch.no_grad():
+        expected = defence(x)
+    with torch.inference_mode():
+        torch.testing.assert_close(defence(x), expected)
+
+
+@pytest.mark.parametrize(("attack", "steps"), [("joint-pgd", 10), ("pgd", 5), ("torchattacks-pgdl2", 5)])
 @pytest.mark.parametrize(
     "build",
     [lambda m: EarlyState(m, 3), lambda m: StateEnsemble(m, 2, 4), lambda m: EntropyReduction(m, num_steps=2)],
     ids=["early-state", "ensemble", "entropy"],
 )
-def test_attack_raises_the_loss_of_a_defended_model(build, make_model, make_images) -> None:
+def test_attack_raises_the_loss_of_a_defended_model(build, attack: str, steps: int, make_model, make_images) -> None:
     model, x = build(make_model("deq-conv", pixel_std=0.1)), make_images(4)
     y = model(x).argmax(1).detach()
-    result = JointPGD(Threat(Norm.L2, 0.5), JointPGDConfig(steps=10))(model, x, y)
+    attack_type = ATTACKS.get(attack)
+    result = attack_type(Threat(Norm.L2, 0.5), attack_type.config_type(steps=steps))(model, x, y)
     with torch.no_grad():
         assert bool((F.cross_entropy(model(result.x_adv), y) > F.cross_entropy(model(x), y)).all())
     assert not bool(result.is_failed.any())

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from robustbench_deq.adjoints import Implicit
+from robustbench_deq.errors import UsageError
+from robustbench_deq.models import load_folder, save_model
+from robustbench_deq.models.splitting import Splitting
 from robustbench_deq.solvers import CellMap, Picard, Solve
 
 MONOTONE = ["mondeq-fc", "mondeq-conv", "mondeq-multi"]
 every_splitting_family = pytest.mark.parametrize("family", [*MONOTONE, "lben"])
 every_monotone_family = pytest.mark.parametrize("family", MONOTONE)
+CONVOLUTIONAL = [
+    ("mondeq-conv", {"channels": 3, "stride": 1}),
+    ("mondeq-conv", {"channels": 2, "stride": 2, "input_shape": (2, 7, 6)}),
+    ("mondeq-multi", {"channels": (2, 3), "stride": 1}),
+    ("mondeq-multi", {"channels": (2, 1, 3), "stride": 1, "input_shape": (1, 8, 12)}),
+]
 PEACEMAN_RACHFORD, FORWARD_BACKWARD = "peaceman-rachford", "forward-backward"
 
 
@@ -31,13 +42,13 @@ def moved(model, factor: float = 3.0):
     return model
 
 
-@every_monotone_family
+@pytest.mark.parametrize(("family", "config"), [("mondeq-fc", {}), *CONVOLUTIONAL])
 @pytest.mark.parametrize("monotonicity", [0.1, 1.0])
 @pytest.mark.parametrize("seed", range(3))
 def test_operator_is_monotone_however_its_parameters_move(
-    family: str, monotonicity: float, seed: int, make_model
+    family: str, config: dict, monotonicity: float, seed: int, make_model
 ) -> None:
-    model = moved(make_model(family, seed=seed, monotonicity=monotonicity))
+    model = moved(make_model(family, seed=seed, monotonicity=monotonicity, **config))
     operator = written_out(model, model.operator().detach())
     gap = torch.eye(len(operator), dtype=torch.float64) - operator
     margin = float(torch.linalg.eigvalsh((gap + gap.mT) / 2).min())
@@ -68,6 +79,17 @@ def test_a_solve_in_inference_mode_leaves_nothing_that_gradients_stumble_over(
 
 
 @every_splitting_family
+def test_in_inference_mode_a_model_made_there_sees_its_parameters_change(family: str, make_model, make_images) -> None:
+    usual, x = make_model(family), make_images(2)
+    with torch.inference_mode():
+        model = make_model(family)
+        torch.testing.assert_close(model(x), usual(x))
+        for one in (model, usual):
+            moved(one, 1.2)
+        torch.testing.assert_close(model(x), usual(x))
+
+
+@every_splitting_family
 def test_both_splittings_have_the_same_equilibrium_and_gradient(family: str, make_model, make_images) -> None:
     x, found = make_images(3), []
     for splitting, step in ((FORWARD_BACKWARD, 0.2), (PEACEMAN_RACHFORD, 0.4), (PEACEMAN_RACHFORD, 3.0)):
@@ -81,6 +103,42 @@ def test_both_splittings_have_the_same_equilibrium_and_gradient(family: str, mak
         found.append((logits.detach(), gradient))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-6, atol=1e-8)
+
+
+@every_splitting_family
+def test_a_loaded_model_changes_its_splitting_and_keeps_its_equilibrium(
+    family: str, make_model, make_images, tmp_path: Path
+) -> None:
+    save_model(make_model(family, torch.float32), tmp_path, "mine")
+    x, found, steps = make_images(3), [], []
+    for splitting, step in ((Splitting.FORWARD_BACKWARD, 0.2), (PEACEMAN_RACHFORD, 0.4), (PEACEMAN_RACHFORD, 3)):
+        model = load_folder(tmp_path).double()
+        with torch.no_grad():
+            model(x)  # with the splitting of its config
+            model.choose_splitting(splitting, step)
+            solution = model.equilibrium(x, solve=Solve(Picard(), rtol=1e-12, max_steps=5000))
+            found.append(model.head(solution.value))
+            steps.append(int(solution.num_steps.max()))
+        assert (model.config.splitting, model.config.splitting_step) == (Splitting(splitting), step)
+    torch.testing.assert_close(found[1:], [found[0]] * 2, rtol=1e-6, atol=1e-8)
+    assert len(set(steps)) == 3  # it did not merely keep its old one
+    save_model(model.float(), tmp_path, "mine")
+    assert load_folder(tmp_path).config == model.config
+
+
+@pytest.mark.parametrize(
+    ("splitting", "step", "said"),
+    [
+        ("douglas-rachford", 0.3, "splitting: expected 'forward-backward' or 'peaceman-rachford', got 'douglas-r"),
+        (PEACEMAN_RACHFORD, 0.0, "splitting_step: expected greater than 0, got 0.0"),
+    ],
+)
+def test_a_splitting_that_is_none_is_refused(splitting: str, step: float, said: str, make_model) -> None:
+    model = make_model("lben")
+    before = model.config
+    with pytest.raises(UsageError) as caught:
+        model.choose_splitting(splitting, step)
+    assert said in str(caught.value) and "\n" not in str(caught.value) and model.config == before
 
 
 @every_splitting_family
@@ -110,15 +168,12 @@ def test_peaceman_rachford_converges_where_plain_iteration_does_not(
 
 @every_splitting_family
 @pytest.mark.parametrize("pixel_std", [1.0, 0.35])
-def test_logits_move_no_further_than_the_bound(family: str, pixel_std: float, make_model, make_images) -> None:
+def test_logits_move_no_further_than_the_bound(
+    family: str, pixel_std: float, make_model, make_images, logit_gain
+) -> None:
     model = moved(make_model(family, pixel_mean=0.3, pixel_std=pixel_std), 1.5)
     bound, x = model.certificates()["lipschitz"], make_images(4)
-    rows = []
-    for column in range(model.num_classes):
-        leaf = x.clone().requires_grad_()
-        rows.append(torch.autograd.grad(model(leaf)[:, column].sum(), leaf)[0].flatten(1))
-    gains = torch.linalg.matrix_norm(torch.stack(rows, dim=1), ord=2)
-    assert 0 < float(gains.max()) <= bound
+    assert 0 < logit_gain(model, x) <= bound
     with torch.no_grad():
         distance = torch.linalg.vector_norm((x[1:] - x[:-1]).flatten(1), dim=1)
         change = torch.linalg.vector_norm(model(x[1:]) - model(x[:-1]), dim=1)
@@ -138,15 +193,10 @@ def test_lben_satisfies_the_condition_of_its_theorem(lipschitz: float, make_mode
     assert model.monotonicity() >= 0.05 - 1e-9
 
 
-def test_lben_comes_close_to_a_tight_bound(make_model, make_images) -> None:
+def test_lben_comes_close_to_a_tight_bound(make_model, make_images, logit_gain) -> None:
     """A bound that no network comes near would be true and worth nothing."""
     model, x = moved(make_model("lben", lipschitz=0.3), 3.0), make_images(6)
-    rows = []
-    for column in range(model.num_classes):
-        leaf = x.clone().requires_grad_()
-        rows.append(torch.autograd.grad(model(leaf)[:, column].sum(), leaf)[0].flatten(1))
-    gain = float(torch.linalg.matrix_norm(torch.stack(rows, dim=1), ord=2).max())
-    assert 0.3 * 0.3 <= gain <= 0.3
+    assert 0.3 * 0.3 <= logit_gain(model, x) <= 0.3
 
 
 @every_monotone_family
@@ -162,18 +212,8 @@ def test_certificate_is_the_product_of_its_parts(family: str, make_model) -> Non
 
 # Convolutions by the discrete Fourier transform
 
-SPECTRAL = pytest.mark.parametrize(
-    ("family", "config"),
-    [
-        ("mondeq-conv", {"channels": 3, "stride": 1}),
-        ("mondeq-conv", {"channels": 2, "stride": 2, "input_shape": (2, 7, 6)}),
-        ("mondeq-multi", {"channels": (2, 3), "stride": 1}),
-        ("mondeq-multi", {"channels": (2, 1, 3), "stride": 1, "input_shape": (1, 8, 12)}),
-    ],
-)
 
-
-@SPECTRAL
+@pytest.mark.parametrize(("family", "config"), CONVOLUTIONAL)
 def test_spectral_operator_is_its_convolutions(family: str, config: dict, make_model) -> None:
     model = make_model(family, monotonicity=0.4, **config)
     size = torch.Size(model.grid).numel()
@@ -182,18 +222,6 @@ def test_spectral_operator_is_its_convolutions(family: str, config: dict, make_m
         a, b = (part(units).flatten(1).mT for part in (model.symmetric_part, model.skew_part))
     expected = 0.6 * torch.eye(size, dtype=torch.float64) - a.mT @ a + b - b.mT
     torch.testing.assert_close(written_out(model, model.operator().detach()), expected)
-
-
-@SPECTRAL
-@pytest.mark.parametrize("monotonicity", [0.1, 1.0])
-def test_spectral_operator_keeps_its_monotonicity(family: str, config: dict, monotonicity: float, make_model) -> None:
-    model = make_model(family, monotonicity=monotonicity, **config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3.0)  # however the parameters move
-    operator = written_out(model, model.operator().detach())
-    gap = torch.eye(len(operator), dtype=torch.float64) - operator
-    assert float(torch.linalg.eigvalsh((gap + gap.mT) / 2).min()) >= monotonicity - 1e-9
 
 
 def test_tiers_pack_and_unpack(make_model, make_images) -> None:
