@@ -6,7 +6,7 @@ mu:
     Implicit      mu = J^T mu + v, solved to a tolerance of its own (implicit function theorem)
     Neumann(k)    mu = sum_{i<k} (J^T)^i v
     Phantom(k)    backpropagation through k damped steps from z*; `JacobianFree` is k = 1 without damping: mu = v
-    Unrolled(k)   backpropagation through all k steps from the initial state; the reference for tests
+    Unrolled(k)   backpropagation through all k steps from where the solve starts; the reference for tests
 
 Sign convention, here and in `joint`: mu is the plain derivative of the loss by a shift of the equilibrium equation's
 right-hand side, so `dL/du = (df/du)^T mu` without a minus.
@@ -97,7 +97,8 @@ class Adjoint(abc.ABC):
 
     @abc.abstractmethod
     def attach(self, model: EquilibriumModel, z: Tensor, u: Tensor, trace: AdjointTrace) -> Tensor:
-        """A state with the value of one more evaluation at `z` that carries gradients to `u` and the parameters."""
+        """A state that carries gradients to `u` and the parameters: the value of one more evaluation at `z`, or, of
+        `Phantom` and `Unrolled`, that of their steps from `z`."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,8 @@ def jacobian_free() -> Phantom:
 
 @dataclass(frozen=True)
 class Unrolled(Adjoint):
-    """Backpropagation through `num_steps` damped steps from the initial state. Memory grows with the steps."""
+    """Backpropagation through `num_steps` damped steps, which take the place of the solve and start where it would.
+    Memory grows with the steps."""
 
     num_steps: int = 50
     damping: float = 1.0
@@ -189,11 +191,18 @@ class Unrolled(Adjoint):
         return Phantom(self.num_steps, self.damping).attach(model, z, u, trace)
 
 
-ADJOINTS: Registry[Callable[[Solve, int | None], Adjoint]] = Registry("adjoint")
-"""Names to functions of the adjoint's own `Solve`, which only the implicit kind uses, and of the number of terms or
-steps, which only neumann, phantom and unrolled use (None is their default)."""
-ADJOINTS.register("implicit")(lambda backward, num_steps=None: Implicit(backward))
-ADJOINTS.register("neumann")(lambda backward, num_steps=None: Neumann(num_steps or Neumann.num_terms))
-ADJOINTS.register("phantom")(lambda backward, num_steps=None: Phantom(num_steps or Phantom.num_steps))
-ADJOINTS.register("jacobian-free")(lambda backward, num_steps=None: jacobian_free())
-ADJOINTS.register("unrolled")(lambda backward, num_steps=None: Unrolled(num_steps or Unrolled.num_steps))
+ADJOINTS: Registry[Callable[..., Adjoint]] = Registry("adjoint")
+"""Names to functions of the adjoint's own `Solve`, which only the implicit kind uses; of the number of terms or steps,
+which only neumann, phantom and unrolled use; and of the damping, which only the last two use (None is their
+default)."""
+ADJOINTS.register("implicit")(lambda backward, num_steps=None, damping=None: Implicit(backward))
+ADJOINTS.register("neumann")(lambda backward, num_steps=None, damping=None: Neumann(num_steps or Neumann.num_terms))
+ADJOINTS.register("phantom")(
+    lambda backward, num_steps=None, damping=None: Phantom(num_steps or Phantom.num_steps, damping or Phantom.damping)
+)
+ADJOINTS.register("jacobian-free")(lambda backward, num_steps=None, damping=None: jacobian_free())
+ADJOINTS.register("unrolled")(
+    lambda backward, num_steps=None, damping=None: Unrolled(
+        num_steps or Unrolled.num_steps, damping or Unrolled.damping
+    )
+)

@@ -9,7 +9,8 @@ Source: Bai, Kolter, Koltun, "Deep equilibrium models", NeurIPS 2019.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -78,7 +79,7 @@ class EquilibriumModel(nn.Module, abc.ABC):
             num_classes: number of logits.
 
         Raises:
-            UsageError: for a part that cannot be called, or a shape that is not of three numbers.
+            UsageError: for a part that cannot be called, or for sizes that `check_sizes` refuses.
         """
         start = torch.zeros_like if initial_state is None else initial_state
         parts = {"inject": inject, "cell": cell, "head": head, "initial_state": start}
@@ -90,13 +91,7 @@ class EquilibriumModel(nn.Module, abc.ABC):
                     got=type(part).__name__,
                     fix="pass what computes it",
                 )
-        if len(input_shape) != 3:
-            raise UsageError.of(
-                "from_callables: input_shape",
-                expected="(channels, height, width)",
-                got=tuple(input_shape),
-                fix="name all three",
-            )
+        check_sizes("from_callables", input_shape, num_classes)
         return _FromCallables(parts, input_shape, num_classes).eval()
 
     def evaluate(self, z: Tensor, u: Tensor) -> Tensor:
@@ -143,6 +138,11 @@ class EquilibriumModel(nn.Module, abc.ABC):
         return solution
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits `(batch, num_classes)` at the equilibrium.
+
+        `x` is not checked: images of another range, such as 0 to 255, give logits without a meaning. `check_images`
+        refuses them; attacks, `evaluate`, the doctor and training call it.
+        """
         return self.head(self.equilibrium(x).value)
 
     def check_images(self, x: Tensor) -> None:
@@ -188,6 +188,30 @@ class _FromCallables(EquilibriumModel):
 
     def initial_state(self, u: Tensor) -> Tensor:
         return self.parts["initial_state"](u)
+
+
+def check_sizes(what: str, input_shape: Sequence[int], num_classes: int) -> None:
+    """Raise `UsageError` unless `input_shape` is three integers >= 1 and `num_classes` one >= 2.
+
+    Args:
+        what: who asks, for the message.
+    """
+    is_sequence = isinstance(input_shape, Sequence) and not isinstance(input_shape, str)
+    if not is_sequence or len(input_shape) != 3 or not all(_is_count(side, 1) for side in input_shape):
+        raise UsageError.of(
+            f"{what}: input_shape",
+            expected="(channels, height, width), three integers >= 1",
+            got=tuple(input_shape) if is_sequence else repr(input_shape),
+            fix="name all three",
+        )
+    if not _is_count(num_classes, 2):
+        raise UsageError.of(
+            f"{what}: num_classes", expected="an integer >= 2", got=repr(num_classes), fix="count the logits"
+        )
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
 
 
 def check_labels(y: Tensor, num_samples: int, num_classes: int) -> None:

@@ -130,11 +130,19 @@ def test_it_is_not_saved_and_leaves_no_file(network: Network, tmp_path: Path) ->
         ({"cell": None}, "from_callables: cell: expected a function or module, got NoneType"),
         ({"head": torch.zeros(3)}, "from_callables: head: expected a function or module, got Tensor"),
         ({"initial_state": torch.zeros(6)}, "from_callables: initial_state: expected a function or module, got Tensor"),
-        ({"input_shape": (4, 4)}, "input_shape: expected (channels, height, width), got (4, 4)"),
+        ({"input_shape": (4, 4)}, "input_shape: expected (channels, height, width), three integers >= 1, got (4, 4)"),
+        ({"input_shape": 64}, "input_shape: expected (channels, height, width), three integers >= 1, got 64"),
+        ({"input_shape": "144"}, "got '144'"),
+        ({"input_shape": (1.5, "a", -3)}, "got (1.5, 'a', -3)"),
+        ({"input_shape": (1, 4, 0)}, "got (1, 4, 0)"),
+        ({"input_shape": (True, 4, 4)}, "got (True, 4, 4)"),
+        ({"num_classes": 0}, "num_classes: expected an integer >= 2, got 0"),
+        ({"num_classes": 3.0}, "num_classes: expected an integer >= 2, got 3.0"),
+        ({"num_classes": None}, "num_classes: expected an integer >= 2, got None"),
     ],
 )
 def test_what_is_no_part_is_refused(changes: dict, said: str, network: Network) -> None:
     parts = {"inject": network.encode, "cell": network.layer, "head": network.decode, **FITS}
     with pytest.raises(UsageError) as caught:
         EquilibriumModel.from_callables(**{**parts, **changes})
-    assert said in str(caught.value)
+    assert said in str(caught.value) and "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""How a model's solves behave on given images: spectral radius of the cell's Jacobian, residuals by step."""
+"""How a model's solves behave on given images: spectral radius of the cell's Jacobian, plain iteration."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ def _norms(v: Tensor) -> Tensor:
 
 
 def picard_solution(model: EquilibriumModel, x: Tensor, rtol: float = 1e-4, max_steps: int = 500) -> Solution:
-    """Plain iteration from the initial state with its residual trace: what the cell does without help."""
+    """Plain iteration from the initial state: what the cell does without help."""
     with torch.no_grad():
         u = model.inject(x)
-        return Solve(Picard(), rtol=rtol, max_steps=max_steps, has_trace=True)(
-            CellMap(model.evaluate, u), model.initial_state(u)
-        )
+        return Solve(Picard(), rtol=rtol, max_steps=max_steps)(CellMap(model.evaluate, u), model.initial_state(u))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_deq.adjoints import Implicit
-from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.equilibrium import EquilibriumModel, check_sizes
 from robustbench_deq.errors import UsageError
 from robustbench_deq.solvers import SOLVERS, Solve
 
@@ -58,7 +58,8 @@ def from_torchdeq(
 
     Raises:
         UsageError: when torchdeq is not installed, the module does not hold one DEQ object of it, that object has a
-            solver that we have not, or a part is missing or returns another shape than it should.
+            solver that we have not, a part is missing or returns another shape than it should, or `input_shape` or
+            `num_classes` are not sizes.
     """
     try:
         import torchdeq
@@ -87,6 +88,7 @@ def from_torchdeq(
                 got=repr(part),
                 fix="pass its name, or a function of the module and the part's own arguments",
             )
+    check_sizes("from_torchdeq", input_shape, num_classes)
     model = _TorchDEQ(module, torchdeq.reset_deq, parts, input_shape, num_classes)
     model.solve = _solve_of(deqs[0], "f", deqs[0].eval_f_max_iter)
     model.adjoint = Implicit(_solve_of(deqs[0], "b", deqs[0].b_max_iter))

@@ -2,9 +2,9 @@
 
     (I - J_f(z)) s = f(z) - z,      z' = z + t s
 
-GMRES builds an orthonormal Krylov basis per sample (Arnoldi, modified Gram-Schmidt, once re-orthogonalised) and
-minimises the residual over it. The step length t is found by backtracking over the loop's own evaluations: a step that
-did not reduce the residual is halved; after `max_halvings` a Picard step is taken from the base point.
+GMRES builds an orthonormal Krylov basis per sample (Arnoldi, classical Gram-Schmidt, done twice) and minimises the
+residual over it. The step length t is found by backtracking over the loop's own evaluations: a step that did not reduce
+the residual is halved; after `max_halvings` a Picard step is taken from the base point.
 
 Every Jacobian-vector product evaluates the cell once more, and the meter counts it as a cell evaluation.
 

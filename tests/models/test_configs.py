@@ -11,9 +11,9 @@ from torch import Tensor
 from robustbench_deq.adjoints import Implicit, Neumann, Phantom, Unrolled, jacobian_free
 from robustbench_deq.configs import validate
 from robustbench_deq.errors import UsageError
-from robustbench_deq.models import FAMILIES, MODELS, load_folder, load_model, save_model
+from robustbench_deq.models import FAMILIES, MODELS, describe_model, load_folder, load_model, save_model
 from robustbench_deq.models.base import AdjointSpec, SizedConfig, SolveSpec
-from robustbench_deq.solvers import SOLVERS, Anderson, CellMap, Picard, Solve
+from robustbench_deq.solvers import SOLVERS, Anderson, Broyden, CellMap, Picard, Solve
 from robustbench_deq.training.config import TrainingConfig
 from robustbench_deq.training.session import TrainingSession
 
@@ -284,6 +284,24 @@ def test_a_call_overrides_the_adjoint(adjoint, make_model, make_images) -> None:
         ({"adjoint": {"name": "phantom", "solve": {}}}, "expected no solve with the adjoint phantom"),
         ({"adjoint": {"num_steps": 3}}, "expected no num_steps with the adjoint implicit"),
         ({"adjoint": {"name": "jacobian-free", "num_steps": 3}}, "no num_steps with the adjoint jacobian-free"),
+        ({"adjoint": {"name": "neumann", "damping": 0.5}}, "no damping with the adjoint neumann"),
+        (
+            {"adjoint": {"name": "phantom", "damping": 1.5}},
+            "adjoint.damping: expected less than or equal to 1, got 1.5",
+        ),
+        (
+            {"solve": {"settings": {"histroy_size": 3}}},
+            "solve: expected settings of anderson among history_size, damping, ridge, patience, and no 'histroy_size'",
+        ),
+        ({"solve": {"solver": "picard", "settings": {"ridge": 1}}}, "settings of picard among damping, and no 'ridge'"),
+        ({"solve": {"settings": {"kind": 7}}}, "and no 'kind'"),
+        ({"solve": {"settings": {"history_size": 2.5}}}, "an integer >= 1 as the setting history_size, and not 2.5"),
+        ({"solve": {"settings": {"history_size": 0}}}, "an integer >= 1 as the setting history_size, and not 0"),
+        ({"solve": {"settings": {"history_size": True}}}, "as the setting history_size, and not True"),
+        ({"solve": {"settings": {"damping": -0.5}}}, "a number >= 0 as the setting damping, and not -0.5"),
+        ({"solve": {"settings": {"damping": "much"}}}, "a number >= 0 as the setting damping, and not 'much'"),
+        ({"solve": {"settings": {"damping": float("inf")}}}, "solve.settings.damping.float: expected a finite number"),
+        ({"solve": {"settings": [3]}}, "solve.settings: expected a valid dictionary"),
     ],
 )
 def test_solves_and_adjoints_that_are_none_are_refused(values: dict, said: str) -> None:
@@ -297,6 +315,28 @@ def test_adjoints_are_built_as_they_are_named() -> None:
     assert AdjointSpec(solve=solve).build() == Implicit(solve.build())
     assert AdjointSpec(name="neumann", num_steps=4).build() == Neumann(4)
     assert AdjointSpec(name="unrolled", num_steps=4).build() == Unrolled(4)
+    assert AdjointSpec(name="unrolled", damping=0.7).build() == Unrolled(damping=0.7)
+    assert AdjointSpec(name="phantom", num_steps=2, damping=0.25).build() == Phantom(2, 0.25)
+
+
+def test_a_config_sets_its_solver_up(make_model, tmp_path: Path) -> None:
+    values = {"solver": "anderson-1", "settings": {"history_size": 3, "damping": 0.8, "ridge": 0}}
+    backward = {"solver": "broyden", "settings": {"history_size": 4}}
+    config = make_model("deq-fc", solve=values, adjoint={"solve": backward}).config
+    save_model(FAMILIES.get("deq-fc").build(config), tmp_path, "mine")
+    model = load_folder(tmp_path)
+    assert model.solve == Solve(Anderson(kind=1, history_size=3, damping=0.8, ridge=0.0))
+    assert model.adjoint == Implicit(Solve(Broyden(history_size=4)))
+
+
+def test_what_was_written_before_settings_were_there_is_written_alike() -> None:
+    """A run that was begun then is resumed: its folder's config must equal ours."""
+    assert SolveSpec().model_dump() == {"solver": "anderson", "tolerance": 1e-4, "max_steps": 100}
+    assert AdjointSpec().model_dump(mode="json") == {"name": "implicit", "solve": None, "num_steps": None}
+    for name in MODELS:
+        described = describe_model(name)
+        config = validate(FAMILIES.get(described.family).config_type, described.config, name).model_dump(mode="json")
+        assert all(config[key] == described.config[key] for key in {"solve", "adjoint"} & described.config.keys())
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if MODELS.get(name).folder])
