@@ -10,10 +10,11 @@ equilibria that the judge finds.
     batch          no part lets the rows of a batch interact
     equilibrium    the judge finds one for every image
     forward        forward has the equilibrium's logits, and in eval mode its gradient by the image
-    gradient       the implicit gradient through inject, cell and head is that of central finite differences
+    gradient       the implicit gradient through inject, cell and head is that of central finite differences, on the
+                   images whose adjoint and shifted equilibria are found to the judge's tolerance
     accuracy       better than naming the commonest class, and not better still for pixels of another range
     contraction    spectral radius of J_z, and steps of the plain iteration
-    solver         the one of the fewest cell evaluations
+    solver         the one of the fewest cell evaluations; where none is quick, those that the judge needed
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustbench_deq.adjoints import Implicit
+from robustbench_deq.adjoints import AdjointTrace, Implicit
 from robustbench_deq.attack import frozen
-from robustbench_deq.bench.judge import tight_solve
+from robustbench_deq.bench.judge import JUDGE_RTOL, LADDER, tight_solve
 from robustbench_deq.data import Split
 from robustbench_deq.equilibrium import EquilibriumModel, check_labels
 from robustbench_deq.meter import Meter
@@ -235,9 +236,16 @@ def _score(logits: Tensor) -> Tensor:
     return logits @ torch.linspace(-1, 1, logits.shape[1], dtype=logits.dtype, device=logits.device)
 
 
-def _implicit_score(case: Case, x: Tensor) -> Tensor:
-    """`_score` at the equilibrium of images near the case's own, with the implicit gradient; both solves are tight."""
-    solution = case.model.equilibrium(x, case.z, solve=FINE, adjoint=Implicit(FINE))
+def _implicit_score(
+    case: Case, x: Tensor, solves: list[Solution] | None = None, trace: AdjointTrace | None = None
+) -> Tensor:
+    """`_score` at the equilibrium of images near the case's own, with the implicit gradient; both solves are tight.
+
+    The forward solve is appended to `solves`, and the backward pass fills in `trace`.
+    """
+    solution = case.model.equilibrium(x, case.z, solve=FINE, adjoint=Implicit(FINE), trace=trace)
+    if solves is not None:
+        solves.append(solution)
     return _score(case.model.head(solution.value))
 
 
@@ -272,18 +280,32 @@ def _forward(case: Case) -> Outcome:
 def _gradient(case: Case) -> Outcome:
     case = case.at(torch.arange(len(case.x))[:NUM_DIFFERENTIATED])
     x = case.x.clamp(STEP, 1 - STEP)  # the pixels that are compared stay in [0, 1]
-    gradient = _gradient_of(lambda images: _implicit_score(case, images), x)
+    solves: list[Solution] = []
+    trace = AdjointTrace()
+    gradient = _gradient_of(lambda images: _implicit_score(case, images, solves, trace), x)
     fix = "use differentiable operations alone in inject, cell and head: no detach, no_grad, rounding or .data"
     if not bool(gradient.any()):
         return Outcome(Verdict.BAD, "none reaches the image", fix)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     direction = _unit(_unit(gradient) + _unit(noise))
-    slope = (_implicit_score(case, x + STEP * direction) - _implicit_score(case, x - STEP * direction)) / (2 * STEP)
+    ahead, behind = (_implicit_score(case, x + sign * STEP * direction, solves) for sign in (1, -1))
+    slope = (ahead - behind) / (2 * STEP)
     product = (gradient * direction).flatten(1).sum(1)
-    gap = float(((product - slope).abs() / torch.maximum(product.abs(), slope.abs()).clamp_min(1e-12)).median())
-    if gap < 0.05:
-        return Outcome(Verdict.GOOD, f"finite differences agree to {gap:.1%}")
-    return Outcome(Verdict.BAD, f"finite differences differ by {gap:.0%}", fix)
+    if trace.solution is not None:  # a head that ignores the state has no adjoint
+        solves.append(trace.solution)
+    is_found = torch.stack([solution.residual <= JUDGE_RTOL for solution in solves]).all(0)
+    num_found = int(is_found.sum())
+    where = "" if num_found == len(x) else f" on the {num_found} of {len(x)} images whose solves reach {JUDGE_RTOL:g}"
+    slow = f"{FINE.max_steps} steps of Anderson are too few elsewhere: make the cell contract more"
+    if not num_found:
+        return Outcome(Verdict.NOTE, f"not judged: its solves reach {JUDGE_RTOL:g} on none of {len(x)} images", slow)
+    gaps = (product - slope).abs() / torch.maximum(product.abs(), slope.abs()).clamp_min(1e-12)
+    gap = float(gaps[is_found].median())
+    if gap >= 0.05:
+        return Outcome(Verdict.BAD, f"finite differences differ by {gap:.0%}{where}", fix)
+    if where:
+        return Outcome(Verdict.NOTE, f"finite differences agree to {gap:.1%}{where}", slow)
+    return Outcome(Verdict.GOOD, f"finite differences agree to {gap:.1%}")
 
 
 def _unit(v: Tensor) -> Tensor:
@@ -298,12 +320,13 @@ def _accuracy(case: Case) -> Outcome:
     others = {}
     for name, change in RANGES.items():
         with contextlib.suppress(Exception):  # a model may well refuse such pixels
-            others[_share(case.model(change(case.x)), case.y)] = name
-    best = max(others, default=0.0)
+            others[name] = _share(case.model(change(case.x)), case.y)
+    best = max(others.values(), default=0.0)
     found = f"{share:.0%} of {num_images} images"
     if best > max(chance, share + 0.2):
-        fix = f"images come in [0, 1]: let inject bring them to pixels {others[best]}"
-        return Outcome(Verdict.BAD, f"{found}, but {best:.0%} for pixels {others[best]}", fix)
+        names = " or ".join(name for name, other in others.items() if other == best)
+        fix = f"images come in [0, 1]: let inject bring them to pixels {names}"
+        return Outcome(Verdict.BAD, f"{found}, but {best:.0%} for pixels {names}", fix)
     if share > chance:
         return Outcome(Verdict.GOOD, found)
     found += f"; the commonest class has {commonest:.0%}"
@@ -330,7 +353,7 @@ def _contraction(case: Case) -> Outcome:
 
 
 def _solver(case: Case) -> Outcome:
-    ranking, raising = [], []
+    ranking, raising = [], {}
     for name in SOLVERS:
         solver = SOLVERS.get(name)()
         num_steps = max(1, QUICK_STEPS // (1 + getattr(solver, "krylov_size", 0)))  # at about equal cost
@@ -338,22 +361,41 @@ def _solver(case: Case) -> Outcome:
         with Meter(case.model) as meter:
             try:
                 solution = solve(CellMap(case.model.evaluate, case.u), case.model.initial_state(case.u))
-            except Exception:  # whatever a foreign cell raises
-                raising.append(name)
+            except Exception as error:  # whatever a foreign cell raises
+                raising[name] = _reason(error)
                 continue
         num_left = int((~solution.is_converged).sum())
         ranking.append((num_left, meter.eval_rows / len(case.u), name))
+    if not ranking:
+        return Outcome(Verdict.BAD, f"every solver raises; {next(iter(raising.values()))}", "correct cell")
     ranking.sort()
     num_left, _, best = ranking[0]
     if num_left:
-        found = f"none reaches {QUICK_RTOL:g} in {QUICK_STEPS} evaluations on every image; {best} misses {num_left}"
-        return Outcome(Verdict.NOTE, found, "allow more steps: --set max_steps=500, and model.solve likewise")
+        missed = ", ".join(f"{name} {left}" for left, _, name in ranking)
+        found = f"none reaches {QUICK_RTOL:g} in {QUICK_STEPS} evaluations on every image (missed: {missed}); "
+        fix = "allow as many steps in --set max_steps=... of pgd and in model.solve, or make the cell contract more"
+        return Outcome(Verdict.NOTE, f"{found}the judge needs {_rungs_needed(case)}", fix)
     listed = ", ".join(f"{name} {count:.0f}" for left, count, name in ranking if not left)
     found = f"use {best}; cell evaluations an image to {QUICK_RTOL:g}: {listed}"
     if raising:
         fix = "the judge's last solver needs torch.func.jvp of cell: avoid autograd functions without a jvp"
         return Outcome(Verdict.NOTE, f"{found}; {', '.join(raising)} raises", fix)
-    return Outcome(Verdict.GOOD, found)
+    fix = f"choose it by --set solver={best} of pgd, and by model.solve = Solve(SOLVERS.get({best!r})())"
+    return Outcome(Verdict.GOOD, found, fix)
+
+
+def _rungs_needed(case: Case) -> str:
+    """Which of the judge's solvers find the equilibria of the case's images, from cold, and their most steps."""
+    start, left, needed = case.model.initial_state(case.u), torch.arange(len(case.x), device=case.x.device), []
+    for rung in LADDER:
+        solution = rung(CellMap(case.model.evaluate, case.u[left]), start[left])
+        if num_found := int(solution.is_converged.sum()):
+            most = int(solution.num_steps[solution.is_converged].max())
+            needed.append(f"{type(rung.solver).__name__} on {num_found} images (up to {most} steps)")
+        left = left[~solution.is_converged]
+        if not len(left):
+            break
+    return ", ".join(needed)
 
 
 NEAR_THE_START = {"deterministic": _deterministic, "modes": _modes, "batch": _batch}

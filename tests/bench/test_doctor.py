@@ -16,7 +16,7 @@ from robustbench_deq.data import Split, SplitName
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
 from robustbench_deq.models import FAMILIES
-from robustbench_deq.solvers import Anderson, Picard, Solve
+from robustbench_deq.solvers import SOLVERS, Anderson, Picard, Solve
 
 CHECKS = ["parts", *doctor.NEAR_THE_START, "equilibrium", *doctor.AT_EQUILIBRIA]
 GOOD, NOTE, BAD = Verdict.GOOD, Verdict.NOTE, Verdict.BAD
@@ -418,10 +418,92 @@ def test_solvers_are_ranked_by_cell_evaluations() -> None:
     assert found.startswith(f"use {listed[0][0]};") and listed[0][0] not in ("picard", "damped-picard")
 
 
-def test_no_quick_solver_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "QUICK_STEPS", 1)
+def test_a_good_solver_is_said_how_to_choose() -> None:
     finding = found_in(Sound())["solver"]
-    assert finding.verdict is NOTE and "misses 32" in finding.found and "max_steps" in finding.fix
+    best = finding.found.removeprefix("use ").split(";")[0]
+    assert f"--set solver={best} " in finding.fix and f"model.solve = Solve(SOLVERS.get('{best}')())" in finding.fix
+
+
+class Slow(Sound):
+    """`f(z, u) = r Q z + u` with an orthogonal Q of 120 dimensions, whose spectrum fills the circle of radius r."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(0)
+        self.a = nn.Parameter(torch.linalg.qr(torch.randn(120, 120, generator=draw))[0])
+        self.b = nn.Parameter(torch.randn(16, 120, generator=draw) / 4)
+        self.c = nn.Parameter(torch.randn(120, 3, generator=draw))
+
+    def radius(self, u: Tensor) -> Tensor | float:
+        return 0.97
+
+    def cell(self, z: Tensor, u: Tensor) -> Tensor:
+        return self.radius(u) * (z @ self.a) + u
+
+
+@pytest.fixture(scope="module")
+def slow_findings() -> dict[str, Finding]:
+    return found_in(Slow(), labelled(Slow()))
+
+
+def test_no_quick_solver_is_a_note_that_names_the_judges(slow_findings: dict[str, Finding]) -> None:
+    finding = slow_findings["solver"]
+    assert finding.verdict is NOTE and "max_steps" in finding.fix
+    missed = finding.found.split("(missed: ")[1].split(")")[0].split(", ")
+    assert sorted(missed) == sorted(f"{name} 32" for name in SOLVERS)
+    assert "; the judge needs Broyden on 32 images (up to 3" in finding.found  # of 400 steps
+
+
+def test_a_gradient_whose_adjoint_is_not_found_is_not_judged(slow_findings: dict[str, Finding]) -> None:
+    finding = slow_findings["gradient"]
+    assert (finding.verdict, finding.found) == (NOTE, "not judged: its solves reach 1e-05 on none of 8 images")
+    assert "contract" in finding.fix
+
+
+def test_a_gradient_is_judged_where_its_adjoint_is_found() -> None:
+    def radius(self: Slow, u: Tensor) -> Tensor:
+        return torch.where(u[:, :1] > 0, 0.97, 0.5)
+
+    def half(self: Slow, z: Tensor) -> Tensor:
+        return Slow.head(self, z.detach()) / 2 + Slow.head(self, z) / 2
+
+    model = having(Slow, radius=radius)
+    data = labelled(model)
+    with torch.no_grad():
+        num_slow = int((model.inject(data.x[: doctor.NUM_DIFFERENTIATED])[:, 0] > 0).sum())
+    assert 0 < num_slow < doctor.NUM_DIFFERENTIATED
+    finding = found_in(model, data)["gradient"]
+    assert finding.verdict is NOTE and finding.found.startswith("finite differences agree to 0.")
+    assert finding.found.endswith(f"on the {8 - num_slow} of 8 images whose solves reach 1e-05")
+    finding = found_in(having(Slow, radius=radius, head=half), data)["gradient"]
+    assert finding.verdict is BAD and f"differ by 50% on the {8 - num_slow} of 8 images" in finding.found
+
+
+def test_no_solver_that_runs_is_a_finding() -> None:
+    class Choosy(Sound):
+        """Works until its equilibria are known."""
+
+        is_settled = False
+
+        def cell(self, z: Tensor, u: Tensor) -> Tensor:
+            if self.is_settled:
+                raise RuntimeError("not again")
+            return Sound.cell(self, z, u)
+
+    model = Choosy()
+    x = SAMPLES.x[:4]
+    with torch.no_grad():
+        case = doctor.Case(model, x, SAMPLES.y[:4], model.inject(x), model.equilibrium(x).value)
+    model.is_settled = True
+    verdict, found, fix = doctor._solver(case)
+    assert verdict is BAD and found == "every solver raises; RuntimeError: not again" and fix
+
+
+def test_ranges_that_do_equally_well_are_all_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    unseen = having(inject=lambda self, x: Sound.inject(self, torch.where((x < 0) | (x > 1), x - 3, 0.5)))
+    monkeypatch.setattr(doctor, "RANGES", {"one": lambda x: x + 3, "none": lambda x: 0 * x, "other": lambda x: x + 3})
+    finding = found_in(unseen)["accuracy"]
+    assert finding.verdict is BAD and finding.fix.endswith("pixels one or other")
 
 
 def test_the_models_own_solver_and_adjoint_are_not_needed_for_the_gradient_of_the_parts() -> None:
