@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,17 @@ TINY = (
     "--set", "epochs=1", "--set", "train_limit=128", "--set", "model.config.hidden=8", "--set", "validation.limit=16",
     "--set", "evaluation.limit=16", "--set", "evaluation.attack.config.steps=2", "--set", "ema_decay=0",
 )  # fmt: skip
+
+EXAMPLES = pytest.mark.parametrize(
+    "example",
+    [
+        "own_model",
+        "own_callables",
+        pytest.param(
+            "own_torchdeq", marks=pytest.mark.skipif(find_spec("torchdeq") is None, reason="the extra peers is missing")
+        ),
+    ],
+)
 
 Result = click.testing.Result
 
@@ -199,8 +211,9 @@ def unsound(tmp_path: Path) -> str:
     return f"{tmp_path / 'mine.py'}:build"
 
 
-@pytest.mark.parametrize("model", [f"{ROOT}/configs/models/{name}.py:build" for name in ("own_model", "own_callables")])
-def test_check_of_the_examples_is_a_line_a_finding_as_in_the_json(model: str) -> None:
+@EXAMPLES
+def test_check_of_the_examples_is_a_line_a_finding_as_in_the_json(example: str) -> None:
+    model = f"{ROOT}/configs/models/{example}.py:build"
     found = json.loads(succeeds("models", model, "--check", "digits", "--json"))
     assert (found["schema_version"], found["model"]) == (1, model)
     assert {finding["verdict"] for finding in found["findings"]} <= {"good", "note"}
@@ -866,9 +879,9 @@ def test_every_training_config_is_sound(path: Path) -> None:
     family.build(validate(family.config_type, values, path.name))
 
 
-@pytest.mark.parametrize("name", ["own_model", "own_callables"])
-def test_models_of_the_readme_are_attacked(name: str) -> None:
-    found = json.loads(succeeds("attack", f"{ROOT}/configs/models/{name}.py:build", *QUICK[2:], "--json"))
+@EXAMPLES
+def test_models_of_the_readme_are_attacked(example: str) -> None:
+    found = json.loads(succeeds("attack", f"{ROOT}/configs/models/{example}.py:build", *QUICK[2:], "--json"))
     assert 0 <= found["robust_accuracy"] <= found["clean_accuracy"]
 
 
