@@ -90,6 +90,25 @@ def test_statuses_and_steps_are_per_sample(name: str) -> None:
 
 
 @every_model
+def test_card_says_what_the_weights_guarantee(name: str) -> None:
+    """The margin rounded down and the bound rounded up, to four digits."""
+    found, card = load_model(name).certificates(), describe_model(name).card
+    assert {"monotonicity", "lipschitz"} - found.keys() == {
+        key for key in ("monotonicity", "lipschitz") if getattr(card, key) is None
+    }
+    for key, value in found.items():
+        excess = (value - card.monotonicity) if key == "monotonicity" else (card.lipschitz - value)
+        assert -1e-5 <= excess <= 1.1e-4
+
+
+@pytest.mark.parametrize("name", MODELS.list("lben.*"))
+def test_gain_of_shipped_lipschitz_models_is_below_their_bound(name: str, logit_gain) -> None:
+    model = tight(name)
+    gain = logit_gain(model, images_for(model, 6)[0].double())
+    assert 0.01 * model.config.lipschitz < gain <= model.config.lipschitz
+
+
+@every_model
 def test_saved_and_loaded_it_gives_the_same_bits(name: str, tmp_path: Path) -> None:
     model = load_model(name)
     x = images_for(model, 3)[0]
