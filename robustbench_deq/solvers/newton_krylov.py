@@ -4,7 +4,9 @@
 
 GMRES builds an orthonormal Krylov basis per sample (Arnoldi, classical Gram-Schmidt, done twice) and minimises the
 residual over it. The step length t is found by backtracking over the loop's own evaluations: a step that did not reduce
-the residual is halved; after `max_halvings` a Picard step is taken from the base point.
+the residual is halved; after `max_halvings` a Picard step is taken from the base point. Where a step was accepted, but
+poor, the next direction is the residual itself, so that far from the equilibrium, where the Jacobian says little,
+Newton steps do not creep.
 
 Every Jacobian-vector product evaluates the cell once more, and the meter counts it as a cell evaluation.
 
@@ -23,6 +25,9 @@ from torch import Tensor
 
 from robustbench_deq.solvers.anderson import solve_small
 from robustbench_deq.solvers.base import FixedPointMap, Iterate, Solver, State
+
+POOR = 0.99
+"""The share of the residual above which what a step left is poor: at that rate a hundred steps bring nothing home."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +66,11 @@ class NewtonKrylov(Solver):
         is_accepted = size <= (1.0 - 1e-4 * length) * base_size
         gives_up = ~is_accepted & (halvings >= self.max_halvings)
 
-        fresh = direction
-        if bool(is_accepted.any()):
+        is_poor = is_accepted & (size > POOR * base_size)
+        fresh = g
+        if bool((is_accepted & ~is_poor).any()):
             fresh = gmres(lambda v: v - fn.jvp(z, v.view_as(z)).flatten(1), g, self.krylov_size)
-            fresh = torch.where(torch.isfinite(fresh).all(1, keepdim=True), fresh, g)
+            fresh = torch.where(torch.isfinite(fresh).all(1, keepdim=True) & ~is_poor[:, None], fresh, g)
         pick = is_accepted[:, None]
         base_size = torch.where(is_accepted, size, base_size).masked_fill(gives_up, torch.inf)
         length = torch.where(is_accepted, 1.0, length * 0.5)

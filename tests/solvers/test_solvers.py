@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from robustbench_deq.errors import RunError, UsageError
+from robustbench_deq.models import load_model
 from robustbench_deq.solvers import (
     SOLVERS,
     Anderson,
@@ -332,6 +333,16 @@ def test_anderson_is_exact_on_an_affine_map_of_the_rank_of_its_history() -> None
     # Type II is GMRES in disguise: m + 1 columns solve an m-dimensional affine problem.
     fn = contraction([0.9, 0.95], size=3)
     solution = Solve(Anderson(history_size=4, ridge=1e-14), rtol=1e-8, max_steps=6)(fn, torch.zeros_like(fn.b))
+    assert bool(solution.is_converged.all())
+
+
+def test_newton_does_not_creep_where_the_jacobian_says_little() -> None:
+    """At the zero state of this model's group norms every Newton step helps by a ten-thousandth."""
+    model = load_model("mdeq.fashion-standard").requires_grad_(False)
+    with torch.no_grad():
+        x = torch.rand(4, *model.input_shape, generator=torch.Generator().manual_seed(0))
+        u = model.inject(x)
+        solution = Solve(NewtonKrylov(), rtol=1e-3, max_steps=15)(CellMap(model.cell, u), model.initial_state(u))
     assert bool(solution.is_converged.all())
 
 
