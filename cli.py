@@ -15,6 +15,7 @@ import shlex
 import shutil
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -519,11 +520,13 @@ def bench(
         check_folder(folder, parsed, [run for run, _ in runs])
         executor = _make_executor(parsed, kind, address, workers, device)
         claim_folder(folder, parsed)
-        progress = SuiteProgress(runs, folder)
+        progress, start = SuiteProgress(runs, folder), time.monotonic()
         with suite_display(parsed.name, progress) as watch:
             outcome = run_suite(runs, folder, build_attack, executor, device, watch)
+        seconds = time.monotonic() - start
     records = load_records(target) if (target / RECORDS_FILE).exists() else []
     click.echo(f"{len(records)} of {len(runs)} records in {target}; 'robustbench-deq report {target}' shows them")
+    click.echo(f"{seconds:.0f} s; attack and judge took {outcome.busy_seconds:.0f} s, all workers together", err=True)
     if outcome.failures:
         reasons = collections.Counter(outcome.failures.values()).most_common(3)
         told = "; ".join(f"{count} x {reason}" for reason, count in reasons)

@@ -145,11 +145,18 @@ def assemble(runs: Sequence[tuple[Run, list[Shard]]], folder: Path, build_attack
 
 
 class Outcome(NamedTuple):
-    """What `run_suite` did: shards done by now, reasons by the key of the shards that failed, and new records."""
+    """What `run_suite` did.
+
+    num_done         shards done by now
+    failures         reasons, by the key of the shards that failed
+    num_records      new records
+    busy_seconds     of attack and judge, over the shards done meanwhile
+    """
 
     num_done: int
     failures: dict[str, str]
     num_records: int
+    busy_seconds: float
 
 
 def run_suite(
@@ -174,6 +181,7 @@ def run_suite(
     shards = [shard for _, cut in runs for shard in cut]
     missing = {shard.key: shard for shard in shards if not store.is_done(shard)}
     failures: dict[str, str] = {}
+    busy_seconds = 0.0
     work = functools.partial(run_shard, folder=folder, build_attack=build_attack, device=device)
     try:
         while missing:
@@ -188,11 +196,13 @@ def run_suite(
                     failures[shard.key] = reason
                     if store.reason(shard) != reason:  # a worker that died could not write it down
                         store.fail(shard, reason)
+                else:
+                    busy_seconds += store.times(shard).busy_seconds
                 if watch is not None:
                     watch(shard, reason)
     finally:
         num_records = assemble(runs, folder, build_attack)
-    return Outcome(sum(store.is_done(shard) for shard in shards), failures, num_records)
+    return Outcome(sum(store.is_done(shard) for shard in shards), failures, num_records, busy_seconds)
 
 
 def check_folder(folder: Path, suite: SuiteConfig, runs: Sequence[Run]) -> None:

@@ -38,6 +38,11 @@ class ShardTimes(NamedTuple):
     attack_seconds: float
     judge_seconds: float
 
+    @property
+    def busy_seconds(self) -> float:
+        """Of attack and judge: what is not the runner's own."""
+        return self.attack_seconds + self.judge_seconds
+
 
 class Standing(NamedTuple):
     """How far a shard is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def write(path: Path, **changes: Any) -> Path:
 
 def test_suite_leaves_its_records(path: Path, undisturbed: Path, tmp_path: Path) -> None:
     result = bench(path, "--out", tmp_path / "new")
-    assert result.exit_code == 0 and result.stderr == ""
+    assert result.exit_code == 0
+    assert re.fullmatch(r"\d+ s; attack and judge took \d+ s, all workers together\n", result.stderr)
     assert (
         result.stdout
         == f"4 of 4 records in {tmp_path / 'new'}; 'robustbench-deq report {tmp_path / 'new'}' shows them\n"
@@ -56,7 +58,7 @@ def test_failed_shards_are_named_the_rest_is_done_and_the_exit_code_is_one(tmp_p
     path = write(tmp_path / "small.yaml", models=models, attacks=[{"name": "noise"}], limit=8)
     result = bench(path, "--out", tmp_path / "new")
     assert result.exit_code == 1
-    *named, last = result.stderr.splitlines()
+    *named, _, last = result.stderr.splitlines()
     assert [line.partition(": ")[0] for line in named] == ["small  failed"] * 2
     assert all(f"{models[1]}, noise, l2 0." in line and "no luck" in line for line in named)
     assert last.startswith("Error: 2 of 4 shards failed: 2 x ") and last.endswith("try them again with --resume")
