@@ -62,29 +62,47 @@ def validate(schema: type[M], values: dict[str, Any], where: str) -> M:
 
 
 def _first_line(schema: type[pydantic.BaseModel], error: pydantic.ValidationError, where: str) -> str:
-    first = error.errors()[0]
+    first = _most_telling(error)
     path = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = list(schema.model_fields)
-        for part in first["loc"][:-1]:
-            inner = schema.model_fields.get(str(part))
-            if (
-                inner is None
-                or not isinstance(inner.annotation, type)
-                or not issubclass(inner.annotation, pydantic.BaseModel)
-            ):
-                break
-            schema = inner.annotation
-            known = list(schema.model_fields)
-        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=3, cutoff=0.5) or known
+    if first["type"] in ("extra_forbidden", "missing"):
+        fields, key = _schema_at(schema, first["loc"][:-1]).model_fields, str(first["loc"][-1])
+        if first["type"] == "missing":
+            meaning = fields[key].description if key in fields else None
+            return f"{where}: {path}: expected a value{f' ({meaning})' if meaning else ''}, got none; add it"
+        close = difflib.get_close_matches(key, fields, n=3, cutoff=0.5) or list(fields)
         return f"{where}: unknown key {path!r}: expected one of {', '.join(close)}; remove or correct it"
     if isinstance(first.get("ctx", {}).get("error"), UsageError):
         return f"{where}: {path}: {first['ctx']['error']}"
-    got = "nothing" if first["type"] == "missing" else repr(first["input"])
     message = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     if isinstance(first.get("input"), dict) and first["type"] == "value_error":  # of settings that do not go together
         return f"{where}: {path + ': ' if path else ''}expected {message}; correct it"
-    return f"{where}: {path or 'the config'}: expected {message}, got {got}; correct it"
+    return f"{where}: {path or 'the config'}: expected {message}, got {first['input']!r}; correct it"
+
+
+def _most_telling(error: pydantic.ValidationError) -> Any:
+    """The first error; of a missing key and an unknown one at the same place the latter, likely the former misspelt."""
+    found = error.errors()
+    first = found[0]
+    if first["type"] != "missing":
+        return first
+    beside = (one for one in found if one["type"] == "extra_forbidden" and one["loc"][:-1] == first["loc"][:-1])
+    return next(beside, first)
+
+
+def _schema_at(schema: type[pydantic.BaseModel], place: tuple[int | str, ...]) -> type[pydantic.BaseModel]:
+    """The schema of what stands at `place`, through lists, mappings and null."""
+    for part in place:
+        field = schema.model_fields.get(str(part))
+        for inner in _schemas_in(field.annotation) if field else ():
+            schema = inner
+    return schema
+
+
+def _schemas_in(annotation: Any) -> list[type[pydantic.BaseModel]]:
+    parts = typing.get_args(annotation)
+    if parts:
+        return [schema for part in parts for schema in _schemas_in(part)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel) else []
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -148,12 +166,10 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def parse_fraction(text: str) -> float:
-    """A number written as `0.03` or `8/255`. Raises `UsageError`."""
+def parse_fraction(text: str, what: str = "number") -> float:
+    """A number written as `0.03` or `8/255`. Raises `UsageError` about `what`."""
     above, sign, below = text.partition("/")
     try:
         return float(above) / float(below) if sign else float(above)
     except (ValueError, ZeroDivisionError):
-        raise UsageError.of(
-            "number", expected="a number or a fraction", got=repr(text), fix="write 0.5 or 8/255"
-        ) from None
+        raise UsageError.of(what, expected="a number or a fraction", got=repr(text), fix="write 0.5 or 8/255") from None

@@ -73,8 +73,48 @@ def test_missing_key_is_named() -> None:
     class Needs(Config):
         must: int
 
-    with pytest.raises(UsageError, match=r"here: must: expected .*, got nothing"):
+    with pytest.raises(UsageError, match=r"^here: must: expected a value, got none; add it$"):
         validate(Needs, {}, "here")
+
+
+class Entry(Config):
+    width: list[float] = Field(description="of all, in metres")
+    inner: Inner | None = None
+
+
+class Listing(Config):
+    entries: list[Entry]
+    named: dict[str, Inner] = Field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"entries": [{}]}, "here: entries.0.width: expected a value (of all, in metres), got none; add it"),
+        (
+            {"entries": [{"widht": 1}]},
+            "here: unknown key 'entries.0.widht': expected one of width; remove or correct it",
+        ),
+        (
+            {"entries": [{"width": []}, {"zzz": 1, "width": [1]}]},
+            "here: unknown key 'entries.1.zzz': expected one of width, inner; remove or correct it",
+        ),
+        (
+            {"entries": [{"width": [], "inner": {"zzz": 1}}]},
+            "here: unknown key 'entries.0.inner.zzz': expected one of tolerance, solver; remove or correct it",
+        ),
+        (
+            {"entries": [], "named": {"a": {"zzz": 1}}},
+            "here: unknown key 'named.a.zzz': expected one of tolerance, solver; remove or correct it",
+        ),
+        ({"entries": [{}], "zzz": 1}, "here: entries.0.width: expected a value (of all, in metres), got none; add it"),
+        ({"zzz": 1}, "here: unknown key 'zzz': expected one of entries, named; remove or correct it"),
+    ],
+)
+def test_missing_and_unknown_keys_are_named_with_those_of_their_own_place(values: dict, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        validate(Listing, values, "here")
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(
@@ -143,8 +183,10 @@ def test_fraction_is_read(text: str, value: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "a", "1/0", "1/", "/2", "1/2/3", "8 255"])
 def test_bad_fraction_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="number: expected a number or a fraction"):
+    with pytest.raises(UsageError, match=r"^number: expected a number or a fraction"):
         parse_fraction(text)
+    with pytest.raises(UsageError, match=r"^radius: expected a number or a fraction"):
+        parse_fraction(text, "radius")
 
 
 def test_yaml_mapping_is_read(tmp_path: Path) -> None:
