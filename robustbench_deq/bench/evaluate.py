@@ -31,6 +31,7 @@ from robustbench_deq.bench.judge import Verdict, judge
 from robustbench_deq.bench.records import SCHEMA_VERSION, CostRecord, CurvePoint, DataRecord, Record, ThreatRecord
 from robustbench_deq.data import Split
 from robustbench_deq.equilibrium import EquilibriumModel, check_labels
+from robustbench_deq.errors import UsageError
 from robustbench_deq.memory import release_freed_memory
 from robustbench_deq.proportions import wilson_interval
 from robustbench_deq.threats import norm_of
@@ -97,8 +98,7 @@ def evaluate(
     """
     device, task = device or torch.device("cpu"), Task(attack, **settings)
     model = model.to(device).eval()
-    model.check_images(data.x)
-    check_labels(data.y, len(data), model.num_classes)
+    check_data(model, data)
     parts, images, num_robust = [], [], 0
     release_freed_memory()
     for begin in range(0, len(data), task.batch_size):
@@ -112,6 +112,19 @@ def evaluate(
     described = DataRecord(name=data.name, split=data.split.value, num_samples=len(data), digest=data.digest)
     record, samples = summarise(parts, task, described, describe_environment(device))
     return Evaluation(record, samples, torch.cat(images))
+
+
+def check_data(model: EquilibriumModel, data: Split) -> None:
+    """Raise `UsageError` unless `data` fits the model, the labels of its source that were not chosen too."""
+    model.check_images(data.x)
+    check_labels(data.y, len(data), model.num_classes)
+    if data.largest_label >= model.num_classes:
+        raise UsageError.of(
+            f"labels of {data.name}",
+            expected=f"classes 0 to {model.num_classes - 1}",
+            got=f"{data.largest_label} beyond the chosen samples",
+            fix="choose a model with that many classes, or correct the labels",
+        )
 
 
 def evaluate_batch(

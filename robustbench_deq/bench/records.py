@@ -81,7 +81,7 @@ class DataRecord(Fields):
     """The samples that were attacked."""
 
     name: str = Field(description="data set")
-    split: str = Field(description='"test", "validation" or "train"')
+    split: str = Field(description='"test", "validation", "train", or "all" of an npz file')
     num_samples: Annotated[int, Field(ge=1, strict=True)] = Field(description="how many")
     digest: str = Field(description="of the images and labels themselves")
 

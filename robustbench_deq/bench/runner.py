@@ -21,14 +21,14 @@ import torch
 
 from robustbench_deq.attack import Attack
 from robustbench_deq.bench.environment import describe_environment
-from robustbench_deq.bench.evaluate import Part, Task, evaluate_batch, summarise
+from robustbench_deq.bench.evaluate import Part, Task, check_data, evaluate_batch, summarise
 from robustbench_deq.bench.executors import Executor
 from robustbench_deq.bench.images import choose_images, save_images
 from robustbench_deq.bench.records import DataRecord, RecordStore
 from robustbench_deq.bench.shards import Claim, ShardStore
 from robustbench_deq.bench.suite import Run, Shard, SuiteConfig, digest_of_model
 from robustbench_deq.data import Split, SplitName, load
-from robustbench_deq.equilibrium import EquilibriumModel, check_labels
+from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import check_json, write_json
 from robustbench_deq.models import load_model
@@ -92,8 +92,7 @@ def _attack(shard: Shard, folder: Path, build_attack: BuildAttack, device: str, 
     model, data = _model(run.model, run.model_digest, device), _data(run.data, run.split, run.num_samples)
     if data.digest != run.digest:
         raise UsageError.of(f"data {run.data}", expected="those of the plan", got="others", fix="start the suite anew")
-    model.check_images(data.x)
-    check_labels(data.y, len(data), model.num_classes)
+    check_data(model, data)
     _warm_up(run.model, run.model_digest, device, run.data, run.split, run.num_samples)
     task = task_of(run, build_attack)
     batches = [

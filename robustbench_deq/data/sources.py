@@ -189,18 +189,30 @@ def read_npz(path: Path) -> Raw:
             fix="reshape the arrays",
         )
     if images.dtype != np.uint8:
-        is_real = images.dtype.kind in "biuf"
-        if not is_real or not np.isfinite(images).all() or images.min() < 0 or images.max() > 1:
-            raise UsageError.of(
-                where,
-                expected="uint8 or finite floats in [0, 1]",
-                got="values outside" if is_real else f"images of type {images.dtype}",
-                fix="divide by 255",
-            )
+        wrong = _wrong_values(images)
+        if wrong is not None:
+            got, fix = wrong
+            raise UsageError.of(where, expected="uint8 or finite floats in [0, 1]", got=got, fix=fix)
         images = images.astype(np.float32)
     if labels.min() < 0:
         raise UsageError.of(where, expected="labels >= 0", got=int(labels.min()), fix="number the classes from 0")
     return Raw(images, labels.astype(np.int64), 0)
+
+
+def _wrong_values(images: np.ndarray) -> tuple[str, str] | None:
+    """What is found in images that are not numbers in [0, 1], and what to do about it."""
+    if images.dtype.kind not in "biuf":
+        return f"images of type {images.dtype}", "write numbers"
+    num_bad = int((~np.isfinite(images).all(axis=(1, 2, 3))).sum())
+    if num_bad:
+        return f"NaN or infinite values in {num_bad} of {len(images)} images", "repair or remove these images"
+    low, high = images.min(), images.max()
+    if low >= 0 and high <= 1:
+        return None
+    got = f"values from {low:g} to {high:g}"
+    if low < 0:
+        return got, "undo a normalisation, which belongs into the model, or scale the images to [0, 1]"
+    return got, "divide by 255" if 2 < high <= 255 else "scale the images to [0, 1]"
 
 
 def to_unit(images: np.ndarray) -> Tensor:

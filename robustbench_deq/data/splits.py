@@ -2,6 +2,7 @@
 
 The official test set is the test split; a source without one is cut into three. Order is a fixed permutation, so that
 the first `limit` samples are a random sample, the same for everybody. The test split is never used to choose anything.
+A file of one's own may be a prepared test set, and be taken whole: `SplitName.ALL`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class SplitName(enum.Enum):
     TRAIN = "train"
     VALIDATION = "validation"
     TEST = "test"
+    ALL = "all"
+    """Every sample, of an `npz:FILE` only: of other sources it would hold what models were trained on."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Split:
     y            classes `(n,)`
     sample_ids   positions in the source `(n,)`: what a sample's randomness is keyed by
     digest       sha256 over images, labels and ids
+    largest_label    of the whole source
     """
 
     name: str
@@ -46,21 +50,29 @@ class Split:
     y: Tensor
     sample_ids: Tensor
     digest: str
+    largest_label: int = 0
 
     def __len__(self) -> int:
         return len(self.x)
 
 
+def is_own_file(name: str) -> bool:
+    """Whether a dataset's name is `npz:FILE`."""
+    return name.startswith("npz:")
+
+
 @functools.lru_cache(maxsize=2)
 def _read(name: str) -> Raw:
-    if name.startswith("npz:"):
+    if is_own_file(name):
         return read_npz(Path(name.removeprefix("npz:")))
     return DATASETS.get(name).read()
 
 
 def split_ids(num_samples: int, num_train: int, split: SplitName) -> np.ndarray:
-    """Positions of a split in its fixed order. Splits are disjoint and together hold every sample."""
+    """Positions of a split in its fixed order. All but `ALL` are disjoint and together hold every sample."""
     stream = np.random.Generator(np.random.PCG64(SPLIT_SEED))
+    if split is SplitName.ALL:
+        return stream.permutation(num_samples)
     if num_train:
         pool, test = stream.permutation(num_train), num_train + stream.permutation(num_samples - num_train)
     else:
@@ -72,13 +84,27 @@ def split_ids(num_samples: int, num_train: int, split: SplitName) -> np.ndarray:
     return parts[split]
 
 
+def split_sizes(name: str, split: SplitName) -> tuple[int, int]:
+    """How many samples a split has, and how many its source. Raises `UsageError` as `load`."""
+    raw = _read(name)
+    return len(split_ids(len(raw.labels), raw.num_train, split)), len(raw.labels)
+
+
 def load(name: str, split: SplitName = SplitName.TEST, limit: int | None = None) -> Split:
     """The first `limit` samples of a split.
 
     Raises:
-        UsageError: for an unknown name, files that cannot be had, an empty split, or a limit beyond the data.
+        UsageError: for an unknown name, files that cannot be had, an empty split, a limit beyond the data, or all
+            samples of a source that has a split of its own.
     """
     raw = _read(name)
+    if split is SplitName.ALL and not is_own_file(name):
+        raise UsageError.of(
+            f"dataset {name}",
+            expected="train, validation or test as the split",
+            got="all, which would hold what models were trained on",
+            fix="take one of the three",
+        )
     ids = split_ids(len(raw.labels), raw.num_train, split)
     if not len(ids):
         raise UsageError.of(
@@ -93,11 +119,12 @@ def load(name: str, split: SplitName = SplitName.TEST, limit: int | None = None)
                 "limit",
                 expected=f"1 to {len(ids)}, the size of {name}'s {split.value} split",
                 got=limit,
-                fix="lower it",
+                fix="lower it" if limit > len(ids) else "take one image at least",
             )
         ids = ids[:limit]
     images, labels = raw.images[ids], raw.labels[ids]
     digest = hashlib.sha256()
     for part in (np.ascontiguousarray(images), labels, ids):
         digest.update(part.tobytes())
-    return Split(name, split, to_unit(images), torch.from_numpy(labels), torch.from_numpy(ids), digest.hexdigest())
+    tensors = to_unit(images), torch.from_numpy(labels), torch.from_numpy(ids)
+    return Split(name, split, *tensors, digest.hexdigest(), int(raw.labels.max()))

@@ -18,11 +18,12 @@ import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustbench_deq.data import DATASETS, SplitName, load, sources, splits
+from robustbench_deq.data import DATASETS, SplitName, load, sources, split_sizes, splits
 from robustbench_deq.data.splits import split_ids
 from robustbench_deq.errors import UsageError
 
 NUM_TRAIN, NUM_TEST = 20, 12
+THREE = (SplitName.TRAIN, SplitName.VALIDATION, SplitName.TEST)
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10", "svhn": "SVHN"}
 DIGITS_TEST_DIGEST = "225677d233cae9d9af38780e6ea2e2308c3e3a647e669713f17dd30a716cfa9b"
 
@@ -115,7 +116,7 @@ def write_files(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> np.
 def check_against(name: str, images: np.ndarray) -> None:
     """All three splits hold the written images, in [0, 1], each once, the official test set apart."""
     seen = []
-    for split in SplitName:
+    for split in THREE:
         part = load(name, split)
         ids = part.sample_ids.numpy()
         assert part.x.dtype == torch.float32 and part.y.dtype == torch.int64
@@ -133,7 +134,7 @@ def check_against(name: str, images: np.ndarray) -> None:
 @given(st.integers(3, 500), st.booleans())
 def test_splits_are_disjoint_and_cover_everything(num_samples: int, has_test: bool) -> None:
     num_train = num_samples * 2 // 3 if has_test else 0
-    parts = {split: split_ids(num_samples, num_train, split) for split in SplitName}
+    parts = {split: split_ids(num_samples, num_train, split) for split in THREE}
     assert sorted(np.concatenate(list(parts.values())).tolist()) == list(range(num_samples))
     if has_test:
         assert sorted(parts[SplitName.TEST].tolist()) == list(range(num_train, num_samples))
@@ -142,7 +143,7 @@ def test_splits_are_disjoint_and_cover_everything(num_samples: int, has_test: bo
 
 
 def test_digits_are_cut_into_three() -> None:
-    parts = {split: load("digits", split) for split in SplitName}
+    parts = {split: load("digits", split) for split in THREE}
     ids = torch.cat([part.sample_ids for part in parts.values()])
     assert sorted(ids.tolist()) == list(range(1797))
     assert {split.value: len(part) for split, part in parts.items()} == {"train": 1134, "validation": 150, "test": 513}
@@ -171,9 +172,12 @@ def test_limit_takes_the_first_samples() -> None:
     assert len(load("digits", limit=513)) == 513
 
 
-@pytest.mark.parametrize("limit", [0, -1, 514])
-def test_limit_beyond_the_data_is_refused(limit: int) -> None:
-    with pytest.raises(UsageError, match=f"limit: expected 1 to 513, the size of digits's test split, got {limit}"):
+@pytest.mark.parametrize(
+    ("limit", "fix"), [(0, "take one image at least"), (-1, "take one image at least"), (514, "lower it")]
+)
+def test_limit_beyond_the_data_is_refused(limit: int, fix: str) -> None:
+    expected = f"limit: expected 1 to 513, the size of digits's test split, got {limit}; {fix}$"
+    with pytest.raises(UsageError, match=expected):
         load("digits", limit=limit)
 
 
@@ -271,12 +275,28 @@ def test_npz_is_read_and_cut_into_three(tmp_path: Path) -> None:
     images = random_images(30, 3, 5, 4)
     name = write_npz(tmp_path / "own.npz", images=images, labels=labels_of(30).astype(np.int32))
     seen = []
-    for split in SplitName:
+    for split in THREE:
         part = load(name, split)
         np.testing.assert_allclose(part.x.numpy(), images[part.sample_ids.numpy()] / 255, atol=1e-6)
         np.testing.assert_array_equal(part.y.numpy(), labels_of(30)[part.sample_ids.numpy()])
         seen.extend(part.sample_ids.tolist())
     assert sorted(seen) == list(range(30))
+
+
+def test_npz_is_taken_whole(tmp_path: Path) -> None:
+    images = random_images(30, 1, 2, 2)
+    name = write_npz(tmp_path / "own.npz", images=images, labels=labels_of(30))
+    whole, part = load(name, SplitName.ALL), load(name, SplitName.ALL, 9)
+    ids = whole.sample_ids.numpy()
+    assert sorted(ids) == list(range(30)) and list(ids) != sorted(ids)  # the first of them are a random sample
+    np.testing.assert_array_equal(np.rint(whole.x.numpy() * 255), images[ids])
+    assert torch.equal(part.sample_ids, whole.sample_ids[:9]) and part.digest != whole.digest
+    assert [split_sizes(name, split) for split in SplitName] == [(19, 30), (2, 30), (9, 30), (30, 30)]
+
+
+def test_all_of_a_source_with_a_training_set_is_refused() -> None:
+    with pytest.raises(UsageError, match="dataset digits: expected train, validation or test as the split, got all"):
+        load("digits", SplitName.ALL)
 
 
 def test_npz_floats_are_taken_as_they_are(tmp_path: Path) -> None:
@@ -298,11 +318,15 @@ def spoiled(value: float) -> np.ndarray:
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"images": spoiled(1.5), "labels": ZEROS}, "expected uint8 or finite floats in"),
-        ({"images": spoiled(-0.1), "labels": ZEROS}, "expected uint8 or finite floats in"),
-        ({"images": spoiled(np.nan), "labels": ZEROS}, "expected uint8 or finite floats in"),
-        ({"images": spoiled(np.inf), "labels": ZEROS}, "expected uint8 or finite floats in"),
-        ({"images": np.full((6, 1, 2, 2), 200), "labels": ZEROS}, "expected uint8 or finite floats in"),
+        (
+            {"images": spoiled(1.5), "labels": ZEROS},
+            r"\[0, 1\], got values from 0.5 to 1.5; scale the images to \[0, 1",
+        ),
+        ({"images": spoiled(-0.1), "labels": ZEROS}, "got values from -0.1 to 0.5; undo a normalisation"),
+        ({"images": spoiled(np.nan), "labels": ZEROS}, "got NaN or infinite values in 1 of 6 images; repair or remove"),
+        ({"images": spoiled(-np.inf), "labels": ZEROS}, "got NaN or infinite values in 1 of 6 images; repair or"),
+        ({"images": np.full((6, 1, 2, 2), 200), "labels": ZEROS}, "got values from 200 to 200; divide by 255"),
+        ({"images": GOOD + 700, "labels": ZEROS}, "got values from 700.5 to 700.5; scale the images"),
         ({"images": GOOD[:, 0], "labels": ZEROS}, r"expected images \(n, channels, height, width\)"),
         ({"images": GOOD, "labels": ZEROS[:5]}, r"n integer labels, got images \(6, 1, 2, 2\), labels int64 \(5,\)"),
         ({"images": GOOD, "labels": ZEROS.astype(float)}, "n integer labels"),
@@ -312,7 +336,7 @@ def spoiled(value: float) -> np.ndarray:
         ({"images": GOOD, "labels": ZEROS - 1}, "expected labels >= 0, got -1"),
         ({"images": GOOD}, "expected a .npz file with plain arrays 'images' and 'labels'"),
         ({"labels": ZEROS}, "expected a .npz file with plain arrays 'images' and 'labels'"),
-        ({"images": np.full((6, 1, 2, 2), "a"), "labels": ZEROS}, "expected uint8 or finite floats in"),
+        ({"images": np.full((6, 1, 2, 2), "a"), "labels": ZEROS}, "got images of type <U1; write numbers"),
         ({"images": GOOD.astype(complex), "labels": ZEROS}, "expected uint8 or finite floats in"),
     ],
 )
