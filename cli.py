@@ -28,7 +28,7 @@ from attacks import build_attack
 from robustbench_deq.attack import ATTACKS, Attack
 from robustbench_deq.bench.baseline import read_baseline, read_run, to_entries, update_baseline
 from robustbench_deq.bench.doctor import Verdict, examine
-from robustbench_deq.bench.evaluate import Evaluation, evaluate
+from robustbench_deq.bench.evaluate import Evaluation, check_data, evaluate
 from robustbench_deq.bench.executors import Executor, Processes, Ray, Serial
 from robustbench_deq.bench.failures import read_failures
 from robustbench_deq.bench.gate import Check, compare, to_junit
@@ -38,7 +38,7 @@ from robustbench_deq.bench.records import RECORDS_FILE, Record, RecordStore, loa
 from robustbench_deq.bench.runner import check_folder, claim_folder, missing_shards, run_suite
 from robustbench_deq.bench.suite import Run, Shard, SuiteConfig, cut, plan
 from robustbench_deq.configs import merge, parse_assignments, parse_fraction, read_yaml, validate
-from robustbench_deq.data import DATASETS, SplitName, load
+from robustbench_deq.data import DATASETS, SplitName, is_own_file, load, split_sizes
 from robustbench_deq.display import bar, suite_display
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import RunError, UsageError
@@ -74,7 +74,7 @@ class Commands(click.Group):
         except (UsageError, click.UsageError) as error:
             _fail(2, str(error) if isinstance(error, UsageError) else error.format_message())
         except (KeyboardInterrupt, click.Abort):
-            _fail(1, "interrupted; finished results and checkpoints are kept")
+            _fail(1, "interrupted")
         except RunError as error:
             _fail(1, str(error))
         except click.ClickException as error:
@@ -177,8 +177,12 @@ def _list_models(pattern: str, family: str | None, data: str | None, threat: str
     """What the cards say; the table leaves out what is long."""
     found = list_models(pattern, family=family, data=data, threat=threat)
     if not found:
+        if ".py:" in pattern or Path(pattern).is_dir():
+            raise UsageError.of(
+                "models", expected="registered names", got=f"the model {pattern}", fix="add --check DATA to examine it"
+            )
         if not MODELS.list(pattern):
-            MODELS.get(pattern)
+            describe_model(pattern)
         asked = {"--family": family, "--data": data, "--threat": threat}
         raise UsageError.of(
             "models",
@@ -332,8 +336,16 @@ def _attack_of(spec: AttackSpec | None) -> Attack | None:
 @click.option("--norm", default=None, help="l2 or linf.  [default: the model card's, else l2]")
 @click.option("--epsilon", default=None, help="Radius in pixel units of [0, 1], such as 1.0 or 8/255.")
 @click.option("--data", default=None, help="A name from 'datasets' or npz:FILE.  [default: the model card's]")
-@click.option("--split", default="test", type=click.Choice([name.value for name in SplitName]), show_default=True)
-@click.option("--limit", type=int, default=None, help=f"Images.  [default: at most {DEFAULT_LIMIT}]")
+@click.option(
+    "--split",
+    default="test",
+    type=click.Choice([name.value for name in SplitName]),
+    show_default=True,
+    help="all: every image of npz:FILE.",
+)
+@click.option(
+    "--limit", type=int, default=None, help=f"Images.  [default: at most {DEFAULT_LIMIT}; all of --split all]"
+)
 @click.option("--steps", type=int, default=None, help="The same as --set steps=K.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
@@ -372,14 +384,16 @@ def attack(
     known = card.evaluation if card else {}
     if epsilon is None and "epsilon" not in known:
         raise UsageError.of("--epsilon", expected="a radius", got="none", fix="this model's card names none: pass one")
-    radius = parse_fraction(epsilon) if epsilon is not None else float(known["epsilon"])
+    radius = parse_fraction(epsilon, "--epsilon") if epsilon is not None else float(known["epsilon"])
     threat = Threat(Norm.parse(norm or known.get("norm", "l2")), radius)
     chosen = build_attack(attack_name, threat, settings)
     name = data or (card.data if card and card.data else "digits")
     samples = load(name, SplitName(split), limit)
-    if limit is None and len(samples) > DEFAULT_LIMIT:
+    if limit is None and len(samples) > DEFAULT_LIMIT and samples.split is not SplitName.ALL:
         samples = load(name, SplitName(split), DEFAULT_LIMIT)
+    check_data(loaded, samples)
     target = _choose_device(device)
+    _tell_split(name, split, "--split all takes all")
     with output_folder(out) as folder, bar(f"{attack_name} on {model}", len(samples), "robust {:.1%}") as advance:
         result = evaluate(
             loaded,
@@ -405,6 +419,17 @@ def attack(
         _echo_result(result, out)
 
 
+def _tell_split(data: str, split: str, whole: str) -> None:
+    """Say that a split leaves out a part of one's own file, which may be a test set as it is.
+
+    Args:
+        whole: what takes all of it, with a place for how many.
+    """
+    if is_own_file(data) and split != SplitName.ALL.value:
+        size, num_samples = split_sizes(data, SplitName(split))
+        click.echo(f"{data}: {split} split: {size} of {num_samples} images; {whole.format(num_samples)}", err=True)
+
+
 def _load(model: str) -> tuple[EquilibriumModel, Any, str | None]:
     """The model, its card and its digest; the last two are None for a file's model."""
     loaded = load_model(model)
@@ -425,10 +450,8 @@ def _echo_result(result: Evaluation, out: Path | None) -> None:
     click.echo(f"robust accuracy   {record.robust_accuracy:.1%}  [{low:.1%}, {high:.1%}]")
     click.echo(f"unconverged       {record.num_unconverged}   failed {record.num_failed}")
     cost = record.cost
-    click.echo(
-        f"cost per image    {cost.cell_evals:.1f} cell evaluations, {cost.cell_vjps:.1f} VJPs; "
-        f"{cost.wall_seconds:.2f} s in all"
-    )
+    click.echo(f"cost per image    {cost.cell_evals:.1f} cell evaluations, {cost.cell_vjps:.1f} VJPs")
+    click.echo(f"seconds in all    {cost.wall_seconds:.2f} attack, {cost.judge_seconds or 0.0:.2f} judge")
     fallbacks = {key: int(value) for key, value in record.diagnostics.items() if key.startswith("num_") and value}
     if fallbacks:
         click.echo("fallbacks         " + ", ".join(f"{key.removeprefix('num_')} {n}" for key, n in fallbacks.items()))
@@ -464,10 +487,11 @@ def train(
         plot_history=plot_history,
     )
     place = contextlib.nullcontext(resume) if resume else output_folder(out or Path("results/runs") / parsed.name)
-    with place as folder, bar(parsed.name, session.num_batches, "loss {:.4f}") as advance:
+    with place as folder:
         session.prepare(folder, is_resumed=resume is not None)
         try:
-            described = session.run(lambda done, loss: advance(done, loss))
+            with bar(parsed.name, session.num_batches, "loss {:.4f}") as advance:
+                described = session.run(lambda done, loss: advance(done, loss))
         except KeyboardInterrupt:
             done = len(session.trainer.history)
             raise RunError(f"interrupted after epoch {done}; continue with --resume {folder}") from None
@@ -507,6 +531,8 @@ def bench(
     """
     parsed = validate(SuiteConfig, merge(read_yaml(suite), parse_assignments(assignments)), str(suite))
     runs = [(run, cut(run, parsed.batches_per_shard)) for run in plan(parsed)]
+    for data in dict.fromkeys(run.data for run, _ in runs):
+        _tell_split(data, parsed.split, "split: all with limit: {} takes all")
     target = out or Path("results/runs") / parsed.name
     _check_executor(kind, address, workers)
     if device is not None:  # of another machine, perhaps; without a name every worker looks for itself
@@ -522,7 +548,10 @@ def bench(
         claim_folder(folder, parsed)
         progress, start = SuiteProgress(runs, folder), time.monotonic()
         with suite_display(parsed.name, progress) as watch:
-            outcome = run_suite(runs, folder, build_attack, executor, device, watch)
+            try:
+                outcome = run_suite(runs, folder, build_attack, executor, device, watch)
+            except KeyboardInterrupt:
+                raise RunError("interrupted; finished shards are kept, go on with --resume") from None
         seconds = time.monotonic() - start
     records = load_records(target) if (target / RECORDS_FILE).exists() else []
     click.echo(f"{len(records)} of {len(runs)} records in {target}; 'robustbench-deq report {target}' shows them")

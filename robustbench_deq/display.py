@@ -47,7 +47,8 @@ def bar(title: str, total: int, note: str) -> Iterator[Callable[[int, float], An
 
 
 def _line_by_line(console: Console, title: str, total: int, note: str) -> Callable[[int, float], None]:
-    """A line every `SECONDS_A_LINE` seconds, with the time left."""
+    """A line at the start, then one every `SECONDS_A_LINE` seconds, with the time left."""
+    _say(console, f"{title}  0/{total}")
     start = last = time.monotonic()
     first: int | None = None
 

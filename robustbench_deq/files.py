@@ -110,7 +110,10 @@ def output_folder(path: Path | None) -> Iterator[Path | None]:
         path.mkdir(parents=True, exist_ok=True)
         if any(path.iterdir()):
             raise UsageError.of(
-                f"output folder {path}", expected="an empty or new folder", got="one with files", fix="name another"
+                f"output folder {path}",
+                expected="an empty or new folder",
+                got="one with files",
+                fix="remove it, or name another with --out",
             )
         with tempfile.TemporaryFile(dir=path):
             pass

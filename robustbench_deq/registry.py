@@ -13,6 +13,8 @@ from typing import Generic, TypeVar
 from robustbench_deq.errors import UsageError
 
 T = TypeVar("T")
+MAX_LISTED = 12
+"""Names in a message; of a larger registry those that resemble what was asked for, or none."""
 
 
 class Registry(Generic[T]):
@@ -37,11 +39,15 @@ class Registry(Generic[T]):
 
         return add
 
+    def closest(self, name: str) -> list[str]:
+        """At most three registered names that resemble `name`, the nearest first."""
+        return difflib.get_close_matches(name, self._entries, n=3, cutoff=0.4)
+
     def get(self, name: str) -> T:
         """The value stored under `name`. Raises `UsageError` that lists the closest names."""
         if name in self._entries:
             return self._entries[name]
-        close = difflib.get_close_matches(name, self._entries, n=3, cutoff=0.4) or list(self._entries)
+        close = self.closest(name) or (list(self._entries) if len(self) <= MAX_LISTED else [])
         raise UsageError.of(
             f"unknown {self.kind}",
             expected=f"one of {', '.join(close)}" if close else f"a registered {self.kind}",

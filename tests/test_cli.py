@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from attacks import ATTACKS, JointPGD
 from robustbench_deq import display
 from robustbench_deq.bench.records import load_records
 from robustbench_deq.configs import read_yaml, validate
-from robustbench_deq.data import DATASETS, sources, splits
+from robustbench_deq.data import DATASETS, SplitName, load, sources, splits
 from robustbench_deq.errors import RunError
 from robustbench_deq.models import FAMILIES, MODELS, describe_model, list_models, load_folder, save_model
 from robustbench_deq.report.commands import command_of
@@ -74,10 +75,11 @@ def refused(*args: object, code: int = 2) -> str:
     result = invoke(*args)
     assert result.exit_code == code, result.output
     assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("Error: ")
-    return lines[0]
+    *before, last = result.stderr.splitlines()
+    assert before == ([] if code == 2 else before[:1]), result.stderr  # what has begun has said so
+    assert all(re.search("  0/[0-9]+$", line) for line in before), result.stderr
+    assert last.startswith("Error: ")
+    return last
 
 
 @pytest.fixture(autouse=True)
@@ -161,10 +163,14 @@ def test_models_shows_what_the_cards_say() -> None:
         (("deq-fc*", "--data", "mnist", "--threat", "linf"), "fits --data mnist, --threat linf, got none"),
         (("test-liner*", "--threat", "none"), "test-linear.tiny"),
         (("--threat", "l7"), "l7"),
+        (("mine.py:build",), "got the model mine.py:build; add --check DATA"),
+        (("mine.py",), "write mine.py:FUNCTION"),
+        (("zzz*",), "list the names with 'robustbench-deq models'"),
     ],
 )
 def test_models_that_are_none_are_one_line(args: tuple[str, ...], said: str) -> None:
-    assert said in refused("models", *args)
+    line = refused("models", *args)
+    assert said in line and len(line) < 300
 
 
 def test_attacks_lists_every_setting_with_its_default() -> None:
@@ -233,7 +239,7 @@ def test_check_of_an_unsound_model_is_exit_code_1(unsound: str) -> None:
 
 
 def test_check_takes_a_folder_and_images_of_ones_own(tmp_path: Path) -> None:
-    save_model(cli.load_model("test-linear.tiny"), tmp_path / "saved", "mine")
+    save_model(cli.load_model("test-linear.tiny"), str(tmp_path / "saved"), "mine")
     data = write_npz(tmp_path / "mine.npz", (240, 1, 8, 8))
     found = json.loads(succeeds("models", tmp_path / "saved", "--check", data, "--json"))
     assert found["findings"][0]["found"] == "state (20, 12), logits (20, 10)"  # a twelfth of 240
@@ -286,7 +292,7 @@ def test_json_is_one_object_with_all_fields(name: str) -> None:
     )
     result = invoke(*args, "--json")
     assert result.exit_code == 0, result.output
-    assert result.stderr == ""
+    assert result.stderr == f"{name} on test-linear.tiny  0/8\n"
     assert len(result.stdout.splitlines()) == 1
     found = json.loads(result.stdout)
     assert (found["schema_version"], found["model"], found["attack"]) == (1, "test-linear.tiny", name)
@@ -355,6 +361,7 @@ def test_text_says_the_same_as_the_record(tmp_path: Path) -> None:
     out = tmp_path / "run"
     text = succeeds(*QUICK, "--out", out)
     record = load_records(out)[0]
+    assert f"{record.cost.wall_seconds:.2f} attack, {record.cost.judge_seconds:.2f} judge" in text
     assert f"{record.clean_accuracy:.1%}" in text and f"{record.robust_accuracy:.1%}" in text
     assert "test-linear.tiny" in text and "l2 0.5" in text and "8 images" in text
 
@@ -394,6 +401,11 @@ def test_own_images_own_model_file_and_saved_folder(tmp_path: Path) -> None:
     [
         (("attack", "test-linear.tini", "--epsilon", "1"), "test-linear.tiny"),
         (("attack", "nowhere.py:build", "--epsilon", "1"), "no such file"),
+        (("attack", "mine.py", "--epsilon", "1"), "expected file.py:function, got no function; write mine.py:FUNCTION"),
+        (
+            ("attack", "runs/none", "--epsilon", "1"),
+            "a folder with a saved model, or file.py:function, got 'runs/none'",
+        ),
         ((*QUICK, "--attack", "joint-pgt"), "joint-pgd"),
         ((*QUICK, "--data", "digitz"), "digits"),
         ((*QUICK, "--norm", "l3"), "expected l2 or linf, got 'l3'"),
@@ -405,7 +417,7 @@ def test_own_images_own_model_file_and_saved_folder(tmp_path: Path) -> None:
         ((*QUICK, "--epsilon", "-0.1"), "epsilon: expected a finite number >= 0"),
         ((*QUICK, "--epsilon", "inf"), "epsilon: expected a finite number"),
         ((*QUICK, "--epsilon", "nan"), "epsilon: expected a finite number"),
-        ((*QUICK, "--epsilon", "wide"), "expected a number or a fraction, got 'wide'"),
+        ((*QUICK, "--epsilon", "wide"), "--epsilon: expected a number or a fraction, got 'wide'"),
         ((*QUICK, "--epsilon", "8/0"), "expected a number or a fraction"),
         ((*QUICK, "--epsilon", ""), "expected a number or a fraction"),
         (("attack", "test-linear.tiny"), "--epsilon: expected a radius, got none"),
@@ -469,6 +481,22 @@ def test_labels_beyond_the_model_are_one_line(tmp_path: Path) -> None:
     np.savez(tmp_path / "mine.npz", images=np.zeros((12, 1, 8, 8), np.uint8), labels=np.full(12, 10))
     args = ("attack", "test-linear.tiny", "--epsilon", "1", "--data", f"npz:{tmp_path / 'mine.npz'}")
     assert "labels: expected classes 0 to 9, got 10 to 10" in refused(*args)
+    labels = np.zeros(12, int)
+    labels[load(f"npz:{tmp_path / 'mine.npz'}", SplitName.TRAIN).sample_ids[0]] = 10
+    np.savez(tmp_path / "more.npz", images=np.zeros((12, 1, 8, 8), np.uint8), labels=labels)
+    said = refused(*args[:-1], f"npz:{tmp_path / 'more.npz'}")
+    assert "more.npz: expected classes 0 to 9, got 10 beyond the chosen samples" in said
+
+
+def test_own_images_are_taken_whole_and_a_part_of_them_is_named(tmp_path: Path) -> None:
+    data = write_npz(tmp_path / "mine.npz")
+    args = ("attack", "test-linear.tiny", "--epsilon", "0.5", "--steps", "2", "--json", "--data", data)
+    part, whole = invoke(*args), invoke(*args, "--split", "all")
+    assert part.stderr.splitlines()[0] == f"{data}: test split: 3 of 12 images; --split all takes all"
+    assert len(whole.stderr.splitlines()) == 1
+    found = json.loads(whole.stdout)["data"]
+    assert (found["split"], found["num_samples"]) == ("all", 12)
+    assert "expected train, validation or test" in refused(*QUICK, "--split", "all")
 
 
 def test_a_flipped_byte_in_the_weights_is_one_line(tmp_path: Path) -> None:
@@ -565,7 +593,7 @@ def interrupted(*args: object) -> None:
     result = invoke(*args)
     assert result.exit_code == 1, result.output
     assert result.stdout == ""
-    lines = [line for line in result.stderr.splitlines() if line]
+    lines = [line for line in result.stderr.splitlines() if line and not re.search("  0/[0-9]+$", line)]
     assert len(lines) == 1 and lines[0].startswith("Error: interrupted"), result.stderr
 
 
@@ -745,6 +773,7 @@ def test_report_makes_a_page_of_all_records(tmp_path: Path) -> None:
     failed = {"reason": "no memory", "shard": {"run": {"model": "m", "label": "cold PGD"}}}
     (tmp_path / "one" / "shards" / "key.failed.json").write_text(json.dumps(failed))
     succeeds("report", tmp_path / "one")
+    assert "got one with files; remove it, or name another with --out" in refused("report", tmp_path / "one")
     assert "m, cold PGD (1)" in (tmp_path / "one" / "report" / "index.html").read_text()
     board = (tmp_path / "page" / "leaderboard.html").read_text()
     assert "withstood all 2 attacks, each judged sample by sample" in board
@@ -830,7 +859,7 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 1 and stdout == ""
-    assert stderr.split("\n") == ["", "Error: interrupted; finished results and checkpoints are kept", ""]
+    assert stderr.split("\n") == ["joint-pgd on test-linear.tiny  0/8", "", "Error: interrupted", ""]
     assert not out.exists()
 
 
@@ -889,6 +918,7 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch: pytest.
     monkeypatch.setattr(display, "SECONDS_A_LINE", 0)
     result = invoke(*QUICK, "--batch-size", "2", "--json")
     lines = result.stderr.splitlines()
-    assert [line.split()[-5] for line in lines] == ["4/8", "6/8", "8/8"], lines
-    assert all("robust" in line and "left 0:00:0" in line for line in lines)
+    assert lines[0] == "joint-pgd on test-linear.tiny  0/8"
+    assert [line.split()[-5] for line in lines[1:]] == ["4/8", "6/8", "8/8"], lines
+    assert all("robust" in line and "left 0:00:0" in line for line in lines[1:])
     assert json.loads(result.stdout)["model"] == "test-linear.tiny"

@@ -113,7 +113,7 @@ class SuiteConfig(Config):
     data: str | Annotated[list[str], Field(min_length=1)] | None = Field(
         None, description="a dataset or npz:FILE, or several; null: that of each model's card"
     )
-    split: Literal["train", "validation", "test"] = "test"
+    split: Literal["train", "validation", "test", "all"] = Field("test", description="all: every sample of npz:FILE")
     limit: int = Field(256, ge=1, description="samples of a run; at most those of the split")
     budgets: list[Budget] | None = Field(None, min_length=1, description="null: what the attacks' settings say")
     solvers: list[Annotated[str, named_in(SOLVERS)]] | None = Field(
@@ -274,7 +274,7 @@ def _expand(pattern: str) -> list[str]:
         return [pattern]
     names = MODELS.list(pattern)
     if not names:
-        MODELS.get(pattern)
+        describe_model(pattern)  # says what else it may be
     return names
 
 

@@ -28,7 +28,7 @@ from robustbench_deq.errors import UsageError
 from robustbench_deq.files import replacing, sha256_of, write_json
 from robustbench_deq.models.base import FAMILIES, Family, FamilyModel
 from robustbench_deq.models.user_file import model_from_file
-from robustbench_deq.models.zoo import MODELS
+from robustbench_deq.models.zoo import MODELS, ModelEntry
 from robustbench_deq.threats import Norm
 
 DESCRIPTION_NAME = "model.json"
@@ -82,7 +82,7 @@ class ModelDescription(Config):
     card: Card = Card()
 
 
-def save_model(model: EquilibriumModel, folder: Path, name: str, card: Card | None = None) -> ModelDescription:
+def save_model(model: EquilibriumModel, folder: str | Path, name: str, card: Card | None = None) -> ModelDescription:
     """Write `model` of a registered family to `folder`. A save that is interrupted leaves the old model or the new one.
 
     What is written is the config and the weights. Whatever else was changed on the object is not: another `model.solve`
@@ -108,6 +108,7 @@ def save_model(model: EquilibriumModel, folder: Path, name: str, card: Card | No
         )
     if any(value.is_floating_point() and value.dtype != torch.float32 for value in model.state_dict().values()):
         raise UsageError.of("saving a model", expected="one in float32", got="another", fix="call model.float() before")
+    folder = Path(folder)
     weights, waiting = folder / WEIGHTS_NAME, folder / NEXT_WEIGHTS_NAME
     if waiting.exists():  # an earlier save was interrupted; if its weights are the model's, take its last step
         with contextlib.suppress(UsageError):
@@ -232,10 +233,28 @@ def load_model(model_name: str, dataset: str | None = None, threat_model: str | 
             return model_from_file(model_name)
         if Path(model_name).is_dir():
             return load_folder(Path(model_name))
-    entry = MODELS.get(model_name)
+    entry = _registered(model_name)
     if entry.folder is not None:
         return load_folder(entry.folder)
     return _build(FAMILIES.get(entry.family), entry.config, model_name).eval()
+
+
+def _registered(name: str) -> ModelEntry:
+    """The entry of a name. Raises `UsageError` that says what else a model may be."""
+    if name in MODELS:
+        return MODELS.get(name)
+    if name.endswith(".py"):
+        raise UsageError.of(
+            f"model {name}", expected="file.py:function", got="no function", fix=f"write {name}:FUNCTION"
+        )
+    close = ", ".join(MODELS.closest(name))
+    raise UsageError.of(
+        "unknown model",
+        expected=f"a registered name{f' such as {close}' if close else ''}, a folder with a saved model, "
+        "or file.py:function",
+        got=f"{name!r}, which is none of them",
+        fix="list the names with 'robustbench-deq models', or check the path",
+    )
 
 
 def _name_within(model_name: str, dataset: str | None, threat_model: str | None) -> str:
@@ -288,7 +307,7 @@ def list_models(
 def describe_model(source: str) -> ModelDescription:
     """Name, family, config and card of a registry name or a folder, without loading the weights."""
     if source in MODELS or not Path(source).is_dir():
-        entry = MODELS.get(source)
+        entry = _registered(source)
         if entry.folder is not None:
             return describe(entry.folder)
         model = load_model(source)

@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner, Result
 
 import cli
@@ -16,8 +18,10 @@ from benchmarks.kills import contents
 from robustbench_deq.bench.executors import Ray
 from robustbench_deq.bench.records import load_records
 from robustbench_deq.bench.shards import ShardStore
+from robustbench_deq.bench.suite import SuiteConfig
 from tests.bench.small_suite import runs_of, suite
 
+ROOT = Path(__file__).parents[2]
 CUDA_IS_MISSING = ("RuntimeError: Found no NVIDIA driver", "AssertionError: Torch not compiled with CUDA")
 FAILING_MODEL = """
 from robustbench_deq.models import load_model
@@ -50,6 +54,45 @@ def test_suite_leaves_its_records(path: Path, undisturbed: Path, tmp_path: Path)
         == f"4 of 4 records in {tmp_path / 'new'}; 'robustbench-deq report {tmp_path / 'new'}' shows them\n"
     )
     assert contents(tmp_path / "new") == contents(undisturbed)
+
+
+def readme_suite() -> dict[str, Any]:
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    return yaml.safe_load(next(block for block in blocks if block.startswith("name: gate")))
+
+
+def test_suite_of_the_readme_runs_on_a_model_of_ones_own(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    path = tmp_path / "gate.yaml"
+    path.write_text(json.dumps(readme_suite()))
+    result = bench(path, "--set", "limit=8", "--set", "attacks=[{name: noise}]", "--out", tmp_path / "new")
+    assert result.exit_code == 0 and result.stdout.startswith("2 of 2 records")
+    assert bench(path, "--dry-run").exit_code == 0
+
+
+def test_readme_names_every_key_of_a_suite() -> None:
+    text = (ROOT / "README.md").read_text()
+    keys = text[text.index("- **Keys**") : text.index("- **Budgets**")]
+    assert [key for key in SuiteConfig.model_fields if f"`{key}`" not in keys] == []
+
+
+def test_part_of_a_file_of_ones_own_is_named(tmp_path: Path) -> None:
+    data = f"npz:{tmp_path / 'mine.npz'}"
+    np.savez(tmp_path / "mine.npz", images=np.zeros((12, 1, 8, 8), np.uint8), labels=np.arange(12) % 3)
+    path = write(tmp_path / "small.yaml", data=data)
+    said = f"{data}: test split: 3 of 12 images; split: all with limit: 12 takes all\n"
+    assert bench(path, "--dry-run").stderr == said
+    assert bench(path, "--dry-run", "--set", "split=all").stderr == ""
+
+
+def test_interrupted_suite_says_how_to_go_on(path: Path, tmp_path: Path, monkeypatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run_suite", interrupt)
+    result = bench(path, "--out", tmp_path / "new")
+    assert result.exit_code == 1
+    assert result.stderr == "Error: interrupted; finished shards are kept, go on with --resume\n"
 
 
 def test_failed_shards_are_named_the_rest_is_done_and_the_exit_code_is_one(tmp_path: Path) -> None:
