@@ -2,16 +2,18 @@
 
 Every check gives a finding: what came out, whether that is well, and how to fix it if not. Whatever a model's own code
 raises becomes a finding too. The first four look at the parts at a state near the initial one, the others at the
-equilibria that the judge finds.
+equilibria that the judge finds. A check that rests on one whose finding is bad is left out, and a note says so: one
+cause is told once.
 
     parts          inject, initial_state, cell and head give finite tensors of the right shapes
     deterministic  a second call gives the same, whatever came in between
     modes          train mode changes no part
     batch          no part lets the rows of a batch interact
     equilibrium    the judge finds one for every image
-    forward        forward has the equilibrium's logits, and in eval mode its gradient by the image
     gradient       the implicit gradient through inject, cell and head is that of central finite differences, on the
                    images whose adjoint and shifted equilibria are found to the judge's tolerance
+    forward        forward has the equilibrium's logits, and in eval mode its gradient by the image; most predictions
+                   are the same, and the logits no further off than their own size
     accuracy       better than naming the commonest class, and not better still for pixels of another range
     contraction    spectral radius of J_z, and steps of the plain iteration
     solver         the one of the fewest cell evaluations; where none is quick, those that the judge needed
@@ -22,7 +24,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import enum
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,6 +53,13 @@ RANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "from -1 to 1": lambda x: 2 * x - 1,
     "from 0 to 255": lambda x: 255 * x,
     "of mean 0 and deviation 1": lambda x: (x - x.mean((0, 2, 3), True)) / x.std((0, 2, 3), keepdim=True),
+}
+
+
+HOW_SOLVES_END = {
+    Status.MAX_STEPS: "ran out of steps",
+    Status.DIVERGED: "diverged",
+    Status.NONFINITE: "met NaN or infinity",
 }
 
 
@@ -88,37 +98,51 @@ class Case(NamedTuple):
 def examine(model: EquilibriumModel, data: Split) -> list[Finding]:
     """The findings on `model` from the first images of `data`, in the order above; the model is left as it was.
 
-    A model whose parts do not work, or that has no equilibrium at all, gets no findings beyond that one.
+    Every check has one; what rests on one that is bad is a note that says which to mend first.
 
     Raises:
         UsageError: for images or labels that do not fit the model.
     """
+    rest = (*NEAR_THE_START, "equilibrium", *AT_EQUILIBRIA)
     missing = [name for name in ("input_shape", "num_classes") if not hasattr(model, name)]
     if missing:
-        return [Finding("parts", Verdict.BAD, f"no {' and no '.join(missing)}", "set them in the model's __init__")]
+        found = Finding("parts", Verdict.BAD, f"no {' and no '.join(missing)}", "set them in the model's __init__")
+        return [found, *(_left_out(check, "parts") for check in rest)]
     x, y = data.x[:NUM_IMAGES], data.y[:NUM_IMAGES]
     model.check_images(x)
     check_labels(y, len(x), model.num_classes)
     with frozen(model), torch.random.fork_rng(devices=[]), torch.no_grad():
         findings = [Finding("parts", *_parts(model, x))]
         if findings[0].verdict is Verdict.BAD:
-            return findings
+            return [*findings, *(_left_out(check, "parts") for check in rest)]
         u = model.inject(x)
         case = Case(model, x, y, u, model.cell(model.initial_state(u), u))
-        findings += [_finding(check, look, case) for check, look in NEAR_THE_START.items()]
-        try:
-            solution = tight_solve(model, u)
-        except Exception as error:  # whatever a foreign cell raises
-            found = f"the judge's solve raises {_reason(error)}"
-            return [*findings, Finding("equilibrium", Verdict.BAD, found, "allow any batch and torch.func.jvp in cell")]
-        findings.append(Finding("equilibrium", *_equilibrium(solution)))
-        if bool(solution.is_converged.any()):
-            settled = case._replace(z=solution.value).at(solution.is_converged)
-            findings += [_finding(check, look, settled) for check, look in AT_EQUILIBRIA.items()]
+        for check, look in NEAR_THE_START.items():
+            findings.append(_finding(check, look, case, findings))
+        settled: list[Case] = []
+        findings.append(_finding("equilibrium", functools.partial(_equilibrium, settled=settled), case, findings))
+        for check, look in AT_EQUILIBRIA.items():
+            if settled:
+                findings.append(_finding(check, look, settled[0], findings))
+            else:
+                findings.append(_left_out(check, _ground("equilibrium", findings) or "equilibrium"))
         return findings
 
 
-def _finding(check: str, look: Callable[[Case], Outcome], case: Case) -> Finding:
+def _ground(check: str, findings: Sequence[Finding]) -> str | None:
+    """The first bad one that `check` rests on."""
+    bad = {finding.check for finding in findings if finding.verdict is Verdict.BAD}
+    return next((name for name in RESTS_ON.get(check, ()) if name in bad), None)
+
+
+def _left_out(check: str, ground: str) -> Finding:
+    return Finding(check, Verdict.NOTE, "not examined", f"mend {ground} first")
+
+
+def _finding(check: str, look: Callable[[Case], Outcome], case: Case, before: Sequence[Finding]) -> Finding:
+    ground = _ground(check, before)
+    if ground is not None:
+        return _left_out(check, ground)
     try:
         return Finding(check, *look(case))
     except Exception as error:  # whatever a foreign model raises
@@ -170,6 +194,10 @@ def _outputs(case: Case) -> dict[str, Tensor]:
     }
 
 
+def _percent(gap: float) -> str:
+    return f"{gap:.1%}" if gap <= 1.0 else "more than 100%"
+
+
 def _worst(one: dict[str, Tensor], other: dict[str, Tensor]) -> tuple[str, float]:
     """The part that differs most, and by how much."""
     return max(((name, _gap(one[name], other[name])) for name in one), key=lambda pair: pair[1])
@@ -183,17 +211,20 @@ def _gap(one: Tensor, other: Tensor) -> float:
 
 
 def _deterministic(case: Case) -> Outcome:
-    parts, logits = _outputs(case), case.model(case.x)
-    case.model(1 - case.x)
+    parts, forward_gap = _outputs(case), 0.0
+    with contextlib.suppress(Exception):  # forward has a check of its own
+        logits = case.model(case.x)
+        case.model(1 - case.x)
+        forward_gap = _gap(logits, case.model(case.x))
     name, gap = _worst(parts, _outputs(case))
     if gap == 0.0:
-        name, gap = "forward", _gap(logits, case.model(case.x))
+        name, gap = "forward", forward_gap
     if gap == 0.0:
         return Outcome(Verdict.GOOD, "a second call agrees to the bit")
     if gap < 1e-4:
         return Outcome(Verdict.NOTE, f"{name} differs by {gap:.0e} in a second call", "harmless, if it is rounding")
     fix = f"draw nothing at random and keep nothing between calls in {name}"
-    return Outcome(Verdict.BAD, f"{name} differs by {gap:.1%} in a second call", fix)
+    return Outcome(Verdict.BAD, f"{name} differs by {_percent(gap)} in a second call", fix)
 
 
 def _modes(case: Case) -> Outcome:
@@ -204,7 +235,7 @@ def _modes(case: Case) -> Outcome:
     if gap < 1e-4:
         return Outcome(Verdict.GOOD, "train and eval mode agree")
     fix = "attacks use eval mode; better group norm than batch norm, and one dropout mask for a whole solve"
-    return Outcome(Verdict.NOTE, f"train mode changes {name} by {gap:.1%}", fix)
+    return Outcome(Verdict.NOTE, f"train mode changes {name} by {_percent(gap)}", fix)
 
 
 def _batch(case: Case) -> Outcome:
@@ -215,18 +246,28 @@ def _batch(case: Case) -> Outcome:
     name, gap = _worst(whole, _outputs(case.at(rows)))
     if gap < 1e-4:
         return Outcome(Verdict.GOOD, "rows do not interact")
-    return Outcome(Verdict.BAD, f"batch mates change {name} by {gap:.1%}", f"normalise within each sample in {name}")
+    return Outcome(
+        Verdict.BAD, f"batch mates change {name} by {_percent(gap)}", f"normalise within each sample in {name}"
+    )
 
 
-def _equilibrium(solution: Solution) -> Outcome:
+def _equilibrium(case: Case, settled: list[Case]) -> Outcome:
+    """Appends to `settled` the case of the images that have an equilibrium, at it, if there are any."""
+    try:
+        solution = tight_solve(case.model, case.u)
+    except Exception as error:  # whatever a foreign cell raises
+        found = f"the judge's solve raises {_reason(error)}"
+        return Outcome(Verdict.BAD, found, "allow any batch and torch.func.jvp in cell")
     num_images, num_found = len(solution.status), int(solution.is_converged.sum())
+    if num_found:
+        settled.append(case._replace(z=solution.value).at(solution.is_converged))
     if num_found == num_images:
         return Outcome(Verdict.GOOD, f"the judge finds one for all {num_images} images")
-    counts = collections.Counter(Status(int(code)).name.lower() for code in solution.status[~solution.is_converged])
-    kinds = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
+    counts = collections.Counter(Status(int(code)) for code in solution.status[~solution.is_converged])
+    ends = ", ".join(f"{HOW_SOLVES_END[status]} on {count}" for status, count in counts.items())
     return Outcome(
         Verdict.BAD,
-        f"the judge finds one for {num_found} of {num_images} images ({kinds})",
+        f"the judge finds one for {num_found} of {num_images} images (its solvers {ends})",
         "the others are never robust: make the cell contract (normalise its output, shrink or regularise its Jacobian)",
     )
 
@@ -257,24 +298,6 @@ def _gradient_of(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if not total.requires_grad:
             return torch.zeros_like(x)
         return torch.autograd.grad(total, leaf, materialize_grads=True)[0]
-
-
-def _forward(case: Case) -> Outcome:
-    logits = case.model(case.x)
-    if not bool(torch.isfinite(logits).all()):
-        return Outcome(Verdict.BAD, "forward gives NaN or infinity", "look at model.solve")
-    few = case.at(torch.arange(len(case.x))[:NUM_DIFFERENTIATED])
-    gradient = _gradient_of(lambda x: _score(case.model(x)), few.x)
-    if not bool(gradient.any()):
-        fix = "do not detach the state in eval mode: leave forward to EquilibriumModel"
-        return Outcome(Verdict.BAD, "no gradient in eval mode", fix)
-    gap = _gap(case.model.head(case.z), logits)
-    exact = _gradient_of(lambda x: _implicit_score(few, x), few.x)
-    cosine = float(F.cosine_similarity(gradient.flatten(1), exact.flatten(1)).median())
-    found = f"logits within {gap:.1%} of the equilibrium's, gradients at a cosine of {cosine:.2f}"
-    if gap < 0.05 and cosine > 0.9:
-        return Outcome(Verdict.GOOD, found)
-    return Outcome(Verdict.NOTE, found, "what calls forward sees another model: tighten model.solve and model.adjoint")
 
 
 def _gradient(case: Case) -> Outcome:
@@ -310,6 +333,30 @@ def _gradient(case: Case) -> Outcome:
 
 def _unit(v: Tensor) -> Tensor:
     return v / per_sample(torch.linalg.vector_norm(v.flatten(1), dim=1).clamp_min(1e-30), v)
+
+
+def _forward(case: Case) -> Outcome:
+    logits = case.model(case.x)
+    if not bool(torch.isfinite(logits).all()):
+        return Outcome(Verdict.BAD, "forward gives NaN or infinity", "look at model.solve")
+    few = case.at(torch.arange(len(case.x))[:NUM_DIFFERENTIATED])
+    gradient = _gradient_of(lambda x: _score(case.model(x)), few.x)
+    if not bool(gradient.any()):
+        fix = "do not detach the state in eval mode: leave forward to EquilibriumModel"
+        return Outcome(Verdict.BAD, "no gradient in eval mode", fix)
+    expected = case.model.head(case.z)
+    gap = _gap(expected, logits)
+    num_other = int((expected.argmax(1) != logits.argmax(1)).sum())
+    exact = _gradient_of(lambda x: _implicit_score(few, x), few.x)
+    cosine = float(F.cosine_similarity(gradient.flatten(1), exact.flatten(1)).median())
+    found = f"logits {_percent(gap)} off the equilibrium's, gradients at a cosine of {cosine:.2f}"
+    if gap < 0.05 and cosine > 0.9:
+        return Outcome(Verdict.GOOD, found)
+    if gap > 1.0 or num_other > len(case.x) / 2:
+        found = f"another model: {num_other} of {len(case.x)} predictions are not the equilibrium's; {found}"
+        fix = "leave forward to EquilibriumModel; give model.solve another solver or more steps, or make cell contract"
+        return Outcome(Verdict.BAD, found, fix)
+    return Outcome(Verdict.NOTE, found, "what calls forward sees another model: tighten model.solve and model.adjoint")
 
 
 def _accuracy(case: Case) -> Outcome:
@@ -400,9 +447,17 @@ def _rungs_needed(case: Case) -> str:
 
 NEAR_THE_START = {"deterministic": _deterministic, "modes": _modes, "batch": _batch}
 AT_EQUILIBRIA = {
-    "forward": _forward,
     "gradient": _gradient,
+    "forward": _forward,
     "accuracy": _accuracy,
     "contraction": _contraction,
     "solver": _solver,
 }
+RESTS_ON = {
+    "modes": ("deterministic",),
+    "batch": ("deterministic",),
+    "equilibrium": ("deterministic", "batch"),
+    "forward": ("gradient",),
+    "accuracy": ("forward",),
+}
+"""Checks to those that they rest on; all rest on parts, and those at equilibria on there being one."""

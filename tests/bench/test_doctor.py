@@ -77,6 +77,17 @@ def bad_in(model: EquilibriumModel) -> list[str]:
     return [check for check, finding in findings.items() if finding.verdict is BAD]
 
 
+def assert_all_but_these_left_out(findings: list[Finding], verdicts: dict[str, Verdict]) -> None:
+    """Every check is listed, those in `verdicts` with these, the others with what to mend first: the only bad one."""
+    (cause,) = [finding.check for finding in findings if finding.verdict is BAD]
+    assert [finding.check for finding in findings] == CHECKS
+    for finding in findings:
+        if finding.check in verdicts:
+            assert finding.verdict is verdicts[finding.check] and finding.found != "not examined"
+        else:
+            assert finding[1:] == (NOTE, "not examined", f"mend {cause} first")
+
+
 # ---------------------------------------------------------------- sound models
 
 
@@ -146,7 +157,7 @@ def fails(*_: object) -> Tensor:
 def test_a_part_that_does_not_work_is_named(name: str, spoil: Callable, said: str) -> None:
     whole = getattr(Sound, name)
     findings = examine(having(**{name: lambda self, *parts: spoil(whole(self, *parts))}), SAMPLES)
-    assert [(finding.check, finding.verdict) for finding in findings] == [("parts", BAD)]
+    assert_all_but_these_left_out(findings, {"parts": BAD})
     assert f"{name} {said}" in findings[0].found and "second line" not in findings[0].found
     assert findings[0].fix
 
@@ -159,16 +170,18 @@ def test_a_part_that_does_not_work_is_named(name: str, spoil: Callable, said: st
     ],
 )
 def test_a_part_of_the_wrong_width_is_named(methods: dict, said: str) -> None:
-    (finding,) = examine(having(**methods), SAMPLES)
-    assert (finding.check, finding.verdict, finding.found) == ("parts", BAD, said)
+    findings = examine(having(**methods), SAMPLES)
+    assert_all_but_these_left_out(findings, {"parts": BAD})
+    assert findings[0].found == said
 
 
 def test_a_model_without_its_shape_is_told_so() -> None:
     class Shapeless(EquilibriumModel):
         inject, cell, head, initial_state = Sound.inject, Sound.cell, Sound.head, Sound.initial_state
 
-    (finding,) = examine(Shapeless(), SAMPLES)
-    assert (finding.verdict, finding.found) == (BAD, "no input_shape and no num_classes")
+    findings = examine(Shapeless(), SAMPLES)
+    assert_all_but_these_left_out(findings, {"parts": BAD})
+    assert findings[0].found == "no input_shape and no num_classes"
 
 
 # ---------------------------------------------------------------- near the start
@@ -179,10 +192,10 @@ def remembers(self: Sound, x: Tensor) -> Tensor:
     return Sound.inject(self, x) + self.size * self.calls
 
 
-def test_dropout_that_eval_mode_does_not_stop_is_caught() -> None:
-    findings = found_in(having(inject=lambda self, x: F.dropout(Sound.inject(self, x), 0.3)))
-    assert findings["deterministic"].verdict is BAD
-    assert "inject" in findings["deterministic"].fix
+def test_dropout_that_eval_mode_does_not_stop_is_caught_and_the_only_cause() -> None:
+    findings = examine(having(inject=lambda self, x: F.dropout(Sound.inject(self, x), 0.3)), SAMPLES)
+    assert_all_but_these_left_out(findings, {"parts": GOOD, "deterministic": BAD})
+    assert "inject" in findings[1].fix
 
 
 @pytest.mark.parametrize(("size", "verdict"), [(0.1, BAD), (1e-6, NOTE), (0.0, GOOD)])
@@ -232,12 +245,15 @@ def batch_norm(self: Sound, z: Tensor) -> Tensor:
     ],
 )
 def test_rows_that_interact_are_caught_and_the_part_is_named(name: str, spoiled: Callable) -> None:
-    finding = found_in(having(**{name: spoiled}))["batch"]
-    assert finding.verdict is BAD and f"batch mates change {name} by" in finding.found and name in finding.fix
+    findings = examine(having(**{name: spoiled}), SAMPLES)
+    finding = findings[CHECKS.index("batch")]
+    modes = findings[CHECKS.index("modes")].verdict
+    assert_all_but_these_left_out(findings, {"parts": GOOD, "deterministic": GOOD, "modes": modes, "batch": BAD})
+    assert f"batch mates change {name} by" in finding.found and name in finding.fix
 
 
 def test_a_part_that_only_takes_one_size_of_batch_is_caught() -> None:
-    assert "batch" in bad_in(having(cell=lambda self, z, u: (z @ self.a).view(doctor.NUM_IMAGES, 6) + u))
+    assert bad_in(having(cell=lambda self, z, u: (z @ self.a).view(doctor.NUM_IMAGES, 6) + u)) == ["batch"]
 
 
 def test_one_image_has_no_batch_mates() -> None:
@@ -257,9 +273,11 @@ def flips(z: Tensor) -> Tensor:
 
 def test_a_cell_without_an_equilibrium_ends_the_examination() -> None:
     findings = examine(having(cell=lambda self, z, u: flips(z) + 0 * u), SAMPLES)
-    assert [finding.check for finding in findings] == CHECKS[: CHECKS.index("equilibrium") + 1]
-    assert findings[-1].verdict is BAD
-    assert findings[-1].found == "the judge finds one for 0 of 32 images (32 max steps)"
+    assert_all_but_these_left_out(
+        findings, {"parts": GOOD, "deterministic": GOOD, "modes": GOOD, "batch": GOOD, "equilibrium": BAD}
+    )
+    found = findings[CHECKS.index("equilibrium")].found
+    assert found == "the judge finds one for 0 of 32 images (its solvers ran out of steps on 32)"
 
 
 def test_images_without_an_equilibrium_are_counted_and_left_out() -> None:
@@ -292,9 +310,9 @@ def test_a_cell_that_the_judge_cannot_differentiate_is_caught() -> None:
     sound = found_in(having(cell=lambda self, z, u: NoJVP.apply(z / 2) @ self.a + u))
     assert sound["gradient"].verdict is GOOD
     assert sound["solver"].verdict is NOTE and "newton-krylov raises" in sound["solver"].found
-    unsound = examine(having(cell=lambda self, z, u: flips(NoJVP.apply(z))), SAMPLES)
-    assert (unsound[-1].check, unsound[-1].verdict) == ("equilibrium", BAD)
-    assert "the judge's solve raises" in unsound[-1].found
+    unsound = found_in(having(cell=lambda self, z, u: flips(NoJVP.apply(z))))
+    assert unsound["equilibrium"].verdict is BAD and "the judge's solve raises" in unsound["equilibrium"].found
+    assert unsound["solver"].fix == "mend equilibrium first"
 
 
 def test_a_forward_that_detaches_in_eval_mode_is_caught() -> None:
@@ -313,22 +331,55 @@ def test_a_forward_that_detaches_in_eval_mode_is_caught() -> None:
         (lambda self, x: Sound.forward(self, x).detach() + 0 * x.sum(), BAD, "no gradient"),
         (lambda self, x: Sound.forward(self, x) / 0, BAD, "NaN or infinity"),
         (lambda self, x: Sound.forward(self, x)[:3], BAD, "raises RuntimeError"),
-        (lambda self, x: 2 * Sound.forward(self, x), NOTE, "logits within 100.0%"),
+        (fails, BAD, "raises RuntimeError: no such weights"),
+        (lambda self, x: 1.5 * Sound.forward(self, x), NOTE, "logits 50.0% off"),
+        (lambda self, x: 9 * Sound.forward(self, x), BAD, "0 of 32 predictions are not the equilibrium's; logits more"),
+        (lambda self, x: 0.5 * Sound.forward(self, x).roll(1, 1), BAD, "another model: 32 of 32 predictions"),
         (lambda self, x: 2 * Sound.forward(self, x).detach() - Sound.forward(self, x), NOTE, "a cosine of -1.00"),
     ],
-    ids=["zero", "nan", "shape", "other logits", "other gradient"],
+    ids=["zero", "nan", "shape", "raises", "other logits", "far logits", "other classes", "other gradient"],
 )
 def test_a_forward_that_is_not_the_models_is_caught(forward: Callable, verdict: Verdict, said: str) -> None:
     finding = found_in(having(forward=forward))["forward"]
     assert finding.verdict is verdict and said in finding.found
 
 
-def test_a_forward_solved_loosely_is_noted() -> None:
+@pytest.mark.parametrize(("max_steps", "verdict"), [(1, BAD), (5, NOTE), (30, GOOD)])
+def test_a_forward_solved_loosely_is_noted_and_one_that_is_hardly_solved_is_bad(
+    max_steps: int, verdict: Verdict
+) -> None:
     model = Sound()
-    model.solve = Solve(Picard(), rtol=0.5, max_steps=1)
+    model.solve = Solve(Picard(), rtol=1e-5, max_steps=max_steps)
     finding = found_in(model)["forward"]
-    assert finding.verdict is NOTE and "model.solve" in finding.fix
-    assert bad_in(model) == []
+    assert finding.verdict is verdict
+    assert ("model.solve" in finding.fix) == (verdict is not GOOD)
+    assert bad_in(model) == (["forward"] if verdict is BAD else [])
+
+
+class Expansive(Sound):
+    """An equilibrium that the judge finds by Newton's method and `forward`, by plain iteration, runs away from."""
+
+    solve = Solve(Picard(), rtol=1e-4, max_steps=30)
+
+    def cell(self, z: Tensor, u: Tensor) -> Tensor:
+        return u - 1.5 * z
+
+
+def test_a_forward_that_does_not_reach_the_judges_equilibrium_is_another_model() -> None:
+    data = labelled(having(cell=Expansive.cell))
+    findings = found_in(Expansive(), data)
+    assert [check for check, finding in findings.items() if finding.verdict is BAD] == ["forward"]
+    assert findings["forward"].found.startswith("another model: ")
+    assert "model.solve" in findings["forward"].fix
+    assert findings["accuracy"].fix == "mend forward first"
+
+
+@pytest.mark.parametrize("name", ["inject", "cell", "head"])
+def test_a_part_that_gives_no_gradient_is_told_once(name: str) -> None:
+    whole = getattr(Sound, name)
+    findings = found_in(having(**{name: lambda self, *parts: whole(self, *parts).detach()}))
+    assert [check for check, finding in findings.items() if finding.verdict is BAD] == ["gradient"]
+    assert findings["forward"].fix == "mend gradient first"
 
 
 class StraightThrough(torch.autograd.Function):
