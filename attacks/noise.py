@@ -25,6 +25,7 @@ class Noise(Attack[NoiseConfig]):
     name = "noise"
     summary = "random points on the boundary of the ball; the sanity floor"
     config_type = NoiseConfig
+    is_gradient_based = False
 
     def run(
         self,

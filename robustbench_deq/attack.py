@@ -18,7 +18,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from robustbench_deq.configs import Config, named_in, validate
-from robustbench_deq.equilibrium import EquilibriumModel, check_labels
+from robustbench_deq.equilibrium import EquilibriumModel, check_labels, check_model
 from robustbench_deq.meter import Cost, Meter
 from robustbench_deq.objectives import OBJECTIVES, Objective, Targeted
 from robustbench_deq.registry import Registry
@@ -200,11 +200,13 @@ class Attack(abc.ABC, Generic[A]):
         name: in the registry.
         summary: one line for listings.
         config_type: the typed settings.
+        is_gradient_based: False where it never asks for a gradient, and so attacks models that have none.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     config_type: ClassVar[type[AttackConfig]] = AttackConfig
+    is_gradient_based: ClassVar[bool] = True
 
     def __init__(self, threat: Threat, config: A | None = None) -> None:
         self.threat = threat
@@ -245,8 +247,9 @@ class Attack(abc.ABC, Generic[A]):
             num_snapshots: points of the accuracy-against-cost curve.
 
         Raises:
-            UsageError: for images or labels that do not fit the model.
+            UsageError: for a model that is none or has no gradient, and images or labels that do not fit it.
         """
+        check_model(model)
         x = x.detach()
         model.check_images(x)
         check_labels(y, len(x), model.num_classes)
@@ -255,6 +258,9 @@ class Attack(abc.ABC, Generic[A]):
         sample_ids = torch.arange(len(x)) if sample_ids is None else sample_ids
         best: tuple[Tensor, Tensor] | None = None
         diagnostics: dict[str, float] = {}
+        if self.is_gradient_based:
+            with frozen(model):
+                model.check_gradient(x)
         with torch.enable_grad(), frozen(model), Meter(model) as meter:
             record = Recorder(meter, self.threat, x, num_snapshots, self.config)
             is_stopped = False

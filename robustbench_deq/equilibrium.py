@@ -166,6 +166,25 @@ class EquilibriumModel(nn.Module, abc.ABC):
                 fix="divide by 255, and leave normalisation to the model",
             )
 
+    def check_gradient(self, x: Tensor) -> None:
+        """Raise `UsageError` unless autograd leads from the logits back to the images `x`, one of which it looks at.
+
+        One evaluation of the cell, which no meter counts, and its gradient; only a missing graph is refused, a gradient
+        of zero is not. Within `no_grad` and inference mode too. An attack without a gradient leaves the images as they
+        are, and its model would look robust.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = x[:1].detach().clone().requires_grad_()
+            u = self.inject(leaf)
+            logits = self.head(self.cell(self.initial_state(u).detach(), u))
+            if not logits.requires_grad or torch.autograd.grad(logits.sum(), leaf, allow_unused=True)[0] is None:
+                raise UsageError.of(
+                    "model",
+                    expected="a gradient by the image from inject, cell and head",
+                    got="none",
+                    fix="run models MODEL --check DATA",
+                )
+
 
 class _FromCallables(EquilibriumModel):
     def __init__(
@@ -212,6 +231,17 @@ def check_sizes(what: str, input_shape: Sequence[int], num_classes: int) -> None
 
 def _is_count(value: object, least: int) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
+
+
+def check_model(model: object, what: str = "model") -> None:
+    """Raise `UsageError`, which names `what`, unless `model` is an `EquilibriumModel`."""
+    if not isinstance(model, EquilibriumModel):
+        raise UsageError.of(
+            what,
+            expected="an EquilibriumModel",
+            got=type(model).__name__,
+            fix="subclass robustbench_deq.EquilibriumModel, or call its from_callables",
+        )
 
 
 def check_labels(y: Tensor, num_samples: int, num_classes: int) -> None:

@@ -235,7 +235,15 @@ def test_check_of_an_unsound_model_is_exit_code_1(unsound: str) -> None:
         result = invoke("models", unsound, "--check", "digits", *more)
         assert result.exit_code == 1 and result.stderr == ""
     verdicts = {finding["check"]: finding["verdict"] for finding in json.loads(result.stdout)["findings"]}
-    assert verdicts["forward"] == verdicts["gradient"] == "bad" and verdicts["batch"] == "good"
+    assert [check for check, verdict in verdicts.items() if verdict == "bad"] == ["gradient"]
+
+
+def test_a_model_without_a_gradient_is_refused_by_attacks_that_need_one(unsound: str) -> None:
+    on_digits = ("--data", "digits", "--epsilon", "0.5", "--limit", "4")
+    for attack in ("joint-pgd", "pgd"):
+        said = refused("attack", unsound, "--attack", attack, *on_digits)
+        assert "expected a gradient by the image from inject, cell and head, got none" in said
+    succeeds("attack", unsound, "--attack", "noise", *on_digits)
 
 
 def test_check_takes_a_folder_and_images_of_ones_own(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from robustbench_deq.adjoints import Implicit
 from robustbench_deq.bench.judge import judge
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
+from robustbench_deq.meter import Meter
 from robustbench_deq.models import save_model
 from robustbench_deq.solvers import Anderson, Solve
 from robustbench_deq.threats import Norm, Threat
@@ -102,6 +103,33 @@ def test_it_is_attacked_by_the_joint_iteration(network: Network, make_images) ->
     assert bool(clean.is_correct.all()) and bool(attacked.is_converged.all())
     assert bool((attacked.loss > clean.loss + 0.05).all())
     assert result.cost.cell_vjps > 8
+
+
+def test_a_gradient_is_looked_for_whatever_the_callers_mode(network: Network, make_images) -> None:
+    model, x = from_methods(network), make_images(2)
+    model.check_gradient(x)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            model.check_gradient(x.clone())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_gradient_that_vanishes_is_one_and_an_initial_state_does_not_carry_it(network: Network, make_images) -> None:
+    x = make_images(2)
+    model = from_methods(network)
+    model.cell = lambda z, u: network.layer(z, 0 * u)
+    model.check_gradient(x)  # zero everywhere, as behind a dead unit
+    model.cell, model.initial_state = (lambda z, u: network.layer(z, 0.5)), (lambda u: u)
+    with pytest.raises(UsageError, match="expected a gradient by the image"):
+        model.check_gradient(x)
+
+
+def test_a_gradient_is_looked_for_with_one_image_and_costs_nothing(network: Network, make_images) -> None:
+    model, rows = from_methods(network), []
+    model.cell = lambda z, u: rows.append(len(z)) or network.layer(z, u)
+    with Meter(model) as meter:
+        model.check_gradient(make_images(5))
+    assert rows == [1] and (meter.eval_rows, meter.vjp_rows, meter.num_steps) == (0, 0, 0)
 
 
 def test_a_copy_has_parameters_of_its_own(network: Network, make_images) -> None:

@@ -30,7 +30,7 @@ from robustbench_deq.bench.environment import describe_environment
 from robustbench_deq.bench.judge import Verdict, judge
 from robustbench_deq.bench.records import SCHEMA_VERSION, CostRecord, CurvePoint, DataRecord, Record, ThreatRecord
 from robustbench_deq.data import Split
-from robustbench_deq.equilibrium import EquilibriumModel, check_labels
+from robustbench_deq.equilibrium import EquilibriumModel, check_labels, check_model
 from robustbench_deq.errors import UsageError
 from robustbench_deq.memory import release_freed_memory
 from robustbench_deq.proportions import wilson_interval
@@ -94,9 +94,10 @@ def evaluate(
         settings: the fields of `Task` but the attack.
 
     Raises:
-        UsageError: for data that does not fit the model.
+        UsageError: for a model that is none, data that does not fit it, or what the attack refuses.
     """
     device, task = device or torch.device("cpu"), Task(attack, **settings)
+    check_model(model)
     model = model.to(device).eval()
     check_data(model, data)
     parts, images, num_robust = [], [], 0

@@ -18,7 +18,7 @@ from types import ModuleType
 
 import torch
 
-from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.equilibrium import EquilibriumModel, check_model
 from robustbench_deq.errors import UsageError
 
 
@@ -58,13 +58,7 @@ def model_from_file(source: str) -> EquilibriumModel:
         raise UsageError.of(
             f"model {source}", expected="a model", got=f"{type(error).__name__}: {reason}", fix="correct the file"
         ) from error
-    if not isinstance(model, EquilibriumModel):
-        raise UsageError.of(
-            f"model {source}",
-            expected="an EquilibriumModel",
-            got=type(model).__name__,
-            fix="subclass robustbench_deq.EquilibriumModel, or call its from_callables",
-        )
+    check_model(model, f"model {source}")
     return model.eval()
 
 

@@ -339,7 +339,8 @@ def test_counts_are_those_of_the_cells_that_ran(case: Case, make) -> None:
     cell, rows = model.cell, []
     model.cell = lambda z, u: rows.append(len(z)) or cell(z, u)
     result = case.attack()(model, x, Y)
-    assert result.cost.cell_evals == pytest.approx(sum(rows) / len(x))
+    num_unmetered = 0 if case.name in GRADIENT_FREE else 1  # the row that shows whether there is a gradient
+    assert result.cost.cell_evals == pytest.approx((sum(rows) - num_unmetered) / len(x))
 
 
 @every_family
@@ -479,6 +480,37 @@ def test_input_that_does_not_fit_is_refused(name: str, spoil_x, spoil_y, said: s
     with pytest.raises(UsageError, match=said):
         attack(model, spoil_x(x), spoil_y(Y))
     footprint.check(model)
+
+
+NO_GRADIENT = {
+    "inject under no_grad": {"inject": torch.no_grad()},
+    "state detached by the head": {"head": lambda head: lambda z: head(z.detach())},
+    "cell that ignores the injection": {"cell": lambda cell: lambda z, u: cell(z, u.detach())},
+    "everything under no_grad": {name: torch.no_grad() for name in ("inject", "cell", "head")},
+}
+
+
+@every_attack
+@pytest.mark.parametrize("spoil", NO_GRADIENT.values(), ids=NO_GRADIENT)
+def test_a_model_without_a_gradient_is_refused_but_by_attacks_that_need_none(name: str, spoil: dict, make) -> None:
+    model, x = make("deq-fc")
+    for part, change in spoil.items():
+        setattr(model, part, change(getattr(model, part)))
+    footprint = Footprint(model)
+    attack = next(case for case in CASES if case.name == name).attack()
+    if name in GRADIENT_FREE:
+        assert bool(attack(model, x, Y).delta.any())
+    else:
+        with pytest.raises(UsageError, match=r"model: expected a gradient by the image .*, got none; run models MODEL"):
+            attack(model, x, Y)
+    footprint.check(model)
+
+
+@every_attack
+def test_a_thing_that_is_no_equilibrium_model_is_refused(name: str) -> None:
+    attack = next(case for case in CASES if case.name == name).attack()
+    with pytest.raises(UsageError, match="model: expected an EquilibriumModel, got Linear"):
+        attack(torch.nn.Linear(3, 3), torch.rand(5, 1, 4, 4), Y)
 
 
 @every_attack

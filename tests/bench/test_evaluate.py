@@ -385,6 +385,21 @@ def test_data_that_does_not_fit_the_model_is_refused(setup) -> None:
             evaluate(model, pgd(), Split("mine", SplitName.TEST, x, y, data.sample_ids[: len(x)], "ab12"))
 
 
+@pytest.mark.parametrize("model", [torch.nn.Linear(3, 3), len], ids=["a module", "a function"])
+def test_a_thing_that_is_no_equilibrium_model_is_refused(model: object, setup) -> None:
+    with pytest.raises(UsageError, match="model: expected an EquilibriumModel, got"):
+        evaluate(model, pgd(), setup()[1])
+
+
+def test_a_model_without_a_gradient_is_refused_but_for_noise(setup) -> None:
+    model, data = setup()
+    model.inject = torch.no_grad()(model.inject)
+    for attack in (pgd(), joint(), TorchattacksPGDL2(THREAT, TorchattacksConfig(steps=3))):
+        with pytest.raises(UsageError, match="expected a gradient by the image"):
+            evaluate(model, attack, data)
+    assert evaluate(model, Noise(THREAT), data).record.max_perturbation > 0
+
+
 def test_a_bad_pixel_in_a_late_batch_is_refused_before_any_work(setup) -> None:
     model, data = setup()
     x = data.x.clone()

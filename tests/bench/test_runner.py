@@ -311,6 +311,16 @@ def test_failed_shard_is_kept_with_its_reason_and_the_rest_goes_on(undisturbed: 
     assert sorted(contents(tmp_path), key=str) == sorted(contents(undisturbed), key=str)
 
 
+def test_a_model_without_a_gradient_fails_the_shards_that_need_one(tmp_path: Path) -> None:
+    path = tmp_path / "model.py"
+    cut_off = "inject = model.inject\n    model.inject = lambda x: inject(x.detach())\n    return"
+    path.write_text(MODEL_FILE.format(factor=1).replace("return", cut_off))
+    outcome = do(tmp_path / "suite", suite(models=[f"{path}:build"]))
+    assert len(outcome.failures) == 6
+    assert all("UsageError: model: expected a gradient by the image" in why for why in outcome.failures.values())
+    assert {record.attack for record in load_records(tmp_path / "suite")} == {"noise"}
+
+
 def test_full_disk_is_the_reason_of_its_shard_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lost = runs_of(suite())[0][1][1]
     write = shards_module.write_json
