@@ -392,6 +392,8 @@ def attack(
     if limit is None and len(samples) > DEFAULT_LIMIT and samples.split is not SplitName.ALL:
         samples = load(name, SplitName(split), DEFAULT_LIMIT)
     check_data(loaded, samples)
+    if chosen.is_gradient_based:
+        loaded.check_gradient(samples.x)
     target = _choose_device(device)
     _tell_split(name, split, "--split all takes all")
     with output_folder(out) as folder, bar(f"{attack_name} on {model}", len(samples), "robust {:.1%}") as advance:
