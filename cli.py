@@ -227,11 +227,10 @@ def _model_facts(described: ModelDescription) -> dict[str, Any]:
 def _model_columns(described: ModelDescription) -> dict[str, Any]:
     facts = _model_facts(described)
     bounds = [f"{key} {facts[key]:g}" for key in ("monotonicity", "lipschitz") if facts[key] is not None]
-    kept = ("name", "data", "trained_against", "parameters", "seed", "hours")
+    kept = ("name", "data", "trained_against", "parameters", "seed", "hours", "device")
     lost = [f"{facts[key]} {key}" for key in ("unconverged", "failed") if facts[key]]
-    configs = [Path(part).stem for part in shlex.split(facts["command"] or "") if part.endswith(".yaml")]
     return {key: facts[key] for key in kept} | {
-        "config": ", ".join(configs) or None,
+        "command": (facts["command"] or "").replace("robustbench-deq ", "") or None,
         "clean": _accuracy_text(facts["clean"], facts["clean_ci"]),
         "robust": ", ".join(filter(None, [_accuracy_text(facts["robust"], facts["robust_ci"]), *lost])) or None,
         "robust_at": facts["robust_at"],
