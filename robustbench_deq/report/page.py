@@ -12,6 +12,7 @@ The folder is a pure function of the records (and of the gallery and the supplem
 from __future__ import annotations
 
 import base64
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from robustbench_deq.bench.records import Record
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import write_text
 from robustbench_deq.report import overview, plots
+from robustbench_deq.report.aside import aside
 from robustbench_deq.report.commands import command_of
 from robustbench_deq.report.gallery import GalleryRow, draw_gallery
 from robustbench_deq.report.leaderboard import Entry, make_leaderboard
@@ -109,27 +111,38 @@ def _write(
     gallery: Sequence[GalleryRow],
     supplements: Supplements,
 ) -> list[Path]:
-    figure_paths: list[Path] = []
-    shown: list[_Plot] = []
-    entries = make_leaderboard(records, supplements)
-    for name, (figure, note) in _figures(records, entries, gallery).items():
-        png, svg = plots.save(figure, folder / "figures" / name)
-        figure_paths += [png, svg]
-        caption = f"{CAPTIONS[name]} {note}".rstrip()
-        shown.append(_Plot(name, caption, base64.b64encode(svg.read_bytes()).decode("ascii")))
+    entries, warning = make_leaderboard(records, supplements), supplements.warning
+    with aside(functools.partial(_draw, records, entries, gallery, folder / "figures")) as drawn:
+        texts = {
+            "report.csv": render(table, Format.CSV),
+            "report.tex": render(table, Format.LATEX),
+            "leaderboard.html": leaderboard_html(entries, warning),
+            "leaderboard.md": standings_markdown(entries, warning),
+            "leaderboard.csv": standings_csv(entries),
+            "leaderboard.tex": standings_latex(entries),
+        }
+        markdown, words = render(table, Format.MARKDOWN), _words(records, table)
+        shown, figure_paths = drawn()
     texts = {
-        "report.md": _markdown(table, shown, supplements.warning),
-        "report.csv": render(table, Format.CSV),
-        "report.tex": render(table, Format.LATEX),
-        "index.html": _html(records, table, shown, supplements.warning),
-        "leaderboard.html": leaderboard_html(entries, supplements.warning),
-        "leaderboard.md": standings_markdown(entries, supplements.warning),
-        "leaderboard.csv": standings_csv(entries),
-        "leaderboard.tex": standings_latex(entries),
-    }
+        "report.md": _markdown(table, markdown, shown, warning),
+        "index.html": render_template("page.html.jinja", title=TITLE, warning=warning, plots=shown, **words),
+    } | texts
     for name, text in texts.items():
         write_text(folder / name, text)
     return [*(folder / name for name in texts), *figure_paths]
+
+
+def _draw(
+    records: Sequence[Record], entries: Sequence[Entry], gallery: Sequence[GalleryRow], folder: Path
+) -> tuple[list[_Plot], list[Path]]:
+    """The figures for the page, and their files."""
+    shown, paths = [], []
+    for name, (figure, note) in _figures(records, entries, gallery).items():
+        png, svg = plots.save(figure, folder / name)
+        paths += [png, svg]
+        caption = f"{CAPTIONS[name]} {note}".rstrip()
+        shown.append(_Plot(name, caption, base64.b64encode(svg.read_bytes()).decode("ascii")))
+    return shown, paths
 
 
 def _figures(
@@ -156,10 +169,10 @@ def _figures(
     return figures
 
 
-def _markdown(table: pd.DataFrame, shown: Sequence[_Plot], warning: str) -> str:
+def _markdown(table: pd.DataFrame, rendered: str, shown: Sequence[_Plot], warning: str) -> str:
     parts = [f"# {TITLE}", *([f"**{markdown_text(warning)}**"] if warning else [])]
     parts += [_image(plot) for plot in shown[:1]]
-    parts += [render(table, Format.MARKDOWN).rstrip()]
+    parts += [rendered.rstrip()]
     parts.append("\n".join(f"- **{markdown_text(name)}**: {text}" for name, text in meanings(table).items()))
     parts += [_image(plot) for plot in shown[1:]]
     return "\n\n".join(parts) + "\n"
@@ -169,7 +182,8 @@ def _image(plot: _Plot) -> str:
     return f"![{plot.name}](figures/{plot.name}.png)\n\n{plot.caption}"
 
 
-def _html(records: Sequence[Record], table: pd.DataFrame, shown: Sequence[_Plot], warning: str) -> str:
+def _words(records: Sequence[Record], table: pd.DataFrame) -> dict[str, Any]:
+    """What the page says, but for the figures."""
     ordered = [record for group in group_by_setting(records).values() for record in group]
     names = setting_names(map(Setting.of, ordered))
     environments: list[dict[str, Any]] = []
@@ -185,16 +199,12 @@ def _html(records: Sequence[Record], table: pd.DataFrame, shown: Sequence[_Plot]
         }
         for record in ordered
     ]
-    return render_template(
-        "page.html.jinja",
-        title=TITLE,
-        warning=warning,
-        table=render(table, Format.HTML),
-        meanings=meanings(table),
-        plots=shown,
-        runs=runs,
-        environments=environments,
-    )
+    return {
+        "table": render(table, Format.HTML),
+        "meanings": meanings(table),
+        "runs": runs,
+        "environments": environments,
+    }
 
 
 def _facts(record: Record) -> dict[str, object]:

@@ -72,10 +72,10 @@ def test_all_files_are_written_and_listed(make_record, tmp_path: Path) -> None:
     names = [path.relative_to(tmp_path / "report").as_posix() for path in paths]
     figures = [f"figures/{name}.{kind}" for name in [*FIGURES, "gallery"] for kind in ("png", "svg")]
     boards = [f"leaderboard.{kind}" for kind in ("html", "md", "csv", "tex")]
-    assert names == ["report.md", "report.csv", "report.tex", "index.html", *boards, *figures]
+    assert names == ["report.md", "index.html", "report.csv", "report.tex", *boards, *figures]
     assert sorted(path for path in (tmp_path / "report").rglob("*") if path.is_file()) == sorted(paths)
     assert all(path.stat().st_size > 0 for path in paths)
-    assert pd.read_csv(paths[1])["robust_accuracy"].tolist() == [0.6875]
+    assert pd.read_csv(paths[2])["robust_accuracy"].tolist() == [0.6875]
 
 
 def test_page_loads_nothing_and_shows_numbers_settings_and_environment(make_record, tmp_path: Path) -> None:
