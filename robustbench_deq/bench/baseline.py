@@ -43,7 +43,7 @@ class Tolerances(Config):
     count: float = Field(0.05, ge=0, description="relative change of evaluations and VJPs on the same samples")
     count_elsewhere: float = Field(0.15, ge=0, description="the same on other samples, of which some are harder")
     seconds: float = Field(3.0, ge=1, description="factor on the median of an attack's seconds over the reference's")
-    seconds_of_one: float = Field(8.0, ge=1, description="the same of a single record, which one hiccup disturbs")
+    seconds_of_one: float = Field(30.0, ge=1, description="the same of a single record, which one hiccup disturbs")
 
 
 HexBits = Annotated[str, Field(pattern="^([0-9a-f]{2})*$", description="a bit a sample, by sample id, hexadecimal")]
