@@ -14,9 +14,8 @@ import click
 import pandas as pd
 from pydantic import BaseModel
 
+from benchmarks.marks import write_between
 from robustbench_deq.bench.records import SAMPLE_COLUMNS, SCHEMA_VERSION, Record
-from robustbench_deq.errors import RunError
-from robustbench_deq.files import write_text
 from robustbench_deq.report.tables import markdown_table
 
 README = Path(__file__).parents[1] / "results" / "README.md"
@@ -69,12 +68,7 @@ def _type_text(annotation: Any) -> str:
 
 @click.command()
 def main() -> None:
-    text = README.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise RunError(f"{README}: expected the marks of the schema, got none; put them back")
-    write_text(README, f"{before}{begin}\n{schema_text()}\n{end}{after}")
+    write_between(README, BEGIN, schema_text(), END)
 
 
 if __name__ == "__main__":

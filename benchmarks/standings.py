@@ -12,8 +12,7 @@ from pathlib import Path
 
 import click
 
-from robustbench_deq.errors import RunError
-from robustbench_deq.files import write_text
+from benchmarks.marks import write_between
 
 ROOT = Path(__file__).parents[1]
 README, TABLE = ROOT / "README.md", ROOT / "results" / "fashion" / "report" / "leaderboard.md"
@@ -42,12 +41,7 @@ def _is_below(line: str) -> bool:
 
 @click.command()
 def main() -> None:
-    text = README.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise RunError(f"{README}: expected the marks of the leaderboard, got none; put them back")
-    write_text(README, f"{before}{begin}\n{standings_text()}\n{end}{after}")
+    write_between(README, BEGIN, standings_text(), END)
 
 
 if __name__ == "__main__":
