@@ -615,27 +615,21 @@ def _echo_plan(
 @click.option("--baseline", type=click.Path(path_type=Path), required=True, help="JSON file of the baseline.")
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("results/runs/quick"))
 @click.option("--update", "reason", default=None, metavar="REASON", help="Make FOLDER the baseline, for this reason.")
-@click.option("--reference", default=None, help="With --update: the attack whose seconds are the unit, by its label.")
 @click.option("--json", "is_json", is_flag=True, help="One JSON object on standard output.")
 @click.option("--junit", type=click.Path(path_type=Path), default=None, help="JUnit XML file to write.")
-def check(
-    baseline: Path, folder: Path, reason: str | None, reference: str | None, is_json: bool, junit: Path | None
-) -> None:
+def check(baseline: Path, folder: Path, reason: str | None, is_json: bool, junit: Path | None) -> None:
     """Compare the records in FOLDER with a baseline: exit code 0 when they agree, 1 when they do not.
 
     The tolerances stand in the baseline. It changes only by --update, which keeps the reason in it.
     """
-    if reason is None and reference is not None:
-        raise UsageError.of("check", expected="--reference with --update", got="it alone", fix="drop it")
     if reason is not None and (is_json or junit):
         raise UsageError.of("check", expected="--update or --json, --junit", got="both", fix="check after the update")
     runs = read_run(folder)
     if reason is not None:
-        updated = update_baseline(baseline, runs, reason, reference)
+        updated = update_baseline(baseline, runs, reason)
         click.echo(f"{len(updated.entries)} records written to {baseline}, update {len(updated.updates)}")
         return
-    expected = read_baseline(baseline)
-    checks = compare(expected, to_entries(runs, expected.reference))
+    checks = compare(read_baseline(baseline), to_entries(runs))
     if junit is not None:
         write_text(junit, to_junit(checks))
     bad = [row for row in checks if not row.is_good]

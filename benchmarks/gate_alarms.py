@@ -27,7 +27,7 @@ from attacks import build_attack
 from benchmarks.timing import RESULTS, keep, say
 from robustbench_deq.bench.baseline import Baseline, BaselineEntry, read_baseline, read_run, to_entries
 from robustbench_deq.bench.executors import Executor, Processes, Serial
-from robustbench_deq.bench.gate import compare, seconds_by_attack
+from robustbench_deq.bench.gate import compare, factors_of_seconds, median_factors
 from robustbench_deq.bench.runner import run_suite
 from robustbench_deq.bench.suite import SuiteConfig, cut, plan, read_suite
 from robustbench_deq.files import replacing
@@ -56,24 +56,20 @@ def place(workers: int, threads: int) -> Iterator[Executor]:
         torch.set_num_threads(before)
 
 
-def repeat(suite: SuiteConfig, reference: str, workers: int, threads: int) -> list[BaselineEntry]:
+def repeat(suite: SuiteConfig, workers: int, threads: int) -> list[BaselineEntry]:
     """What one run of the suite gives, as a baseline would keep it."""
     runs = [(run, cut(run, suite.batches_per_shard)) for run in plan(suite)]
     with tempfile.TemporaryDirectory() as name, place(workers, threads) as executor:
         run_suite(runs, Path(name), build_attack, executor)
-        return to_entries(read_run(Path(name)), reference)
+        return to_entries(read_run(Path(name)))
 
 
 def measure(baseline: Baseline, entries: list[BaselineEntry]) -> tuple[dict[str, Any], list[str]]:
     """How far the entries are from the baseline, and the alarms."""
     known = {entry.identity: entry for entry in entries}
     pairs = [(old, known[old.identity]) for old in baseline.entries if old.identity in known]
-    factors = [factor(before, after) for before, after in seconds_by_attack(pairs).values()]
-    of_one = [
-        factor(old.relative_seconds, new.relative_seconds)
-        for old, new in pairs
-        if old.batch_size == new.batch_size and old.relative_seconds and new.relative_seconds
-    ]
+    factors = [away(factor) for factor in median_factors(pairs).values()]
+    of_one = [away(factor) for factor in factors_of_seconds(pairs) if factor is not None]
     flips = [max(differing(old.is_clean, new.is_clean), differing(old.is_robust, new.is_robust)) for old, new in pairs]
     bad = [check for check in compare(baseline, entries) if not check.is_good]
     row = {
@@ -92,8 +88,9 @@ def differing(before: str, after: str) -> int:
     return (int(before, 16) ^ int(after, 16)).bit_count()
 
 
-def factor(before: float, after: float) -> float:
-    return max(after / before, before / after)
+def away(factor: float) -> float:
+    """From 1, up or down."""
+    return max(factor, 1 / factor)
 
 
 def change(before: float, after: float) -> float:
@@ -115,7 +112,7 @@ def main(path: Path, kept: Path, models: str, repeats: int, name: str) -> None:
     taken = itertools.islice(turns(known[0].batch_size), repeats)
     for turn, (batch_size, workers, threads) in enumerate(taken, start=1):
         start = time.monotonic()
-        entries = repeat(suite.model_copy(update={"batch_size": batch_size}), baseline.reference, workers, threads)
+        entries = repeat(suite.model_copy(update={"batch_size": batch_size}), workers, threads)
         row, found = measure(baseline, entries)
         seconds = round(time.monotonic() - start)
         rows.append({"batch size": batch_size, "workers": workers, "threads": threads, **row, "wall (s)": seconds})

@@ -1,10 +1,9 @@
 """Baselines: what the gate compares a run with, as one JSON file that is committed.
 
-    reference    label of the attack whose seconds are the unit of all others'
     tolerances   what may change; edited by hand
     updates      why the baseline is what it is, the oldest first
-    entries      one for each record: what it is of, its verdicts a bit a sample, its counts, its seconds over the
-                 reference's on the same model in the same run
+    entries      one for each record: what it is of, its verdicts a bit a sample, its counts, its share of the seconds
+                 that all attacks took on the same model in the same run
 
 It changes only by `update_baseline`, which asks for a reason. Digests of weights may be null: older files have none.
 """
@@ -13,6 +12,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,9 +26,7 @@ from robustbench_deq.configs import Config, validate
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import write_json
 
-SCHEMA_VERSION = 1
-REFERENCE = "joint-pgd"
-"""Label of the attack whose seconds are the unit, unless a baseline says otherwise."""
+SCHEMA_VERSION = 2
 
 
 class Tolerances(Config):
@@ -42,7 +40,7 @@ class Tolerances(Config):
     more_failed: int = Field(0, ge=0, description="failed samples above the baseline's")
     count: float = Field(0.05, ge=0, description="relative change of evaluations and VJPs on the same samples")
     count_elsewhere: float = Field(0.15, ge=0, description="the same on other samples, of which some are harder")
-    seconds: float = Field(3.0, ge=1, description="factor on the median of an attack's seconds over the reference's")
+    seconds: float = Field(3.0, ge=1, description="factor on an attack's seconds beside the others', median of models")
     seconds_of_one: float = Field(30.0, ge=1, description="the same of a single record, which one hiccup disturbs")
 
 
@@ -71,7 +69,7 @@ class BaselineEntry(Config):
     num_failed: int = Field(ge=0)
     cell_evals: float = Field(ge=0)
     cell_vjps: float = Field(ge=0)
-    relative_seconds: float | None = Field(ge=0, description="over the reference's; null: it is it, or there is none")
+    seconds: float = Field(ge=0, le=1, description="share of those of all attacks on the same model in the same run")
 
     @model_validator(mode="after")
     def _check_verdicts(self) -> BaselineEntry:
@@ -86,6 +84,11 @@ class BaselineEntry(Config):
         return self.model, self.attack, self.label, self.norm, self.epsilon, self.data, self.split, self.seed
 
     @property
+    def place(self) -> tuple[str | float, ...]:
+        """What attacks share that are compared in seconds: all but themselves."""
+        return self.model, self.norm, self.epsilon, self.data, self.split, self.seed
+
+    @property
     def title(self) -> str:
         seed = f", seed {self.seed}" if self.seed else ""
         return f"{self.model}, {self.label}, {self.norm} {self.epsilon:g}{seed}"
@@ -98,21 +101,22 @@ class Update(Config):
 
 
 class Baseline(Config):
-    schema_version: Literal[1] = SCHEMA_VERSION
-    reference: str = Field(description="label of the attack whose seconds are the unit")
+    schema_version: Literal[2] = SCHEMA_VERSION
     tolerances: Tolerances = Tolerances()
     updates: list[Update] = Field(min_length=1, description="why it is what it is, the oldest first")
     entries: list[BaselineEntry]
 
 
-def to_entries(runs: Sequence[tuple[Record, pd.DataFrame]], reference: str) -> list[BaselineEntry]:
+def to_entries(runs: Sequence[tuple[Record, pd.DataFrame]]) -> list[BaselineEntry]:
     """Records with their samples, as a baseline keeps them.
 
     Raises:
         UsageError: for two records that nothing tells apart.
     """
-    units = {_place(record): record.cost.wall_seconds for record, _ in runs if record.label == reference}
-    entries = [_to_entry(record, samples, units.get(_place(record)), reference) for record, samples in runs]
+    whole: Counter[tuple[str | float, ...]] = Counter()
+    for record, _ in runs:
+        whole[_place_of(record)] += record.cost.wall_seconds
+    entries = [_to_entry(record, samples, whole[_place_of(record)]) for record, samples in runs]
     known = set()
     for entry in entries:
         if entry.identity in known:
@@ -123,12 +127,12 @@ def to_entries(runs: Sequence[tuple[Record, pd.DataFrame]], reference: str) -> l
     return entries
 
 
-def _place(record: Record) -> tuple[Any, ...]:
-    """What a record shares with the reference whose seconds are its unit."""
-    return record.model, record.threat, record.data, record.seed
+def _place_of(record: Record) -> tuple[str | float, ...]:
+    threat, data = record.threat, record.data
+    return record.model, threat.norm, threat.epsilon, data.name, data.split, record.seed
 
 
-def _to_entry(record: Record, samples: pd.DataFrame, unit: float | None, reference: str) -> BaselineEntry:
+def _to_entry(record: Record, samples: pd.DataFrame, whole: float) -> BaselineEntry:
     ordered = samples.sort_values("sample_id")
     return BaselineEntry(
         model=record.model,
@@ -150,7 +154,7 @@ def _to_entry(record: Record, samples: pd.DataFrame, unit: float | None, referen
         num_failed=record.num_failed,
         cell_evals=record.cost.cell_evals,
         cell_vjps=record.cost.cell_vjps,
-        relative_seconds=record.cost.wall_seconds / unit if unit and record.label != reference else None,
+        seconds=record.cost.wall_seconds / whole if whole else 0.0,
     )
 
 
@@ -175,26 +179,15 @@ def read_run(folder: Path) -> list[tuple[Record, pd.DataFrame]]:
     return [(record, store.load_samples(record.record_id)) for record in load_records(folder)]
 
 
-def update_baseline(
-    path: Path, runs: Sequence[tuple[Record, pd.DataFrame]], reason: str, reference: str | None = None
-) -> Baseline:
+def update_baseline(path: Path, runs: Sequence[tuple[Record, pd.DataFrame]], reason: str) -> Baseline:
     """Write the baseline anew from records with their samples; reasons and tolerances that the file holds stay.
 
-    Args:
-        reference: label of the attack whose seconds are the unit; None keeps the file's, or is `REFERENCE`.
-
     Raises:
-        UsageError: without a reason, for a reference that no record has, or for a malformed file.
+        UsageError: without a reason, or for a malformed file.
     """
     if not reason.strip():
         raise UsageError.of("--update", expected="a reason", got="none", fix="say why the baseline changes")
     old = read_baseline(path) if path.exists() else None
-    reference = reference or (old.reference if old else REFERENCE)
-    labels = dict.fromkeys(record.label for record, _ in runs)
-    if reference not in labels:
-        raise UsageError.of(
-            "--reference", expected=f"a label of these records ({', '.join(labels)})", got=reference, fix="name one"
-        )
     commits = [record.environment.get("commit") for record, _ in runs]
     update = Update(
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -202,10 +195,9 @@ def update_baseline(
         commit=str(commits[-1]) if commits[-1] else None,
     )
     baseline = Baseline(
-        reference=reference,
         tolerances=old.tolerances if old else Tolerances(),
         updates=[*(old.updates if old else []), update],
-        entries=to_entries(runs, reference),
+        entries=to_entries(runs),
     )
     write_json(path, baseline.model_dump(mode="json"))
     return baseline

@@ -13,9 +13,9 @@ narrow, and the baseline itself names them (`baseline.Tolerances`):
     failed         verdicts is seen there
     evaluations,   of the cell, and vector-Jacobian products: means per sample, within a share, up or down; a wider one
     VJPs           on other samples
-    seconds        as a multiple of a reference attack's on the same model in the same run, never absolute, within a
-                   factor, up or down: narrowly the median over an attack's records, widely every record; not compared
-                   where there is no reference, or where batches of another size cost another multiple
+    seconds        beside those of the other attacks on the same model in the same run, never absolute, within a factor,
+                   up or down: narrowly the median over an attack's records, widely every record; not compared where an
+                   attack is alone, or where batches of another size cost another multiple
 
 A better accuracy or a lower cost is as much a failure as a worse one: fewer lost samples may well be a weaker attack.
 What got better on purpose is made the baseline, with a reason. A record that the run lacks is a failure too; one that
@@ -62,7 +62,7 @@ def compare(baseline: Baseline, now: Sequence[BaselineEntry]) -> list[Check]:
         else:
             pairs.append((old, new))
             checks += _compare(old, new, baseline)
-    checks += _median_seconds(pairs, baseline)
+    checks += _seconds(pairs, baseline.tolerances)
     return checks + [Check(entry.title, "record", "not there", "new", "any", True) for entry in found.values()]
 
 
@@ -77,7 +77,6 @@ def _compare(old: BaselineEntry, new: BaselineEntry, baseline: Baseline) -> list
         _lost("failed", old, new, old.num_failed, new.num_failed, allowed.more_failed),
         _count("evaluations", old, new, old.cell_evals, new.cell_evals, allowed),
         _count("VJPs", old, new, old.cell_vjps, new.cell_vjps, allowed),
-        *_seconds(old, new, baseline),
     ]
 
 
@@ -132,45 +131,61 @@ def _count(
     return Check(old.title, field, f"{before:.2f}", f"{after:.2f}", tolerance, is_good)
 
 
-def _seconds(old: BaselineEntry, new: BaselineEntry, baseline: Baseline) -> list[Check]:
-    """Of one record; nothing of the reference itself."""
-    if old.label == baseline.reference:
-        return []
-    before, after = old.relative_seconds, new.relative_seconds
-    if before is None or after is None:
-        texts = (f"{seconds:.2f}" if seconds else "none" for seconds in (before, after))
-        return [Check(old.title, "seconds", *texts, f"{NOT_COMPARED}: no {baseline.reference} beside it", True)]
+def _seconds(pairs: Sequence[Pair], allowed: Tolerances) -> list[Check]:
+    """Of every record, then of every attack."""
+    factors = factors_of_seconds(pairs)
+    of_one = [
+        _seconds_of_one(*pair, factor, allowed.seconds_of_one) for pair, factor in zip(pairs, factors, strict=True)
+    ]
+    of_all = [
+        Check(f"all records, {label}", "seconds", "x 1.00", f"x {factor:.2f}", *_within(factor, allowed.seconds))
+        for label, factor in median_factors(pairs).items()
+    ]
+    return of_one + of_all
+
+
+def _seconds_of_one(old: BaselineEntry, new: BaselineEntry, factor: float | None, allowed: float) -> Check:
+    texts = f"{old.seconds:.1%}", f"{new.seconds:.1%}"
+    if factor is not None:
+        return Check(old.title, "seconds", texts[0], f"{texts[1]} (x {factor:.2f})", *_within(factor, allowed))
     if old.batch_size != new.batch_size:
         sizes = (f"batches of {entry.batch_size}" for entry in (old, new))
-        return [Check(old.title, "seconds", *sizes, f"{NOT_COMPARED}: other batch size", True)]
-    return [_factor(old.title, before, after, baseline.reference, baseline.tolerances.seconds_of_one)]
+        return Check(old.title, "seconds", *sizes, f"{NOT_COMPARED}: other batch size", True)
+    return Check(old.title, "seconds", *texts, f"{NOT_COMPARED}: no other attack beside it", True)
 
 
-def _median_seconds(pairs: Sequence[Pair], baseline: Baseline) -> list[Check]:
+def _within(factor: float, allowed: float) -> tuple[str, bool]:
+    return f"factor {allowed:g}", 1 / allowed <= factor <= allowed
+
+
+def factors_of_seconds(pairs: Sequence[Pair]) -> list[float | None]:
+    """How many times more seconds each attack took than before, beside the others on its model; None: not compared.
+
+    The unit is the lower median of them all, so that neither one attack that has changed, nor what else the machine did
+    meanwhile, which makes a few of them slower, moves it.
+    """
+    ratios = [
+        new.seconds / old.seconds if old.batch_size == new.batch_size and old.seconds and new.seconds else None
+        for old, new in pairs
+    ]
+    known: dict[tuple[str | float, ...], list[float]] = {}
+    for (old, _), ratio in zip(pairs, ratios, strict=True):
+        if ratio is not None:
+            known.setdefault(old.place, []).append(ratio)
+    units = {place: statistics.median_low(found) for place, found in known.items() if len(found) > 1}
     return [
-        _factor(f"all records, {label}", before, after, baseline.reference, baseline.tolerances.seconds)
-        for label, (before, after) in seconds_by_attack(pairs).items()
+        ratio / units[old.place] if ratio is not None and old.place in units else None
+        for (old, _), ratio in zip(pairs, ratios, strict=True)
     ]
 
 
-def _factor(title: str, before: float, after: float, reference: str, factor: float) -> Check:
-    texts = f"{before:.2f} x {reference}", f"{after:.2f} x {reference}"
-    return Check(title, "seconds", *texts, f"factor {factor:g}", before / factor <= after <= before * factor)
-
-
-def seconds_by_attack(pairs: Sequence[Pair]) -> dict[str, tuple[float, float]]:
-    """Of each label the medians, before and after, of the relative seconds that can be compared.
-
-    What else a machine does spoils one short record, but not several.
-    """
-    known: dict[str, list[tuple[float, float]]] = {}
-    for old, new in pairs:
-        if old.batch_size == new.batch_size and old.relative_seconds and new.relative_seconds:
-            known.setdefault(old.label, []).append((old.relative_seconds, new.relative_seconds))
-    return {
-        label: (statistics.median(old for old, _ in values), statistics.median(new for _, new in values))
-        for label, values in known.items()
-    }
+def median_factors(pairs: Sequence[Pair]) -> dict[str, float]:
+    """Of each attack, by its label, the lower median of `factors_of_seconds`."""
+    known: dict[str, list[float]] = {}
+    for (old, _), factor in zip(pairs, factors_of_seconds(pairs), strict=True):
+        if factor is not None:
+            known.setdefault(old.label, []).append(factor)
+    return {label: statistics.median_low(found) for label, found in known.items()}
 
 
 def to_junit(checks: Sequence[Check]) -> str:

@@ -33,7 +33,7 @@ from robustbench_deq.bench.baseline import (
     update_baseline,
 )
 from robustbench_deq.bench.executors import Serial
-from robustbench_deq.bench.gate import compare
+from robustbench_deq.bench.gate import Check, compare
 from robustbench_deq.bench.suite import SuiteConfig, cut, plan
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
@@ -83,17 +83,16 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def baseline(undisturbed: Path) -> Baseline:
     """With the tolerances that ship, but for the clock's: these runs take a second."""
     return Baseline(
-        reference="joint-pgd",
         tolerances=Tolerances(seconds=1e6, seconds_of_one=1e6),
         updates=[Update(date="2026-01-31", reason="the first")],
-        entries=to_entries(read_run(undisturbed), "joint-pgd"),
+        entries=to_entries(read_run(undisturbed)),
     )
 
 
 def alarms(baseline: Baseline, folder: Path) -> dict[str, set[str]]:
     """The fields that fail, by the attack."""
     found: dict[str, set[str]] = {"joint-pgd": set(), "warm PGD": set()}
-    for check in compare(baseline, to_entries(read_run(folder), baseline.reference)):
+    for check in compare(baseline, to_entries(read_run(folder))):
         if not check.is_good:
             found[check.record.split(", ")[1]].add(check.field)
     return found
@@ -122,7 +121,7 @@ def test_changed_setting_is_named(baseline: Baseline, tmp_path: Path) -> None:
     folder = run(tmp_path, attacks=weaker)
     found = alarms(baseline, folder)
     assert {"settings", "robust"} <= found["joint-pgd"] and not found["warm PGD"]
-    rows = compare(baseline, to_entries(read_run(folder), "joint-pgd"))
+    rows = compare(baseline, to_entries(read_run(folder)))
     named = next(row for row in rows if row.field == "settings")
     assert (named.baseline, named.now) == ("step_size=2.0", "step_size=0.3")
 
@@ -206,7 +205,7 @@ def test_batch_size_and_threads_raise_no_alarm(
 
 
 def test_other_samples_are_compared_by_intervals(baseline: Baseline, tmp_path: Path) -> None:
-    checks = compare(baseline, to_entries(read_run(run(tmp_path, limit=80)), "joint-pgd"))
+    checks = compare(baseline, to_entries(read_run(run(tmp_path, limit=80))))
     verdicts = [check for check in checks if check.field in ("clean", "robust")]
     assert all(check.is_good and check.tolerance == "interval holds 0" for check in verdicts) and len(verdicts) == 4
 
@@ -240,13 +239,13 @@ def entry(**changes: Any) -> BaselineEntry:
         "num_failed": 0,
         "cell_evals": 100.0,
         "cell_vjps": 0.0,
-        "relative_seconds": 4.0,
+        "seconds": 0.04,
     }
     return BaselineEntry(**values | changes)
 
 
 def small_baseline(*entries: BaselineEntry) -> Baseline:
-    return Baseline(reference="r", updates=[Update(date="d", reason="r")], entries=entries or [entry()])
+    return Baseline(updates=[Update(date="d", reason="r")], entries=entries or [entry()])
 
 
 SMALLER = {"digest": "other", "num_samples": 200, "is_clean": bits(200, of=200), "num_unconverged": 1}
@@ -269,11 +268,6 @@ SMALLER = {"digest": "other", "num_samples": 200, "is_clean": bits(200, of=200),
         ({"cell_evals": 105.1}, "evaluations"),
         ({"cell_evals": 94.9}, "evaluations"),
         ({"cell_vjps": 0.1}, "VJPs"),
-        ({"relative_seconds": 11.9}, None),
-        ({"relative_seconds": 12.1}, "seconds"),
-        ({"relative_seconds": 1.3}, "seconds"),
-        ({"relative_seconds": 1.3, "batch_size": 20}, None),
-        ({"relative_seconds": None}, None),
         ({"model_sha256": "e" * 64}, None),
         ({"settings": {"steps": 4}}, "settings"),
         ({"settings": {"steps": 3, "restarts": 1}}, "settings"),
@@ -298,33 +292,63 @@ def test_flips_are_told_apart_by_their_direction() -> None:
     assert [row.now for row in rows if row.field == "robust"] == ["55.00% (-10 +30, p 0.0022)"]
 
 
-def seconds_of(expected: Baseline, *seconds: float | None) -> dict[str, Any]:
-    """The rows of seconds, by record, where the records are the same attack on several models."""
-    now = [entry(model=model, relative_seconds=one) for model, one in zip("mno", seconds, strict=True)]
-    return {check.record: check for check in compare(expected, now) if check.field == "seconds"}
+def seconds_of(shares: dict[str, tuple[float, ...]], num_models: int = 3, **changes: Any) -> dict[str, Check]:
+    """The rows of seconds, by record, of several attacks on several models, each of which took 0.1 before.
+
+    Args:
+        shares: of each attack, by its label, what it takes now on one model after the other.
+    """
+    expected, now = [], []
+    for model, label in itertools.product("mno"[:num_models], shares):
+        expected.append(entry(model=model, label=label, seconds=0.1))
+        now.append(entry(model=model, label=label, seconds=shares[label]["mno".index(model)], **changes))
+    return {check.record: check for check in compare(small_baseline(*expected), now) if check.field == "seconds"}
 
 
-def test_seconds_are_narrow_in_the_median_and_wide_of_one_record() -> None:
-    expected = small_baseline(*(entry(model=model) for model in "mno"))
-    for seconds, bad in (
-        ((119.0, 4.0, 4.0), set()),  # one model, less than thirty times slower
-        ((121.0, 4.0, 4.0), {"m, b, l2 1"}),
-        ((4.0, 0.13, 4.0), {"n, b, l2 1"}),
-        ((119.0, 13.0, 4.0), {"all records, b"}),
-    ):
-        rows = seconds_of(expected, *seconds)
-        assert list(rows) == ["m, b, l2 1", "n, b, l2 1", "o, b, l2 1", "all records, b"]
-        assert {name for name, row in rows.items() if not row.is_good} == bad
+SAME = (0.1, 0.1, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("shares", "bad"),
+    [
+        ({"b": SAME, "c": SAME}, []),
+        ({"b": SAME, "c": (0.2, 0.05, 0.01)}, []),  # a median of one half
+        ({"b": (0.29, 0.29, 0.29), "c": SAME, "d": SAME}, []),
+        ({"b": (0.31, 0.31, 0.31), "c": SAME, "d": SAME}, ["all records, b"]),
+        ({"b": (0.033, 0.033, 0.033), "c": SAME, "d": SAME}, ["all records, b"]),
+        ({"b": (0.99, 0.1, 0.1), "c": SAME, "d": (0.01, 0.1, 0.1)}, []),  # a hiccup on one model
+        ({"b": (0.99, 0.1, 0.1), "c": (0.99, 0.1, 0.1), "d": SAME, "e": SAME}, []),  # over two attacks
+        ({"b": (0.99, 0.1, 0.1), "c": (0.03, 0.1, 0.1), "d": (0.03, 0.1, 0.1)}, ["m, b, l2 1"]),
+        ({"b": (0.0033, 0.1, 0.1), "c": SAME, "d": SAME}, ["m, b, l2 1"]),
+    ],
+)
+def test_seconds_are_narrow_in_the_median_and_wide_of_one_record(shares: dict, bad: list[str]) -> None:
+    rows = seconds_of(shares)
+    names = [f"{model}, {label}, l2 1" for model in "mno" for label in shares]
+    assert list(rows) == names + [f"all records, {label}" for label in shares]
+    assert [name for name, row in rows.items() if not row.is_good] == bad
+
+
+def test_seconds_of_a_model_that_is_slower_under_all_attacks_alike_are_not_noticed() -> None:
+    rows = seconds_of({"b": (0.9, 0.1, 0.1), "c": (0.9, 0.1, 0.1)})
+    assert rows["m, b, l2 1"][2:4] == ("10.0%", "90.0% (x 1.00)") and all(row.is_good for row in rows.values())
 
 
 def test_seconds_that_are_not_compared_are_said() -> None:
-    expected = small_baseline(*(entry(model=model) for model in "mno"))
-    row = seconds_of(expected, None, 4.0, 4.0)["m, b, l2 1"]
-    assert row[2:] == ("4.00", "none", "not compared: no r beside it", True)
-    (row,) = (row for row in compare(small_baseline(), [entry(batch_size=20)]) if row.field == "seconds")
-    assert row[2:] == ("batches of 50", "batches of 20", "not compared: other batch size", True)
-    reference = entry(label="r", relative_seconds=None)
-    assert "seconds" not in {row.field for row in compare(small_baseline(reference), [reference])}
+    (row,) = seconds_of({"b": SAME}, num_models=1).values()
+    assert row[2:] == ("10.0%", "10.0%", "not compared: no other attack beside it", True)
+    rows = seconds_of({"b": (0.9,), "c": (0.1,)}, num_models=1, batch_size=20)
+    assert {row[2:] for row in rows.values()} == {
+        ("batches of 50", "batches of 20", "not compared: other batch size", True)
+    }
+
+
+def test_seconds_are_shares_of_all_attacks_on_the_same_model(undisturbed: Path) -> None:
+    runs = read_run(undisturbed)
+    seconds = [record.cost.wall_seconds for record, _ in runs]
+    assert [entry.seconds for entry in to_entries(runs)] == pytest.approx([one / sum(seconds) for one in seconds])
+    elsewhere = runs[1][0].model_copy(update={"seed": 1})
+    assert [entry.seconds for entry in to_entries([runs[0], (elsewhere, runs[1][1])])] == [1, 1]
 
 
 @pytest.mark.parametrize(("now", "is_good"), [("a" * 64, True), ("e" * 64, False)])
@@ -351,32 +375,27 @@ def test_missing_record_fails_and_a_new_one_passes() -> None:
 def test_two_records_of_one_kind_are_refused(undisturbed: Path) -> None:
     runs = read_run(undisturbed)
     with pytest.raises(UsageError, match="one of each"):
-        to_entries([*runs, runs[0]], "joint-pgd")
+        to_entries([*runs, runs[0]])
 
 
 # ---------------------------------------------------------------- the baseline's file
 
 
-def test_updates_keep_their_reasons_the_tolerances_and_the_reference(tmp_path: Path, undisturbed: Path) -> None:
+def test_updates_keep_their_reasons_and_the_tolerances(tmp_path: Path, undisturbed: Path) -> None:
     path, runs = tmp_path / "quick.json", read_run(undisturbed)
-    first = update_baseline(path, runs, " the\nfirst ", "warm PGD")
+    first = update_baseline(path, runs, " the\nfirst ")
     loose = first.model_copy(update={"tolerances": Tolerances(count=0.5)})
     path.write_text(loose.model_dump_json())
     update_baseline(path, runs[1:], "joint-pgd is gone")
     found = read_baseline(path)
     assert [update.reason for update in found.updates] == ["the first", "joint-pgd is gone"]
-    assert (found.tolerances.count, found.reference, len(found.entries)) == (0.5, "warm PGD", 1)
+    assert (found.tolerances.count, len(found.entries)) == (0.5, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["quick.json"]
 
 
-@pytest.mark.parametrize(
-    ("reason", "reference", "message"), [(" ", None, "a reason"), ("the first", "noise", "joint-pgd, warm PGD")]
-)
-def test_updates_without_reason_or_reference_write_nothing(
-    reason: str, reference: str | None, message: str, tmp_path: Path, undisturbed: Path
-) -> None:
-    with pytest.raises(UsageError, match=message):
-        update_baseline(tmp_path / "quick.json", read_run(undisturbed), reason, reference)
+def test_an_update_without_a_reason_writes_nothing(tmp_path: Path, undisturbed: Path) -> None:
+    with pytest.raises(UsageError, match="a reason"):
+        update_baseline(tmp_path / "quick.json", read_run(undisturbed), " ")
     assert not (tmp_path / "quick.json").exists()
 
 
@@ -389,8 +408,8 @@ DAMAGED = small_baseline().model_dump(mode="json")
         (None, "no file"),
         ("{", "JSON"),
         ("[]", "JSON"),
-        ('{"schema_version": 1}', "reference"),
-        (json.dumps(DAMAGED | {"schema_version": 2}), "schema_version"),
+        ('{"schema_version": 2}', "updates"),
+        (json.dumps(DAMAGED | {"schema_version": 1}), "schema_version"),
         (json.dumps(DAMAGED | {"updates": []}), "updates"),
         (json.dumps(DAMAGED).replace(bits(200), "xy"), "is_robust"),
         (json.dumps(DAMAGED).replace(bits(200), "ff"), "400 samples"),
@@ -425,15 +444,14 @@ def test_what_is_unchanged_passes_as_table_json_and_junit(kept: Path, undisturbe
     assert (result.exit_code, result.stderr) == (0, "")
     header, *rows, last = result.stdout.splitlines()
     assert header.split() == ["record", "field", "baseline", "now", "tolerance", "verdict"]
-    assert len(rows) == 18 and all(row.split()[-1] == "good" for row in rows)
-    assert last == "18 of 18 checks are good"
+    assert len(rows) == 20 and all(row.split()[-1] == "good" for row in rows)
+    assert last == "20 of 20 checks are good"
     suite = tree.parse(tmp_path / "junit.xml").getroot()
-    assert (suite.tag, suite.get("tests"), suite.get("failures")) == ("testsuite", "18", "0")
+    assert (suite.tag, suite.get("tests"), suite.get("failures")) == ("testsuite", "20", "0")
     assert [case.get("name") for case in suite.iter("testcase")] == [
         *RECORD_FIELDS,
         *RECORD_FIELDS,
-        "seconds",
-        "seconds",
+        *["seconds"] * 4,
     ]
     content = json.loads(check("--baseline", kept, undisturbed, "--json").stdout)
     assert content["is_good"] and {row["is_good"] for row in content["checks"]} == {True}
@@ -444,9 +462,9 @@ def test_what_is_changed_fails_as_table_json_and_junit(kept: Path, undisturbed: 
     content["entries"][1]["cell_evals"] *= 2
     kept.write_text(json.dumps(content))
     result = check("--baseline", kept, undisturbed, "--junit", tmp_path / "junit.xml")
-    error = "Error: 1 of 18 checks failed: model, warm PGD, l2 0.5, evaluations first\n"
+    error = "Error: 1 of 20 checks failed: model, warm PGD, l2 0.5, evaluations first\n"
     assert (result.exit_code, result.stderr) == (1, error)
-    assert [row.split()[-1] for row in result.stdout.splitlines()[1:-1]] == ["good"] * 17 + ["BAD"]
+    assert [row.split()[-1] for row in result.stdout.splitlines()[1:-1]] == ["good"] * 19 + ["BAD"]
     suite = tree.parse(tmp_path / "junit.xml").getroot()
     assert suite.get("failures") == "1"
     assert [case.get("name") for case in suite.iter("testcase") if case.find("failure") is not None] == ["evaluations"]
@@ -462,7 +480,6 @@ def test_wrong_usage_is_one_line_and_exit_code_2(kept: Path, undisturbed: Path, 
         ("--baseline", kept, tmp_path / "nowhere"): "no such folder",
         ("--baseline", kept, undisturbed, "--update", ""): "a reason",
         ("--baseline", kept, undisturbed, "--update", "why", "--json"): "check after the update",
-        ("--baseline", kept, undisturbed, "--reference", "joint-pgd"): "--update",
         (undisturbed,): "--baseline",
     }
     before = kept.read_bytes()
