@@ -31,8 +31,7 @@ import torch
 
 import cli
 from benchmarks.timing import keep, say
-from robustbench_deq.bench.records import RecordStore, load_records, without_circumstances
-from robustbench_deq.bench.shards import SHARDS_FOLDER
+from robustbench_deq.bench.records import SHARDS_FOLDER, RecordStore, load_records, without_circumstances
 from robustbench_deq.files import write_text
 
 SUITE = {

@@ -8,12 +8,32 @@ result = evaluate(model, JointPGD(Threat(Norm.L2, 1.0)), load("fashion-mnist", l
 print(result.record.robust_accuracy, result.record.robust_accuracy_ci)
 """
 
-from robustbench_deq.bench.evaluate import Evaluation, evaluate
-from robustbench_deq.data import SplitName, load
-from robustbench_deq.equilibrium import EquilibriumModel
-from robustbench_deq.errors import RunError, UsageError
-from robustbench_deq.models import MODELS, load_model, save_model
-from robustbench_deq.threats import Norm, Threat
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from robustbench_deq.bench.evaluate import Evaluation, evaluate
+    from robustbench_deq.data import SplitName, load
+    from robustbench_deq.equilibrium import EquilibriumModel
+    from robustbench_deq.errors import RunError, UsageError
+    from robustbench_deq.models import MODELS, load_model, save_model
+    from robustbench_deq.threats import Norm, Threat
+
+_PLACES = {
+    "MODELS": "models",
+    "EquilibriumModel": "equilibrium",
+    "Evaluation": "bench.evaluate",
+    "Norm": "threats",
+    "RunError": "errors",
+    "SplitName": "data",
+    "Threat": "threats",
+    "UsageError": "errors",
+    "evaluate": "bench.evaluate",
+    "load": "data",
+    "load_model": "models",
+    "save_model": "models",
+}
+"""The module of each name, imported when the name is asked for: records are read and reported without torch."""
 
 __all__ = [
     "MODELS",
@@ -29,3 +49,15 @@ __all__ = [
     "load_model",
     "save_model",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from robustbench_deq.memory import peak_memory_mb, reset_peak_memory
+from robustbench_deq.peak_memory import peak_memory_mb, reset_peak_memory
 
 if TYPE_CHECKING:
     from robustbench_deq.equilibrium import EquilibriumModel

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 import cli
+from attacks import build_attack
 from robustbench_deq.bench.baseline import read_baseline
 from robustbench_deq.bench.suite import plan, read_suite
 from robustbench_deq.threats import Norm, Threat
@@ -73,8 +74,8 @@ def folder_of_the_gate() -> str:
 def test_gate_calls_commands_as_they_are() -> None:
     (bench, *bench_words), (check, *check_words) = commands_of_the_gate()
     assert (bench, check) == ("bench", "check")
-    made_by = cli.main.commands[bench].make_context(bench, bench_words).params
-    looked_at = cli.main.commands[check].make_context(check, check_words).params
+    made_by = cli.main.get_command(None, bench).make_context(bench, bench_words).params
+    looked_at = cli.main.get_command(None, check).make_context(check, check_words).params
     assert made_by["suite"] == Path("configs/suites/quick.yaml") and not made_by["resume"]
     assert looked_at["folder"] == made_by["out"] and looked_at["folder"] in looked_at["junit"].parents
     assert looked_at["baseline"] == Path("results/baselines/quick.json") and looked_at["reason"] is None
@@ -85,7 +86,7 @@ def test_baseline_is_of_the_suite_as_it_stands() -> None:
     planned = plan(read_suite(ROOT / "configs" / "suites" / "quick.yaml"))
     for entry, run in zip(baseline.entries, planned, strict=True):
         assert (entry.model, entry.label, entry.norm, entry.epsilon) == (run.model, run.label, run.norm, run.epsilon)
-        attack = cli.build_attack(run.attack, Threat(Norm.parse(run.norm), run.epsilon), run.config)
+        attack = build_attack(run.attack, Threat(Norm.parse(run.norm), run.epsilon), run.config)
         settings = attack.config.model_dump(mode="json", exclude_none=True) | {"targeted": False}
         assert {key: value for key, value in entry.settings.items() if value is not None} == settings
         for field in ("attack", "data", "split", "digest", "num_samples", "batch_size", "seed"):
@@ -115,5 +116,5 @@ def test_hook_for_other_repositories_is_an_installed_command() -> None:
     (hook,) = read(".pre-commit-hooks.yaml")
     script, command = hook["entry"].split()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["scripts"][script] == "cli:main" and command in cli.main.commands
+    assert project["scripts"][script] == "cli:main" and command in cli.main.list_commands(None)
     assert hook["pass_filenames"] is False

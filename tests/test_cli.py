@@ -24,13 +24,15 @@ import torchvision
 import yaml
 
 import cli
-from attacks import ATTACKS, JointPGD
+from attacks import ATTACKS, JointPGD, build_attack
 from robustbench_deq import display
 from robustbench_deq.bench.records import load_records
+from robustbench_deq.commands import attack as attack_command
+from robustbench_deq.commands import report as report_command
 from robustbench_deq.configs import read_yaml, validate
 from robustbench_deq.data import DATASETS, SplitName, load, sources, splits
 from robustbench_deq.errors import RunError
-from robustbench_deq.models import FAMILIES, MODELS, describe_model, list_models, load_folder, save_model
+from robustbench_deq.models import FAMILIES, MODELS, describe_model, list_models, load_folder, load_model, save_model
 from robustbench_deq.report.commands import command_of
 from robustbench_deq.threats import Norm, Threat
 from robustbench_deq.training.checkpoint import Checkpoint
@@ -112,7 +114,7 @@ def test_listing_names_everything_as_text_and_as_json(command: str, names) -> No
 def test_models_may_be_picked_by_a_wildcard() -> None:
     content = json.loads(succeeds("models", "test-*", "--json"))
     assert [row["name"] for row in content["models"]] == MODELS.list("test-*")
-    parameters = sum(p.numel() for p in cli.load_model("test-linear.tiny").parameters())
+    parameters = sum(p.numel() for p in load_model("test-linear.tiny").parameters())
     assert content["models"][0]["parameters"] == parameters
     assert "test-linear.tiny" in refused("models", "test-liner*")
 
@@ -248,7 +250,7 @@ def test_a_model_without_a_gradient_is_refused_by_attacks_that_need_one(unsound:
 
 
 def test_check_takes_a_folder_and_images_of_ones_own(tmp_path: Path) -> None:
-    save_model(cli.load_model("test-linear.tiny"), str(tmp_path / "saved"), "mine")
+    save_model(load_model("test-linear.tiny"), str(tmp_path / "saved"), "mine")
     data = write_npz(tmp_path / "mine.npz", (240, 1, 8, 8))
     found = json.loads(succeeds("models", tmp_path / "saved", "--check", data, "--json"))
     assert found["findings"][0]["found"] == "state (20, 12), logits (20, 10)"  # a twelfth of 240
@@ -396,7 +398,7 @@ def test_own_images_own_model_file_and_saved_folder(tmp_path: Path) -> None:
     found = json.loads(succeeds("attack", f"{tmp_path / 'mine.py'}:build", *args))
     assert found["data"]["num_samples"] == 3  # two sevenths of twelve
     assert found["model_sha256"] is None
-    description = save_model(cli.load_model(f"{tmp_path / 'mine.py'}:build"), tmp_path / "saved", "mine")
+    description = save_model(load_model(f"{tmp_path / 'mine.py'}:build"), tmp_path / "saved", "mine")
     again = json.loads(succeeds("attack", tmp_path / "saved", *args))
     assert again["model_sha256"] == description.sha256
     assert again["robust_accuracy"] == found["robust_accuracy"] and again["data"] == found["data"]
@@ -509,7 +511,7 @@ def test_own_images_are_taken_whole_and_a_part_of_them_is_named(tmp_path: Path) 
 
 
 def test_a_flipped_byte_in_the_weights_is_one_line(tmp_path: Path) -> None:
-    save_model(cli.load_model("test-linear.tiny"), tmp_path / "saved", "mine")
+    save_model(load_model("test-linear.tiny"), tmp_path / "saved", "mine")
     path = tmp_path / "saved" / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -557,6 +559,24 @@ def test_an_output_folder_with_files_is_refused_and_left_alone(tmp_path: Path) -
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
 
 
+def test_every_command_is_there_and_no_other() -> None:
+    listed = succeeds("--help")
+    for name in cli.COMMANDS:
+        assert f"\n  {name} " in listed and "Usage: " in succeeds(name, "--help")
+    assert "No such command 'atack'" in refused("atack")
+
+
+@pytest.mark.parametrize("name", ["report", "check"])
+def test_what_only_reads_records_needs_no_torch(name: str) -> None:
+    code = f"import cli, sys; cli.main(['{name}', '--help'], prog_name='x'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=120).returncode == 0
+
+
+def test_an_interrupt_while_a_command_is_imported_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.importlib, "import_module", fails_with(KeyboardInterrupt()))
+    interrupted("models")
+
+
 @pytest.mark.parametrize("place", ["file", "file/below"])
 def test_a_file_in_the_way_of_the_output_folder_is_one_line(place: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
@@ -585,13 +605,13 @@ def fails_with(error: BaseException) -> Callable[..., None]:
     ids=lambda value: type(value).__name__,
 )
 def test_a_failed_run_is_exit_code_1_and_one_line(error, said: str, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(cli, "evaluate", fails_with(error))
+    monkeypatch.setattr(attack_command, "evaluate", fails_with(error))
     assert said in refused(*QUICK, "--out", tmp_path / "run", "--json", code=1)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_traceback_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "evaluate", fails_with(RuntimeError("mine")))
+    monkeypatch.setattr(attack_command, "evaluate", fails_with(RuntimeError("mine")))
     monkeypatch.setenv(cli.DEBUG_VARIABLE, "1")
     result = invoke(*QUICK)
     assert result.exit_code == 1 and isinstance(result.exception, RuntimeError)
@@ -874,16 +894,16 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
 
 def test_report_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     succeeds(*QUICK, "--out", tmp_path / "run")
-    real = cli.write_report
+    real = report_command.write_report
 
     def half(records: Any, folder: Path, **rest: Any) -> Any:
         (folder / "report.md").write_text("half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "write_report", half)
+    monkeypatch.setattr(report_command, "write_report", half)
     interrupted("report", tmp_path / "run", "--out", tmp_path / "page")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
-    monkeypatch.setattr(cli, "write_report", real)
+    monkeypatch.setattr(report_command, "write_report", real)
     succeeds("report", tmp_path / "run", "--out", tmp_path / "page")
     assert (tmp_path / "page" / "index.html").is_file()
     (tmp_path / "here").mkdir()
@@ -910,7 +930,7 @@ def test_every_training_config_is_sound(path: Path) -> None:
     config = validate(TrainingConfig, read_yaml(path), path.name)
     for spec in (config.attack, config.validation.attack, config.evaluation.attack):
         if spec is not None:
-            cli.build_attack(spec.name, Threat(Norm.parse(spec.threat.norm), spec.threat.epsilon), spec.config)
+            build_attack(spec.name, Threat(Norm.parse(spec.threat.norm), spec.threat.epsilon), spec.config)
     family = FAMILIES.get(config.model.family)
     info = DATASETS.get(config.data)
     values = {"input_shape": info.input_shape, "num_classes": info.num_classes, **config.model.config}

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from robustbench_deq import memory
+from robustbench_deq import memory, peak_memory
 
 CPU = torch.device("cpu")
 FAULTS = """
@@ -48,7 +48,8 @@ def test_kept_memory_is_used_again_without_page_faults() -> None:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_kept_memory_is_handed_back_only_when_asked() -> None:
     """The meter is opened for every batch, and must leave kept memory alone."""
-    ask = "from robustbench_deq.memory import release_freed_memory, reset_peak_memory\n"
+    ask = "from robustbench_deq.memory import release_freed_memory\n"
+    ask += "from robustbench_deq.peak_memory import reset_peak_memory\n"
     between = {"release": "release_freed_memory(); fill()", "reset": "reset_peak_memory(torch.device('cpu')); fill()"}
     found = {}
     for name, calls in between.items():
@@ -65,14 +66,14 @@ def test_a_library_without_the_setting_is_no_error(monkeypatch) -> None:
 
 def test_peak_rises_with_what_is_used_and_falls_after_a_reset() -> None:
     memory.release_freed_memory()  # what earlier tests have left would be used again
-    memory.reset_peak_memory(CPU)
-    before = memory.peak_memory_mb(CPU)
+    peak_memory.reset_peak_memory(CPU)
+    before = peak_memory.peak_memory_mb(CPU)
     tensor = torch.ones(64 * 2**18)  # 64 MiB
-    assert memory.peak_memory_mb(CPU) > before + 50
+    assert peak_memory.peak_memory_mb(CPU) > before + 50
     del tensor
     memory.release_freed_memory()
-    memory.reset_peak_memory(CPU)
-    assert memory.peak_memory_mb(CPU) < before + 30
+    peak_memory.reset_peak_memory(CPU)
+    assert peak_memory.peak_memory_mb(CPU) < before + 30
 
 
 def test_the_collector_rests_and_is_left_as_it_was() -> None:

@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from robustbench_deq.bench.shards import SHARDS_FOLDER
+from robustbench_deq.bench.records import SHARDS_FOLDER
 
 UNKNOWN = ("unknown", "unknown")
 

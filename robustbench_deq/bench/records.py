@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 RECORDS_FILE = "records.jsonl"
 SAMPLES_FOLDER = "samples"
+SHARDS_FOLDER = "shards"
 
 # Strict: neither text nor a truth value is taken for a number.
 Number = Annotated[float, Field(strict=True)]

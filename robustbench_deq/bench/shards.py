@@ -21,11 +21,10 @@ import pandas as pd
 
 from robustbench_deq.bench.evaluate import Part
 from robustbench_deq.bench.images import IMAGES_FOLDER
-from robustbench_deq.bench.records import SAMPLES_FOLDER, CostRecord, CurvePoint
+from robustbench_deq.bench.records import SAMPLES_FOLDER, SHARDS_FOLDER, CostRecord, CurvePoint
 from robustbench_deq.bench.suite import Shard
 from robustbench_deq.files import lock, remove_temporaries, replacing, write_json
 
-SHARDS_FOLDER = "shards"
 LOCK_SUFFIX = ".lock"
 ASSEMBLY_LOCK = f"assembly{LOCK_SUFFIX}"
 

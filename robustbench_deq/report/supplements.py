@@ -122,6 +122,8 @@ def _read_verdicts(store: RecordStore, records: Sequence[Record]) -> dict[str, S
 def _read_table(store: RecordStore, record: Record) -> pyarrow.Table | None:
     try:
         table = store.samples_table(record.record_id, _SCHEMA.names).select(_SCHEMA.names)
+        if any(column.null_count for column in table.columns):
+            raise pyarrow.ArrowInvalid("a verdict is missing")
         return table if table.schema.equals(_SCHEMA) else table.cast(_SCHEMA)
     except (OSError, KeyError, pyarrow.ArrowException):
         logger.warning("%s: no verdicts could be read", store.samples_path(record.record_id))

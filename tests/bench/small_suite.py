@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import cli
+from attacks import build_attack
 from robustbench_deq.bench.executors import Serial
 from robustbench_deq.bench.runner import Outcome, run_suite
 from robustbench_deq.bench.suite import SuiteConfig, cut, plan
@@ -30,6 +30,6 @@ def runs_of(config: SuiteConfig) -> list:
     return [(run, cut(run, config.batches_per_shard)) for run in plan(config)]
 
 
-def do(folder: Path, config: SuiteConfig | None = None, executor=None, build=cli.build_attack, watch=None) -> Outcome:
+def do(folder: Path, config: SuiteConfig | None = None, executor=None, build=build_attack, watch=None) -> Outcome:
     config = config or suite()
     return run_suite(runs_of(config), folder, build, executor or Serial(), watch=watch)

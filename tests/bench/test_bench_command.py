@@ -19,6 +19,7 @@ from robustbench_deq.bench.executors import Ray
 from robustbench_deq.bench.records import load_records
 from robustbench_deq.bench.shards import ShardStore
 from robustbench_deq.bench.suite import SuiteConfig
+from robustbench_deq.commands import bench as bench_command
 from tests.bench.small_suite import runs_of, suite
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +90,7 @@ def test_interrupted_suite_says_how_to_go_on(path: Path, tmp_path: Path, monkeyp
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run_suite", interrupt)
+    monkeypatch.setattr(bench_command, "run_suite", interrupt)
     result = bench(path, "--out", tmp_path / "new")
     assert result.exit_code == 1
     assert result.stderr == "Error: interrupted; finished shards are kept, go on with --resume\n"

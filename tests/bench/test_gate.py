@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import cli
-from attacks import JointPGDConfig
+from attacks import JointPGDConfig, build_attack
 from robustbench_deq.bench import runner
 from robustbench_deq.bench.baseline import (
     Baseline,
@@ -69,7 +69,7 @@ def run(folder: Path, spoil: Callable[[EquilibriumModel], object] = lambda model
     with contextlib.chdir(folder):
         suite = SuiteConfig(**SUITE | changes)
         runs = [(one, cut(one, suite.batches_per_shard)) for one in plan(suite)]
-        outcome = runner.run_suite(runs, Path("run"), cli.build_attack, Serial())
+        outcome = runner.run_suite(runs, Path("run"), build_attack, Serial())
     assert not outcome.failures
     return folder / "run"
 

@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import cli
+from attacks import build_attack
 from benchmarks.kills import contents
 from robustbench_deq.attack import Attack
 from robustbench_deq.bench.executors import WORKER_DIED, Ray
@@ -44,7 +45,7 @@ def deadly(is_deadly: Callable[[Threat], bool]) -> Callable[..., Attack]:
     """Builds attacks that kill the process they are in. Ray pickles closures by value: workers need not have them."""
 
     def build(name: str, threat: Threat, settings: dict[str, Any]) -> Attack:
-        attack = cli.build_attack(name, threat, settings)
+        attack = build_attack(name, threat, settings)
         run = attack.run
 
         def run_or_die(*args: Any) -> Any:

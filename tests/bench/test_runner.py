@@ -22,7 +22,7 @@ import pandas as pd
 import pytest
 import torch
 
-import cli
+from attacks import build_attack
 from benchmarks.kills import contents, processes
 from robustbench_deq import files
 from robustbench_deq.attack import ATTACKS, Attack
@@ -157,12 +157,12 @@ def test_edited_model_file_is_another_model(tmp_path: Path) -> None:
     path.write_text(MODEL_FILE.format(factor=1))
     config = suite(models=[f"{path}:build"], attacks=[{"name": "noise"}])
     before = runs_of(config)
-    assert run_shard(before[0][1][0], folder, cli.build_attack) is None
+    assert run_shard(before[0][1][0], folder, build_attack) is None
 
     path.write_text(MODEL_FILE.format(factor=-1.5))
     assert not {run.key for run in plan(config)} & {run.key for run, _ in before}
     runner._model.cache_clear()  # as in another process
-    reason = run_shard(before[0][1][1], folder, cli.build_attack)
+    reason = run_shard(before[0][1][1], folder, build_attack)
     assert "expected that of the plan, got another" in reason
     do(folder, config)
     assert len(load_records(folder)) == 2 and ShardStore(folder).is_done(before[0][1][0])
@@ -219,7 +219,7 @@ def test_shipped_suites_are_sound(path: Path) -> None:
 
 def test_record_of_a_run_is_that_of_one_evaluation(undisturbed: Path) -> None:
     record = load_records(undisturbed)[0]
-    attack = cli.build_attack("joint-pgd", Threat(Norm.L2, 0.3), {"steps": 4})
+    attack = build_attack("joint-pgd", Threat(Norm.L2, 0.3), {"steps": 4})
     whole = evaluate(load_model("test-linear.tiny"), attack, load("digits", limit=20), batch_size=8, num_snapshots=2)
     for field in (
         "robust_accuracy",
@@ -261,7 +261,7 @@ def test_shards_in_another_order_and_cut_give_the_same_records(undisturbed: Path
     runs = runs_of(suite())
     for _, shards in reversed(runs):
         for shard in reversed(shards):
-            assert run_shard(shard, tmp_path, cli.build_attack) is None
+            assert run_shard(shard, tmp_path, build_attack) is None
     do(tmp_path)
     assert contents(tmp_path) == contents(undisturbed)
 
@@ -291,7 +291,7 @@ def test_only_missing_shards_are_done(undisturbed: Path, tmp_path: Path) -> None
 
 def test_failed_shard_is_kept_with_its_reason_and_the_rest_goes_on(undisturbed: Path, tmp_path: Path) -> None:
     def build(name: str, threat: Threat, settings: dict[str, Any]):
-        attack = cli.build_attack(name, threat, settings)
+        attack = build_attack(name, threat, settings)
         if name == "noise" and threat.epsilon == 0.5:
             attack.run = lambda *args, **rest: (_ for _ in ()).throw(RuntimeError("no luck\ntoday"))
         return attack
@@ -359,7 +359,7 @@ def test_shard_that_another_has_done_meanwhile_is_no_failure(tmp_path: Path, mon
         raise FileNotFoundError("a temporary file that the other one has tidied away")
 
     monkeypatch.setattr(ShardStore, "save", late)
-    assert run_shard(shard, tmp_path, cli.build_attack) is None
+    assert run_shard(shard, tmp_path, build_attack) is None
     assert ShardStore(tmp_path).reason(shard) is None
 
 
@@ -367,7 +367,7 @@ def test_record_says_when_its_first_shard_was_begun_and_with_how_many_threads(tm
     first, *rest = runs_of(suite())[0][1]
     for num_threads, shard in zip((2, 1, 1), (first, *rest), strict=True):
         torch.set_num_threads(num_threads)
-        assert run_shard(shard, tmp_path, cli.build_attack) is None
+        assert run_shard(shard, tmp_path, build_attack) is None
     path = tmp_path / "shards" / f"{rest[0].key}.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"began": 0.0}))
     do(tmp_path)
@@ -416,23 +416,23 @@ def test_claimed_shard_is_left_to_its_owner(tmp_path: Path) -> None:
     store = ShardStore(tmp_path)
     with store.claim(shard) as claim:
         assert claim is not None and store.is_claimed(shard)
-        assert run_shard(shard, tmp_path, cli.build_attack) is None
+        assert run_shard(shard, tmp_path, build_attack) is None
         assert not store.is_done(shard)
     assert not store.is_claimed(shard)
-    assert run_shard(shard, tmp_path, cli.build_attack) is None
+    assert run_shard(shard, tmp_path, build_attack) is None
     assert store.is_done(shard)
 
 
 RUNNER = """
 import json, pathlib, sys, torch
 torch.set_num_threads(1)
-import cli
+from attacks import build_attack
 from robustbench_deq.bench.executors import Serial
 from robustbench_deq.bench.runner import run_suite
 from robustbench_deq.bench.suite import SuiteConfig, cut, plan
 suite = SuiteConfig(**json.loads(sys.argv[2]))
 runs = [(run, cut(run, suite.batches_per_shard)) for run in plan(suite)]
-run_suite(runs, pathlib.Path(sys.argv[1]), cli.build_attack, Serial())
+run_suite(runs, pathlib.Path(sys.argv[1]), build_attack, Serial())
 """
 
 
@@ -474,7 +474,7 @@ def die_once(marker: Path, name: str, threat: Threat, settings: dict[str, Any]) 
     try:
         os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
-        return cli.build_attack(name, threat, settings)
+        return build_attack(name, threat, settings)
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError
 
@@ -482,7 +482,7 @@ def die_once(marker: Path, name: str, threat: Threat, settings: dict[str, Any]) 
 def die_at_half(name: str, threat: Threat, settings: dict[str, Any]) -> Attack:
     if threat.epsilon == 0.5:
         os.kill(os.getpid(), signal.SIGKILL)
-    return cli.build_attack(name, threat, settings)
+    return build_attack(name, threat, settings)
 
 
 def test_killed_worker_loses_nothing(undisturbed: Path, tmp_path: Path) -> None:

@@ -136,5 +136,5 @@ def test_without_the_package_one_line_says_how_to_get_it(monkeypatch: pytest.Mon
 
 
 def test_the_package_is_not_imported_unless_used() -> None:
-    code = "import cli, sys; sys.exit('huggingface_hub' in sys.modules)"
+    code = "import robustbench_deq.models, sys; sys.exit('huggingface_hub' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], timeout=120).returncode == 0

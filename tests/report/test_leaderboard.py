@@ -120,7 +120,7 @@ def test_verdicts_of_many_records_are_each_their_own(make_run, tmp_path: Path) -
     assert len(verdicts["short"].is_robust) == 4
 
 
-@pytest.mark.parametrize("spoil", ["missing", "torn", "other verdicts", "no column"])
+@pytest.mark.parametrize("spoil", ["missing", "torn", "other verdicts", "no column", "one is null"])
 def test_verdicts_that_cannot_be_used_are_left_out(make_run, tmp_path: Path, caplog, spoil: str) -> None:
     record, samples = make_run("a", [0, 1])
     store = RecordStore(tmp_path)
@@ -131,7 +131,11 @@ def test_verdicts_that_cannot_be_used_are_left_out(make_run, tmp_path: Path, cap
     elif spoil == "torn":
         path.write_bytes(path.read_bytes()[:100])
     else:
-        changed = samples.drop(columns="is_failed") if spoil == "no column" else samples.assign(is_robust=True)
+        changed = {
+            "other verdicts": lambda: samples.assign(is_robust=True),
+            "no column": lambda: samples.drop(columns="is_failed"),
+            "one is null": lambda: samples.assign(is_clean_correct=[None, *samples["is_clean_correct"][1:]]),
+        }[spoil]()
         changed.to_parquet(path)
     with caplog.at_level(logging.WARNING):
         assert read_supplements({tmp_path: [record]}).verdicts == {}

@@ -1,0 +1,58 @@
+"""`check`: the gate."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from robustbench_deq.bench.baseline import read_baseline, read_run, to_entries, update_baseline
+from robustbench_deq.bench.gate import Check, compare, to_junit
+from robustbench_deq.errors import RunError, UsageError
+from robustbench_deq.files import write_text
+
+
+@click.command()
+@click.option("--baseline", type=click.Path(path_type=Path), required=True, help="JSON file of the baseline.")
+@click.argument("folder", type=click.Path(path_type=Path), default=Path("results/runs/quick"))
+@click.option("--update", "reason", default=None, metavar="REASON", help="Make FOLDER the baseline, for this reason.")
+@click.option("--json", "is_json", is_flag=True, help="One JSON object on standard output.")
+@click.option("--junit", type=click.Path(path_type=Path), default=None, help="JUnit XML file to write.")
+def check(baseline: Path, folder: Path, reason: str | None, is_json: bool, junit: Path | None) -> None:
+    """Compare the records in FOLDER with a baseline: exit code 0 when they agree, 1 when they do not.
+
+    The tolerances stand in the baseline. It changes only by --update, which keeps the reason in it.
+    """
+    if reason is not None and (is_json or junit):
+        raise UsageError.of("check", expected="--update or --json, --junit", got="both", fix="check after the update")
+    runs = read_run(folder)
+    if reason is not None:
+        updated = update_baseline(baseline, runs, reason)
+        click.echo(f"{len(updated.entries)} records written to {baseline}, update {len(updated.updates)}")
+        return
+    checks = compare(read_baseline(baseline), to_entries(runs))
+    if junit is not None:
+        write_text(junit, to_junit(checks))
+    bad = [row for row in checks if not row.is_good]
+    if is_json:
+        rows = [row._asdict() for row in checks]
+        click.echo(json.dumps({"schema_version": 1, "is_good": not bad, "checks": rows}))
+    else:
+        _echo_checks(checks)
+    if bad:
+        raise RunError(f"{len(bad)} of {len(checks)} checks failed: {bad[0].record}, {bad[0].field} first")
+
+
+def _echo_checks(checks: list[Check]) -> None:
+    """A row a check; what failed comes last, where a log ends."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("record", "field", "baseline", "now", "tolerance", "verdict"):
+        table.add_column(column, overflow="fold")
+    for row in sorted(checks, key=lambda row: not row.is_good):
+        table.add_row(*row[:5], "good" if row.is_good else "BAD")
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(table)
+    click.echo(f"{sum(row.is_good for row in checks)} of {len(checks)} checks are good")

@@ -1,0 +1,70 @@
+"""What several commands do: choose a device, list rows, say what a split leaves out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import textwrap
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from robustbench_deq.data import SplitName, is_own_file, split_sizes
+from robustbench_deq.errors import UsageError
+
+
+def choose_device(name: str | None) -> torch.device:
+    device = named_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise _unknown_device(name) from None
+    return device
+
+
+def named_device(name: str) -> torch.device:
+    """One that some machine may have."""
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise _unknown_device(name) from None
+
+
+def _unknown_device(name: str | None) -> UsageError:
+    return UsageError.of("--device", expected="cpu, cuda or cuda:N of this machine", got=repr(name), fix="omit it")
+
+
+def echo_listing(rows: list[dict[str, Any]], kind: str, is_json: bool) -> None:
+    """A line a row, or one JSON object. On a terminal too narrow for that, a paragraph a row."""
+    if is_json:
+        click.echo(json.dumps({"schema_version": 1, kind: rows}))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in rows[0] if rows else ["name"]:
+        table.add_column(column.replace("_", " "), no_wrap=True)
+    for row in rows:
+        table.add_row(*("-" if value is None else str(value) for value in row.values()))
+    unlimited = Console(file=sys.stdout, width=1000)
+    if not sys.stdout.isatty() or unlimited.measure(table).maximum <= shutil.get_terminal_size().columns:
+        unlimited.print(table)
+        return
+    wrapper = textwrap.TextWrapper(shutil.get_terminal_size().columns, initial_indent="  ", subsequent_indent="  ")
+    for (_, name), *facts in (row.items() for row in rows):
+        click.echo(name)
+        known = (f"{key.replace('_', ' ')} {value}" for key, value in facts if value is not None)
+        click.echo(wrapper.fill("; ".join(known)))
+
+
+def tell_split(data: str, split: str, whole: str) -> None:
+    """Say that a split leaves out a part of one's own file, which may be a test set as it is.
+
+    Args:
+        whole: what takes all of it, with a place for how many.
+    """
+    if is_own_file(data) and split != SplitName.ALL.value:
+        size, num_samples = split_sizes(data, SplitName(split))
+        click.echo(f"{data}: {split} split: {size} of {num_samples} images; {whole.format(num_samples)}", err=True)
