@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "data": BASE | {"registry", "configs", "files"},
     "attack": NUMERICS | {"joint"},
     "display": BASE | {"bench"},
-    "report": BASE | {"files", "configs", "proportions", "bench.records", "bench.images"},
+    "report": BASE | {"files", "configs", "proportions", "bench.records", "bench.images", "bench.missing"},
     "bench": NUMERICS | {"files", "models", "data", "attack", "proportions", "quiet"},
     "training": NUMERICS | {"files", "models", "data", "attack", "bench"},
 }

@@ -319,12 +319,9 @@ def load_records(folder: Path) -> list[Record]:
     path = Path(folder) / RECORDS_FILE
     if not path.is_file():
         got = f"no {RECORDS_FILE} in it" if path.parent.is_dir() else "no such folder"
-        raise UsageError.of(
-            str(folder),
-            expected="a folder of records",
-            got=got,
-            fix="write one with 'robustbench-deq attack MODEL --out DIR'",
-        )
+        is_begun = (path.parent / SHARDS_FOLDER).is_dir()
+        fix = "go on with bench --resume" if is_begun else "write one with 'robustbench-deq attack MODEL --out DIR'"
+        raise UsageError.of(str(folder), expected="a folder of records", got=got, fix=fix)
     records = _read(path)
     if not records:
         raise UsageError.of(

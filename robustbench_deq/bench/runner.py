@@ -1,6 +1,6 @@
 """The runner: shards of a suite to records.
 
-    DIR/suite.json              the resolved suite; a folder holds one suite
+    DIR/suite.json, plan.json   the resolved suite, and its runs; a folder holds one suite
     DIR/shards/                 what is done, has failed, and is in progress (see `bench.shards`)
     DIR/records.jsonl, samples/ written when everything has been tried
 
@@ -24,6 +24,7 @@ from robustbench_deq.bench.environment import describe_environment
 from robustbench_deq.bench.evaluate import Part, Task, check_data, evaluate_batch, summarise
 from robustbench_deq.bench.executors import Executor
 from robustbench_deq.bench.images import choose_images, save_images
+from robustbench_deq.bench.missing import write_plan
 from robustbench_deq.bench.records import DataRecord, RecordStore
 from robustbench_deq.bench.shards import Claim, ShardStore
 from robustbench_deq.bench.suite import Run, Shard, SuiteConfig, digest_of_model
@@ -226,9 +227,10 @@ def check_folder(folder: Path, suite: SuiteConfig, runs: Sequence[Run]) -> None:
         )
 
 
-def claim_folder(folder: Path, suite: SuiteConfig) -> None:
-    """Make `folder`, which has been checked, that of `suite`."""
-    write_json(folder / SUITE_FILE, suite.model_dump(mode="json"))
+def claim_folder(folder: Path, suite: SuiteConfig, runs: Sequence[Run]) -> None:
+    """Make `folder`, which has been checked, that of `suite`, whose plan are `runs`."""
+    write_json(folder / SUITE_FILE, suite.model_dump(mode="json"))  # first: without it there is no going on
+    write_plan(folder, runs)
 
 
 def missing_shards(runs: Sequence[tuple[Run, list[Shard]]], folder: Path) -> list[Shard]:

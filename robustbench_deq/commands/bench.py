@@ -66,7 +66,7 @@ def bench(
     with place as folder:
         check_folder(folder, parsed, [run for run, _ in runs])
         executor = _make_executor(parsed, kind, address, workers, device)
-        claim_folder(folder, parsed)
+        claim_folder(folder, parsed, [run for run, _ in runs])
         progress, start = SuiteProgress(runs, folder), time.monotonic()
         with suite_display(parsed.name, progress) as watch:
             try:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 from pathlib import Path
 
 import click
 
-from robustbench_deq.bench.failures import read_failures
 from robustbench_deq.bench.records import Record, load_folders, load_records
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import whole_folder, write_text
@@ -48,10 +46,8 @@ def report(folders: tuple[Path, ...], out: Path | None, compared: tuple[Path, Pa
 def _report_on(folders: tuple[Path, ...], out: Path) -> None:
     found = load_folders(folders)
     records = [record for part in found.values() for record in part]
-    failures = sum((read_failures(folder) for folder in found), collections.Counter())
     with aside(lambda: _cards_of(records)) as cards:
-        beside = read_supplements(found, failures=failures)
-        supplements = dataclasses.replace(beside, cards=cards())
+        supplements = dataclasses.replace(read_supplements(found), cards=cards())
     with whole_folder(out) as folder:
         written = write_report(records, folder, supplements=supplements)
     click.echo(f"{len(records)} records, {len(written)} files in {out}; open {out / 'index.html'}")

@@ -1,4 +1,4 @@
-"""Supplements: what lies beside the records of a folder: verdicts of single samples, images, and cards of the models.
+"""Supplements: what lies beside the records of a folder: verdicts of single samples, images, cards, what is missing.
 
 All of it may be missing. A report then says less, and nothing else: verdicts that cannot be read, or that contradict
 their record, are left out with a warning in the log.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow
 
 from robustbench_deq.bench.images import images_path, load_images
+from robustbench_deq.bench.missing import Missing, read_missing
 from robustbench_deq.bench.records import Record, RecordStore
 from robustbench_deq.report.gallery import GalleryRow
 
@@ -40,42 +42,47 @@ class SampleVerdicts:
 
 @dataclass(frozen=True)
 class Supplements:
-    """By record id: verdicts and a gallery. By model name: the card. By model and attack: shards that have failed."""
+    """By record id: verdicts and a gallery. By model name: the card. By model and attack: what has no record."""
 
     verdicts: Mapping[str, SampleVerdicts] = field(default_factory=dict)
     galleries: Mapping[str, Sequence[GalleryRow]] = field(default_factory=dict)
     cards: Mapping[str, Card] = field(default_factory=dict)
-    failures: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    missing: Missing = field(default_factory=lambda: Missing(Counter(), Counter()))
 
     @property
     def warning(self) -> str:
-        """A sentence about the failed shards, whose attacks are missing; empty where there are none."""
-        if not self.failures:
-            return ""
-        count = sum(self.failures.values())
-        runs = "; ".join(f"{model}, {label} ({number})" for (model, label), number in sorted(self.failures.items()))
-        return (
-            f"{count:,} failed {'shard has' if count == 1 else 'shards have'} left no record, so these models met "
-            f"fewer attacks than the others: {runs}. Try again with bench --resume."
-        )
+        """Sentences about the failed shards and the unfinished runs, whose attacks are missing; empty without any."""
+        told = [_told(*kind) for kind in zip(self.missing, ("failed shard", "unfinished run"), strict=True)]
+        return " ".join([*filter(None, told), "Go on with bench --resume."]) if self.missing else ""
 
 
-def read_supplements(
-    folders: Mapping[Path, Sequence[Record]],
-    cards: Mapping[str, Card] | None = None,
-    failures: Mapping[tuple[str, str], int] | None = None,
-) -> Supplements:
+def _told(counts: Mapping[tuple[str, str], int], kind: str) -> str:
+    if not counts:
+        return ""
+    total = sum(counts.values())
+    runs = "; ".join(f"{model}, {label} ({number})" for (model, label), number in sorted(counts.items()))
+    left = "has left" if total == 1 else "have left"
+    return (
+        f"{total:,} {kind if total == 1 else f'{kind}s'} {left} no record, so these models met fewer attacks than the "
+        f"others: {runs}."
+    )
+
+
+def read_supplements(folders: Mapping[Path, Sequence[Record]], cards: Mapping[str, Card] | None = None) -> Supplements:
     """What lies in folders beside the records that were read from them.
 
     Args:
-        cards, failures: passed through.
+        cards: passed through.
     """
+    missing = []
     verdicts: dict[str, SampleVerdicts] = {}
     images: dict[str, Path] = {}
     for folder, records in folders.items():
         verdicts |= _read_verdicts(RecordStore(folder), records)
         images |= {record.record_id: folder for record in records if images_path(folder, record.record_id).is_file()}
-    return Supplements(verdicts, Galleries(images), cards or {}, failures or {})
+        missing.append(read_missing(folder, {record.record_id for record in records}))
+    failed, unfinished = (sum((found[i] for found in missing), Counter()) for i in (0, 1))
+    return Supplements(verdicts, Galleries(images), cards or {}, Missing(failed, unfinished))
 
 
 class Galleries(Mapping[str, Sequence[GalleryRow]]):

@@ -167,7 +167,7 @@ def test_edited_model_file_is_another_model(tmp_path: Path) -> None:
     do(folder, config)
     assert len(load_records(folder)) == 2 and ShardStore(folder).is_done(before[0][1][0])
 
-    claim_folder(folder, config)
+    claim_folder(folder, config, [])
     check_folder(folder, config, plan(config))
     path.write_text(MODEL_FILE.format(factor=2))
     with pytest.raises(UsageError, match="models, data and settings of today, got 2 of earlier ones"):
@@ -380,7 +380,7 @@ def test_record_says_when_its_first_shard_was_begun_and_with_how_many_threads(tm
 def test_resume_begins_where_nothing_is_and_refuses_what_is_not_its_own(tmp_path: Path) -> None:
     (tmp_path / ".suite.json.torn").write_text("{")  # killed before it had a suite
     check_folder(tmp_path, suite(), [])
-    claim_folder(tmp_path, suite())
+    claim_folder(tmp_path, suite(), [])
     check_folder(tmp_path, suite(resources={"num_cpus": 2}), [])
     with pytest.raises(UsageError, match="another limit"):
         check_folder(tmp_path, suite(limit=10), [])

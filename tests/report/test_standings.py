@@ -5,18 +5,20 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from benchmarks.standings import LAST_RANK, README, TABLE, standings_text
-from robustbench_deq.bench.failures import UNKNOWN, read_failures
+from robustbench_deq.bench.missing import UNKNOWN, Missing, read_missing, write_plan
 from robustbench_deq.report import standings
 from robustbench_deq.report.columns import COLUMNS
 from robustbench_deq.report.leaderboard import Entry, make_leaderboard
 from robustbench_deq.report.page import write_report
 from robustbench_deq.report.supplements import Supplements
+from tests.bench.small_suite import runs_of, suite
 
 NASTY = "<b> a|b_$x^$"
 
@@ -120,19 +122,37 @@ def fail(folder: Path, name: str, content: object) -> None:
 
 
 def test_failed_shards_are_counted_by_model_and_attack(tmp_path: Path) -> None:
-    assert read_failures(tmp_path) == {}
+    assert not read_missing(tmp_path, [])
     for begin in (0, 128):
         shard = {"run": {"model": "m", "label": "cold PGD"}, "begin": begin, "end": begin + 128}
         fail(tmp_path, f"k-{begin}", {"reason": "no memory", "shard": shard})
     fail(tmp_path, "other", [])
-    assert read_failures(tmp_path) == {("m", "cold PGD"): 2, UNKNOWN: 1}
+    assert read_missing(tmp_path, []) == Missing(Counter({("m", "cold PGD"): 2, UNKNOWN: 1}), Counter())
 
 
-def test_page_and_board_say_which_attacks_have_failed(make_record, tmp_path: Path) -> None:
-    write_report([make_record()], tmp_path, supplements=Supplements(failures={(NASTY, "cold PGD"): 2, ("a", "b"): 1}))
-    said = "3 failed shards have left no record"
+def test_runs_without_a_record_are_unfinished_unless_they_have_failed(tmp_path: Path) -> None:
+    runs = [run for run, _ in runs_of(suite())]
+    write_plan(tmp_path, runs)
+    names = Counter((run.model, run.label) for run in runs)
+    assert read_missing(tmp_path, []).unfinished == names and len(names) > 1
+    first, *rest = runs
+    assert read_missing(tmp_path, [first.key]).unfinished == names - Counter([(first.model, first.label)])
+    assert not read_missing(tmp_path, [run.key for run in runs])
+    (tmp_path / "shards").mkdir()
+    fail(tmp_path, "key", {"shard": {"run": {"model": first.model, "label": first.label}}})
+    found = read_missing(tmp_path, [run.key for run in rest])
+    assert found == Missing(Counter([(first.model, first.label)]), Counter())
+    (tmp_path / "plan.json").write_text("[]")
+    assert not read_missing(tmp_path, []).unfinished
+
+
+def test_page_and_board_say_which_attacks_are_missing(make_record, tmp_path: Path) -> None:
+    missing = Missing(Counter({(NASTY, "cold PGD"): 2, ("a", "b"): 1}), Counter({("a", "noise"): 1}))
+    write_report([make_record()], tmp_path, supplements=Supplements(missing=missing))
     for name in ("index.html", "leaderboard.html", "report.md", "leaderboard.md"):
         text = (tmp_path / name).read_text()
-        assert text.count(said) == 1 and "cold PGD (2); a, b (1)" in text and "<b> a" not in text, name
+        assert text.count("3 failed shards have left no record") == text.count("Go on with bench --resume") == 1, name
+        assert text.count("1 unfinished run has left no record") == 1 and "others: a, noise (1)" in text, name
+        assert "cold PGD (2); a, b (1)" in text and "<b> a" not in text, name
     write_report([make_record()], tmp_path)
-    assert not [path for path in tmp_path.iterdir() if path.is_file() and "failed shard" in path.read_text()]
+    assert not [path for path in tmp_path.iterdir() if path.is_file() and "left no record" in path.read_text()]
