@@ -40,8 +40,7 @@ class Tolerances(Config):
     more_failed: int = Field(0, ge=0, description="failed samples above the baseline's")
     count: float = Field(0.05, ge=0, description="relative change of evaluations and VJPs on the same samples")
     count_elsewhere: float = Field(0.15, ge=0, description="the same on other samples, of which some are harder")
-    seconds: float = Field(3.0, ge=1, description="factor on an attack's seconds beside the others', median of models")
-    seconds_of_one: float = Field(30.0, ge=1, description="the same of a single record, which one hiccup disturbs")
+    seconds: float = Field(3.0, ge=1, description="factor on an attack's seconds beside the others', median of records")
 
 
 HexBits = Annotated[str, Field(pattern="^([0-9a-f]{2})*$", description="a bit a sample, by sample id, hexadecimal")]

@@ -14,8 +14,8 @@ narrow, and the baseline itself names them (`baseline.Tolerances`):
     evaluations,   of the cell, and vector-Jacobian products: means per sample, within a share, up or down; a wider one
     VJPs           on other samples
     seconds        beside those of the other attacks on the same model in the same run, never absolute, within a factor,
-                   up or down: narrowly the median over an attack's records, widely every record; not compared where an
-                   attack is alone, or where batches of another size cost another multiple
+                   up or down: the median over an attack's records. What a busy machine makes of one record is told and
+                   not judged. Not compared where an attack is alone, or in batches of another size
 
 A better accuracy or a lower cost is as much a failure as a worse one: fewer lost samples may well be a weaker attack.
 What got better on purpose is made the baseline, with a reason. A record that the run lacks is a failure too; one that
@@ -62,7 +62,7 @@ def compare(baseline: Baseline, now: Sequence[BaselineEntry]) -> list[Check]:
         else:
             pairs.append((old, new))
             checks += _compare(old, new, baseline)
-    checks += _seconds(pairs, baseline.tolerances)
+    checks += _seconds(pairs, baseline.tolerances.seconds)
     return checks + [Check(entry.title, "record", "not there", "new", "any", True) for entry in found.values()]
 
 
@@ -131,61 +131,44 @@ def _count(
     return Check(old.title, field, f"{before:.2f}", f"{after:.2f}", tolerance, is_good)
 
 
-def _seconds(pairs: Sequence[Pair], allowed: Tolerances) -> list[Check]:
-    """Of every record, then of every attack."""
-    factors = factors_of_seconds(pairs)
-    of_one = [
-        _seconds_of_one(*pair, factor, allowed.seconds_of_one) for pair, factor in zip(pairs, factors, strict=True)
-    ]
-    of_all = [
-        Check(f"all records, {label}", "seconds", "x 1.00", f"x {factor:.2f}", *_within(factor, allowed.seconds))
-        for label, factor in median_factors(pairs).items()
-    ]
-    return of_one + of_all
+def _seconds(pairs: Sequence[Pair], allowed: float) -> list[Check]:
+    """Of every attack, over its records."""
+    known, sizes_differ = (
+        seconds_by_attack(pairs),
+        {old.label for old, new in pairs if old.batch_size != new.batch_size},
+    )
+    checks = []
+    for label in dict.fromkeys(old.label for old, _ in pairs):
+        now, tolerance, is_good = "-", f"{NOT_COMPARED}: no other attack beside it", True
+        if label in known:
+            middle, least, most = statistics.median_low(known[label]), min(known[label]), max(known[label])
+            now, tolerance = f"x {middle:.2f} ({least:.2f} to {most:.2f})", f"factor {allowed:g}"
+            is_good = 1 / allowed <= middle <= allowed
+        elif label in sizes_differ:
+            tolerance = f"{NOT_COMPARED}: other batch size"
+        checks.append(Check(f"all records, {label}", "seconds", "x 1.00", now, tolerance, is_good))
+    return checks
 
 
-def _seconds_of_one(old: BaselineEntry, new: BaselineEntry, factor: float | None, allowed: float) -> Check:
-    texts = f"{old.seconds:.1%}", f"{new.seconds:.1%}"
-    if factor is not None:
-        return Check(old.title, "seconds", texts[0], f"{texts[1]} (x {factor:.2f})", *_within(factor, allowed))
-    if old.batch_size != new.batch_size:
-        sizes = (f"batches of {entry.batch_size}" for entry in (old, new))
-        return Check(old.title, "seconds", *sizes, f"{NOT_COMPARED}: other batch size", True)
-    return Check(old.title, "seconds", *texts, f"{NOT_COMPARED}: no other attack beside it", True)
+def seconds_by_attack(pairs: Sequence[Pair]) -> dict[str, list[float]]:
+    """How many times more seconds each record of an attack took than before, beside the other attacks on its model.
 
-
-def _within(factor: float, allowed: float) -> tuple[str, bool]:
-    return f"factor {allowed:g}", 1 / allowed <= factor <= allowed
-
-
-def factors_of_seconds(pairs: Sequence[Pair]) -> list[float | None]:
-    """How many times more seconds each attack took than before, beside the others on its model; None: not compared.
-
-    The unit is the lower median of them all, so that neither one attack that has changed, nor what else the machine did
-    meanwhile, which makes a few of them slower, moves it.
+    The unit is the lower median over those attacks, so that neither one of them that has changed, nor what else the
+    machine did meanwhile, which makes a few of them slower, moves it. Of records that can be compared, by label.
     """
     ratios = [
-        new.seconds / old.seconds if old.batch_size == new.batch_size and old.seconds and new.seconds else None
+        (old, new.seconds / old.seconds)
         for old, new in pairs
+        if old.batch_size == new.batch_size and old.seconds and new.seconds
     ]
-    known: dict[tuple[str | float, ...], list[float]] = {}
-    for (old, _), ratio in zip(pairs, ratios, strict=True):
-        if ratio is not None:
-            known.setdefault(old.place, []).append(ratio)
-    units = {place: statistics.median_low(found) for place, found in known.items() if len(found) > 1}
-    return [
-        ratio / units[old.place] if ratio is not None and old.place in units else None
-        for (old, _), ratio in zip(pairs, ratios, strict=True)
-    ]
-
-
-def median_factors(pairs: Sequence[Pair]) -> dict[str, float]:
-    """Of each attack, by its label, the lower median of `factors_of_seconds`."""
-    known: dict[str, list[float]] = {}
-    for (old, _), factor in zip(pairs, factors_of_seconds(pairs), strict=True):
-        if factor is not None:
-            known.setdefault(old.label, []).append(factor)
-    return {label: statistics.median_low(found) for label, found in known.items()}
+    at_place: dict[tuple[str | float, ...], list[float]] = {}
+    for old, ratio in ratios:
+        at_place.setdefault(old.place, []).append(ratio)
+    found: dict[str, list[float]] = {}
+    for old, ratio in ratios:
+        if len(at_place[old.place]) > 1:
+            found.setdefault(old.label, []).append(ratio / statistics.median_low(at_place[old.place]))
+    return found
 
 
 def to_junit(checks: Sequence[Check]) -> str:
