@@ -16,7 +16,7 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n $(WORKERS) $(ARGS)
 
-# Anew every time: a finished shard does not tell which code has done it.
+# Anew every time: a finished shard counts as done, whichever code has done it.
 gate: $(VENV)/.ready
 	rm -rf $(GATE)
 	$(PYTHON) cli.py bench configs/suites/quick.yaml --workers $(WORKERS) --out $(GATE)

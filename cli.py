@@ -29,7 +29,7 @@ COMMANDS = {
     "report": "report",
     "train": "train",
 }
-"""The module of each, which is imported when the command is asked for: a report needs no torch."""
+"""The module of each, imported when the command is asked for: torch takes seconds to import, and not all need it."""
 
 
 class Commands(click.Group):

@@ -78,6 +78,8 @@ def suite_display(name: str, progress: SuiteProgress) -> Iterator[Callable[[Shar
             stack.enter_context(
                 Live(get_renderable=lambda: suite_table(name, progress), console=console, transient=True)
             )
+        else:
+            _say(console, _suite_line(name, progress))
         last = time.monotonic()
 
         def watch(shard: Shard, reason: str | None) -> None:

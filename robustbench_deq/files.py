@@ -35,6 +35,17 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around the writing of a file that the user has named. Raises `UsageError` where the system does not allow it."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError.of(
+            str(path), expected="a file that can be written", got=error.strerror, fix="name another"
+        ) from None
+
+
 def remove_temporaries(folder: Path) -> None:
     """Remove the files that killed processes have left in `folder` while they were `replacing` others."""
     for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):

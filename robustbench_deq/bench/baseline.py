@@ -10,6 +10,7 @@ It changes only by `update_baseline`, which asks for a reason. Digests of weight
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 from collections import Counter
@@ -43,6 +44,9 @@ class Tolerances(Config):
     seconds: float = Field(3.0, ge=1, description="factor on an attack's seconds beside the others', median of records")
 
 
+Runs = Sequence[tuple[Record, pd.DataFrame]]
+"""Records, each with its samples."""
+
 HexBits = Annotated[str, Field(pattern="^([0-9a-f]{2})*$", description="a bit a sample, by sample id, hexadecimal")]
 
 
@@ -68,7 +72,7 @@ class BaselineEntry(Config):
     num_failed: int = Field(ge=0)
     cell_evals: float = Field(ge=0)
     cell_vjps: float = Field(ge=0)
-    seconds: float = Field(ge=0, le=1, description="share of those of all attacks on the same model in the same run")
+    seconds: float = Field(ge=0, le=1, description="share of all attacks' on one model in one run; 0: unknown")
 
     @model_validator(mode="after")
     def _check_verdicts(self) -> BaselineEntry:
@@ -106,7 +110,7 @@ class Baseline(Config):
     entries: list[BaselineEntry]
 
 
-def to_entries(runs: Sequence[tuple[Record, pd.DataFrame]]) -> list[BaselineEntry]:
+def to_entries(runs: Runs) -> list[BaselineEntry]:
     """Records with their samples, as a baseline keeps them.
 
     Raises:
@@ -169,7 +173,19 @@ def read_baseline(path: Path) -> Baseline:
         content = None
     if not isinstance(content, dict):
         raise UsageError.of(str(path), expected="a baseline", got="not one JSON object", fix="restore the file")
-    return validate(Baseline, content, str(path))
+    return validate(Baseline, _of_first_version(content) if content.get("schema_version") == 1 else content, str(path))
+
+
+def _of_first_version(content: dict[str, Any]) -> dict[str, Any]:
+    """As one of this version, without seconds, which were multiples of one attack's."""
+    kept = {key: value for key, value in content.items() if key != "reference"} | {"schema_version": SCHEMA_VERSION}
+    with contextlib.suppress(KeyError, TypeError, AttributeError):  # malformed: told of when it is validated
+        kept["tolerances"] = {key: value for key, value in content["tolerances"].items() if key != "seconds_of_one"}
+        kept["entries"] = [
+            {key: value for key, value in entry.items() if key != "relative_seconds"} | {"seconds": 0.0}
+            for entry in content["entries"]
+        ]
+    return kept
 
 
 def read_run(folder: Path) -> list[tuple[Record, pd.DataFrame]]:
@@ -178,7 +194,7 @@ def read_run(folder: Path) -> list[tuple[Record, pd.DataFrame]]:
     return [(record, store.load_samples(record.record_id)) for record in load_records(folder)]
 
 
-def update_baseline(path: Path, runs: Sequence[tuple[Record, pd.DataFrame]], reason: str) -> Baseline:
+def update_baseline(path: Path, runs: Runs, reason: str) -> Baseline:
     """Write the baseline anew from records with their samples; reasons and tolerances that the file holds stay.
 
     Raises:

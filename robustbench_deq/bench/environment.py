@@ -7,7 +7,9 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +28,15 @@ def describe_environment(device: torch.device) -> dict[str, str | int | None]:
         "commit": _commit(),
     }
     return environment | {package: _version(package) for package in PACKAGES}
+
+
+def merge_environments(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of several machines or moments: what differs between them is told of all, such as `cpu, NVIDIA H100`."""
+    merged = {}
+    for key in dict.fromkeys(key for environment in found for key in environment):
+        values = list(dict.fromkeys(environment.get(key) for environment in found))
+        merged[key] = values[0] if len(values) == 1 else ", ".join(map(str, values))
+    return merged
 
 
 def num_cpus() -> int:

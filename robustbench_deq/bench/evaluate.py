@@ -77,6 +77,7 @@ class Task:
     is_targeted: bool = False
     num_snapshots: int = 0
     model_sha256: str | None = None
+    file_sha256: str | None = None
 
 
 def evaluate(
@@ -201,7 +202,7 @@ def summarise(
     config = attack.config.model_dump(mode="json") | {"targeted": task.is_targeted}
     threat = ThreatRecord(norm=attack.threat.norm.value, epsilon=attack.threat.epsilon)
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    names = (task.model_name, task.model_sha256, attack.name, label)
+    names = (task.model_name, task.model_sha256 or task.file_sha256, attack.name, label)
     key = json.dumps([*names, config, threat.model_dump(), data.digest, task.seed, created], sort_keys=True)
     record = Record(
         schema_version=SCHEMA_VERSION,
@@ -209,6 +210,7 @@ def summarise(
         created=created,
         model=task.model_name,
         model_sha256=task.model_sha256,
+        file_sha256=task.file_sha256,
         attack=attack.name,
         label=label,
         attack_config=config,
@@ -249,17 +251,18 @@ def _mean_cost(parts: Sequence[Part], count: int) -> CostRecord:
 
 
 def _curve(parts: Sequence[Part], count: int) -> list[CurvePoint]:
-    """Accuracy and cost at each snapshot, over all parts."""
-    rows = [len(part.samples) for part in parts]
+    """Accuracy and cost at each snapshot, over all parts; one that a budget ended before stays as it ended."""
+    rows, ends = [len(part.samples) for part in parts], [_end(part) for part in parts]
     points = []
-    for taken in zip(*(part.curve for part in parts), strict=False):
+    for number in range(max(len(part.curve) for part in parts)):
+        taken = [part.curve[number] if number < len(part.curve) else end for part, end in zip(parts, ends, strict=True)]
 
-        def mean(name: str, taken: tuple[CurvePoint, ...] = taken) -> float:
+        def mean(name: str, taken: Sequence[CurvePoint] = taken) -> float:
             return sum(getattr(point, name) * n for point, n in zip(taken, rows, strict=True)) / count
 
         points.append(
             CurvePoint(
-                step=taken[0].step,
+                step=max(point.step for point in taken),
                 cell_evals=mean("cell_evals"),
                 cell_vjps=mean("cell_vjps"),
                 # Shards of an earlier version have none.
@@ -269,6 +272,15 @@ def _curve(parts: Sequence[Part], count: int) -> list[CurvePoint]:
             )
         )
     return points
+
+
+def _end(part: Part) -> CurvePoint:
+    """How a part ended, as a point of the curve before its first step."""
+    return CurvePoint(
+        step=0,
+        robust_accuracy=float(part.samples["is_robust"].mean()),
+        **part.cost.model_dump(include={"cell_evals", "cell_vjps", "solver_steps", "wall_seconds"}),
+    )
 
 
 def _mean_residuals(parts: Sequence[Part]) -> list[float]:

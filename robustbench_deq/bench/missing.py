@@ -43,28 +43,41 @@ def write_plan(folder: Path, runs: Sequence[Run]) -> None:
 
 
 def read_missing(folder: Path, known: Collection[str]) -> Missing:
-    """What a folder lacks beside the records that are `known`, by their identifiers. Without a plan none is unfinished.
+    """What a folder lacks beside the records that are `known`, by their identifiers.
 
-    A failed shard whose file cannot be read is one of `UNKNOWN`.
+    Where there is a plan, only what it names; without one no run is unfinished. A failed shard of a model that was
+    changed and done since is in no plan any more. One whose file cannot be read is of `UNKNOWN`.
     """
-    failed = Counter(map(_failed_of, sorted((Path(folder) / SHARDS_FOLDER).glob("*.failed.json"))))
-    try:
-        planned = [
-            (run["model"], run["label"])
-            for run in _read(Path(folder) / PLAN_FILE)["runs"]
-            if run["record_id"] not in known
-        ]
-    except (OSError, ValueError, KeyError, TypeError):
-        planned = []
-    return Missing(failed, Counter(attacked for attacked in planned if attacked not in failed))
+    planned = _read_plan(Path(folder) / PLAN_FILE)
+    failed = [_read_failure(path) for path in sorted((Path(folder) / SHARDS_FOLDER).glob("*.failed.json"))]
+    open_ids = None if planned is None else planned.keys() - known
+    counted = [
+        (record_id, attacked)
+        for record_id, attacked in failed
+        if attacked == UNKNOWN or (record_id not in known if open_ids is None else record_id in open_ids)
+    ]
+    unfinished = (open_ids or set()) - {record_id for record_id, _ in counted}
+    return Missing(
+        Counter(attacked for _, attacked in counted),
+        Counter(attacked for record_id, attacked in (planned or {}).items() if record_id in unfinished),
+    )
 
 
-def _failed_of(path: Path) -> Attacked:
+def _read_plan(path: Path) -> dict[str, Attacked] | None:
+    """Model and label by record identifier; None where there is no plan."""
     try:
-        run = _read(path)["shard"]["run"]
-        return run["model"], run["label"]
+        return {run["record_id"]: (run["model"], run["label"]) for run in _read(path)["runs"]}
     except (OSError, ValueError, KeyError, TypeError):
-        return UNKNOWN
+        return None
+
+
+def _read_failure(path: Path) -> tuple[str, Attacked]:
+    """Record identifier, model and label of the run."""
+    try:
+        content = _read(path)
+        return content["record_id"], (content["shard"]["run"]["model"], content["shard"]["run"]["label"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "", UNKNOWN
 
 
 def _read(path: Path) -> Any:

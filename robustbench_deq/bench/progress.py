@@ -118,7 +118,7 @@ class Pace(NamedTuple):
     """Seconds of attack and judge per sample, with how many threads, and the folder of the record that says so."""
 
     seconds: float
-    num_threads: int | None
+    num_threads: int | str | None
     source: Path
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from robustbench_deq.attack import Attack
-from robustbench_deq.bench.environment import describe_environment
+from robustbench_deq.bench.environment import describe_environment, merge_environments
 from robustbench_deq.bench.evaluate import Part, Task, check_data, evaluate_batch, summarise
 from robustbench_deq.bench.executors import Executor
 from robustbench_deq.bench.images import choose_images, save_images
@@ -121,6 +121,7 @@ def task_of(run: Run, build_attack: BuildAttack) -> Task:
         seed=run.seed,
         num_snapshots=run.num_snapshots,
         model_sha256=run.model_sha256,
+        file_sha256=run.file_sha256,
     )
 
 
@@ -137,7 +138,8 @@ def assemble(runs: Sequence[tuple[Run, list[Shard]]], folder: Path, build_attack
             began = datetime.datetime.fromtimestamp(min(store.times(shard).began for shard in shards), datetime.UTC)
             parts = [part for found, _ in loaded for part in found]
             data = DataRecord(name=run.data, split=run.split, num_samples=run.num_samples, digest=run.digest)
-            record, samples = summarise(parts, task_of(run, build_attack), data, loaded[0][1])
+            environment = merge_environments([found for _, found in loaded])
+            record, samples = summarise(parts, task_of(run, build_attack), data, environment)
             created = began.isoformat(timespec="seconds")
             records.append(record.model_copy(update={"record_id": run.key, "created": created}), samples)
             count += 1

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+import pyarrow
 
 from robustbench_deq.bench.evaluate import Part
 from robustbench_deq.bench.images import IMAGES_FOLDER
 from robustbench_deq.bench.records import SAMPLES_FOLDER, SHARDS_FOLDER, CostRecord, CurvePoint
 from robustbench_deq.bench.suite import Shard
+from robustbench_deq.errors import UsageError
 from robustbench_deq.files import lock, remove_temporaries, replacing, write_json
 
 LOCK_SUFFIX = ".lock"
@@ -97,8 +99,11 @@ class ShardStore:
 
     def load(self, shard: Shard) -> tuple[list[Part], dict[str, Any]]:
         """The parts of a finished shard, and the environment it was done in."""
-        content = self._read(shard)
-        samples, parts, begin = pd.read_parquet(self._path(shard, ".parquet")), [], 0
+        content, path = self._read(shard), self._path(shard, ".parquet")
+        try:
+            samples, parts, begin = pd.read_parquet(path), [], 0
+        except (OSError, pyarrow.ArrowException):
+            raise self._damaged(shard, path) from None
         for part in content["parts"]:
             rows = samples.iloc[begin : begin + part["num_samples"]]
             begin += part["num_samples"]
@@ -119,7 +124,8 @@ class ShardStore:
 
     def fail(self, shard: Shard, reason: str, trace: str | None = None) -> None:
         """Keep why a shard failed, with the traceback where there is one. A full disk keeps nothing."""
-        content = {"reason": reason, "traceback": trace, "shard": shard.model_dump(mode="json")}
+        content = {"reason": reason, "traceback": trace, "record_id": shard.run.key}
+        content["shard"] = shard.model_dump(mode="json")
         with contextlib.suppress(OSError):
             write_json(self._path(shard, ".failed.json"), content)
 
@@ -188,7 +194,17 @@ class ShardStore:
                 path.unlink(missing_ok=True)
 
     def _read(self, shard: Shard) -> dict[str, Any]:
-        return json.loads(self._path(shard, ".json").read_text(encoding="utf-8"))
+        path = self._path(shard, ".json")
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise self._damaged(shard, path) from None
+
+    def _damaged(self, shard: Shard, path: Path) -> UsageError:
+        done = self._path(shard, ".json").name
+        return UsageError.of(
+            str(path), expected="a finished shard", got="a damaged one", fix=f"remove {done} and go on with --resume"
+        )
 
     def _path(self, shard: Shard, suffix: str) -> Path:
         return self.folder / f"{shard.key}{suffix}"

@@ -151,7 +151,7 @@ class Run(Config):
 
     Attributes:
         model_digest: of all that makes the model, see `digest_of_model`.
-        model_sha256: of its weights alone, as the record has it.
+        model_sha256, file_sha256: of its weights, or of its file, as the record has them.
         config: every setting of the attack, the defaults too.
         digest: of the samples.
     """
@@ -159,6 +159,7 @@ class Run(Config):
     model: str
     model_digest: str
     model_sha256: str | None
+    file_sha256: str | None
     attack: str
     label: str
     config: dict[str, Any]
@@ -200,9 +201,9 @@ def plan(suite: SuiteConfig) -> list[Run]:
 
     Raises:
         UsageError: for unknown names, settings that an attack refuses, a model whose card lacks what the suite leaves
-            to it, or two runs that are the same.
+            to it, or two runs of one name.
     """
-    runs: dict[str, Run] = {}
+    runs: dict[tuple[Any, ...], Run] = {}
     splits: dict[str, Split] = {}
     axes, attacks = suite.axes(), suite.attacks
     for model in dict.fromkeys(name for pattern in suite.models for name in _expand(pattern)):
@@ -217,6 +218,7 @@ def plan(suite: SuiteConfig) -> list[Run]:
                         model=model,
                         model_digest=model_digest,
                         model_sha256=(described.sha256 or None) if described else None,
+                        file_sha256=None if described else model_digest,
                         attack=spec.name,
                         label=label,
                         config=attack.config.model_dump(mode="json"),
@@ -230,9 +232,12 @@ def plan(suite: SuiteConfig) -> list[Run]:
                         batch_size=suite.batch_size,
                         num_snapshots=suite.num_snapshots,
                     )
-                    if run.key in runs:
-                        raise UsageError.of("suite", expected="different runs", got=f"{label} twice", fix="drop one")
-                    runs[run.key] = run
+                    name_of_run = (model, name, threat, label, seed)
+                    if name_of_run in runs:
+                        raise UsageError.of(
+                            "suite", expected="different labels", got=f"{label} twice", fix="give the attacks labels"
+                        )
+                    runs[name_of_run] = run
     return list(runs.values())
 
 

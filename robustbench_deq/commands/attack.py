@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -12,6 +11,7 @@ from attacks import build_attack
 from robustbench_deq.bench.evaluate import Evaluation, check_data, evaluate
 from robustbench_deq.bench.images import choose_images, save_images
 from robustbench_deq.bench.records import RecordStore, to_json
+from robustbench_deq.bench.suite import digest_of_model
 from robustbench_deq.commands.shared import choose_device, tell_split
 from robustbench_deq.configs import parse_assignments, parse_fraction
 from robustbench_deq.data import SplitName, load
@@ -19,7 +19,7 @@ from robustbench_deq.display import bar
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import output_folder
-from robustbench_deq.models import describe_model, load_model
+from robustbench_deq.models import Card, describe_model, load_model
 from robustbench_deq.threats import Norm, Threat
 
 DEFAULT_LIMIT = 1000
@@ -76,7 +76,7 @@ def attack(
     settings = parse_assignments(assignments)
     if steps is not None:
         settings["steps"] = steps
-    loaded, card, sha256 = _load(model)
+    loaded, card, digests = _load(model)
     known = card.evaluation if card else {}
     if epsilon is None and "epsilon" not in known:
         raise UsageError.of("--epsilon", expected="a radius", got="none", fix="this model's card names none: pass one")
@@ -104,7 +104,7 @@ def attack(
             is_targeted=is_targeted,
             num_snapshots=NUM_SNAPSHOTS,
             device=target,
-            model_sha256=sha256,
+            **digests,
             progress=lambda done, total, accuracy: advance(done, accuracy),
         )
         if folder is not None:
@@ -117,13 +117,13 @@ def attack(
         _echo_result(result, out)
 
 
-def _load(model: str) -> tuple[EquilibriumModel, Any, str | None]:
-    """The model, its card and its digest; the last two are None for a file's model."""
+def _load(model: str) -> tuple[EquilibriumModel, Card | None, dict[str, str | None]]:
+    """The model, its card where it has one, and the digest of its weights or its file."""
     loaded = load_model(model)
     if ".py:" in model:
-        return loaded, None, None
+        return loaded, None, {"file_sha256": digest_of_model(model)}
     described = describe_model(model)
-    return loaded, described.card, described.sha256 or None
+    return loaded, described.card, {"model_sha256": described.sha256 or None}
 
 
 def _echo_result(result: Evaluation, out: Path | None) -> None:

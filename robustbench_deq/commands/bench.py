@@ -16,7 +16,7 @@ from attacks import build_attack
 from robustbench_deq.bench.executors import Executor, Processes, Ray, Serial
 from robustbench_deq.bench.progress import EarlierPaces, SuiteProgress
 from robustbench_deq.bench.records import RECORDS_FILE, load_records
-from robustbench_deq.bench.runner import check_folder, claim_folder, missing_shards, run_suite
+from robustbench_deq.bench.runner import SUITE_FILE, check_folder, claim_folder, missing_shards, run_suite
 from robustbench_deq.bench.suite import Run, Shard, SuiteConfig, cut, plan
 from robustbench_deq.commands.shared import choose_device, named_device, tell_split
 from robustbench_deq.configs import merge, parse_assignments, read_yaml, validate
@@ -58,13 +58,18 @@ def bench(
     _check_executor(kind, address, workers)
     if device is not None:  # of another machine, perhaps; without a name every worker looks for itself
         device = str(choose_device(device) if address is None else named_device(device))
+    if resume:
+        check_folder(target, parsed, [run for run, _ in runs])
+    elif not is_dry and (target / SUITE_FILE).exists():
+        raise UsageError.of(
+            f"output folder {target}", expected="a new one", got="that of a suite", fix="add --resume, or name another"
+        )
     if is_dry:
         missing = missing_shards(runs, target) if resume else [shard for _, shards in runs for shard in shards]
         _echo_plan(runs, missing, EarlierPaces([Path("results"), target], device), workers or 1)
         return
     place = contextlib.nullcontext(target) if resume else output_folder(target)
     with place as folder:
-        check_folder(folder, parsed, [run for run, _ in runs])
         executor = _make_executor(parsed, kind, address, workers, device)
         claim_folder(folder, parsed, [run for run, _ in runs])
         progress, start = SuiteProgress(runs, folder), time.monotonic()
@@ -75,7 +80,8 @@ def bench(
                 raise RunError("interrupted; finished shards are kept, go on with --resume") from None
         seconds = time.monotonic() - start
     records = load_records(target) if (target / RECORDS_FILE).exists() else []
-    click.echo(f"{len(records)} of {len(runs)} records in {target}; 'robustbench-deq report {target}' shows them")
+    shown = f"; 'robustbench-deq report {target}' shows them" if records else ""
+    click.echo(f"{len(records)} of {len(runs)} records in {target}{shown}")
     click.echo(f"{seconds:.0f} s; attack and judge took {outcome.busy_seconds:.0f} s, all workers together", err=True)
     if outcome.failures:
         reasons = collections.Counter(outcome.failures.values()).most_common(3)

@@ -10,10 +10,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from robustbench_deq.bench.baseline import read_baseline, read_run, to_entries, update_baseline
+from robustbench_deq.bench.baseline import Runs, read_baseline, read_run, to_entries, update_baseline
 from robustbench_deq.bench.gate import Check, compare, to_junit
+from robustbench_deq.bench.missing import read_missing
 from robustbench_deq.errors import RunError, UsageError
-from robustbench_deq.files import write_text
+from robustbench_deq.files import write_text, writing
 
 
 @click.command()
@@ -31,12 +32,12 @@ def check(baseline: Path, folder: Path, reason: str | None, is_json: bool, junit
         raise UsageError.of("check", expected="--update or --json, --junit", got="both", fix="check after the update")
     runs = read_run(folder)
     if reason is not None:
-        updated = update_baseline(baseline, runs, reason)
-        click.echo(f"{len(updated.entries)} records written to {baseline}, update {len(updated.updates)}")
+        _update(baseline, folder, runs, reason)
         return
     checks = compare(read_baseline(baseline), to_entries(runs))
     if junit is not None:
-        write_text(junit, to_junit(checks))
+        with writing(junit):
+            write_text(junit, to_junit(checks))
     bad = [row for row in checks if not row.is_good]
     if is_json:
         rows = [row._asdict() for row in checks]
@@ -45,6 +46,22 @@ def check(baseline: Path, folder: Path, reason: str | None, is_json: bool, junit
         _echo_checks(checks)
     if bad:
         raise RunError(f"{len(bad)} of {len(checks)} checks failed: {bad[0].record}, {bad[0].field} first")
+
+
+def _update(baseline: Path, folder: Path, runs: Runs, reason: str) -> None:
+    """Of a whole run only, and what leaves the baseline is named: an attack must not leave the gate unseen."""
+    missing = read_missing(folder, {record.record_id for record, _ in runs})
+    if missing:
+        got = f"{missing.failed.total()} failed shards and {missing.unfinished.total()} unfinished runs"
+        raise UsageError.of(str(folder), expected="a whole run", got=got, fix="go on with bench --resume")
+    before = read_baseline(baseline).entries if baseline.exists() else []
+    with writing(baseline):
+        updated = update_baseline(baseline, runs, reason)
+    kept = {entry.identity for entry in updated.entries}
+    for entry in before:
+        if entry.identity not in kept:
+            click.echo(f"no longer in it: {entry.title}")
+    click.echo(f"{len(updated.entries)} records written to {baseline}, update {len(updated.updates)}")
 
 
 def _echo_checks(checks: list[Check]) -> None:

@@ -248,12 +248,13 @@ def _registered(name: str) -> ModelEntry:
             f"model {name}", expected="file.py:function", got="no function", fix=f"write {name}:FUNCTION"
         )
     close = ", ".join(MODELS.closest(name))
+    listed = "list the names with 'robustbench-deq models', or check the path"
     raise UsageError.of(
         "unknown model",
         expected=f"a registered name{f' such as {close}' if close else ''}, a folder with a saved model, "
         "or file.py:function",
         got=f"{name!r}, which is none of them",
-        fix="list the names with 'robustbench-deq models', or check the path",
+        fix="check the path, or train the model that is to lie there" if "/" in name else listed,
     )
 
 

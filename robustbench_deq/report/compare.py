@@ -259,6 +259,7 @@ def _notes(before: Record, after: Record) -> tuple[str, ...]:
     differs = {
         "other samples": not _is_same_data(before, after),
         "other weights": before.model_sha256 != after.model_sha256,
+        "another file": None not in (files := {before.file_sha256, after.file_sha256}) and len(files) > 1,
         "other settings": before.attack_config != after.attack_config,
         "other seed": before.seed != after.seed,
     }

@@ -174,4 +174,4 @@ def _under_any(flags: Sequence[np.ndarray], counts: Sequence[int]) -> int:
 def _card_of(setting: Setting, cards: Mapping[str, Card]) -> Card | None:
     """The card by the model's name, unless it is that of other weights."""
     card = cards.get(setting.model)
-    return card if card is not None and (card["sha256"] or "") == setting.model_sha256 else None
+    return card if card is not None and (card["sha256"] or "") == setting.sha256 else None

@@ -71,7 +71,7 @@ def _row(entry: Entry, index: int) -> dict[str, Any]:
         "card": _card_facts(entry.card),
         "facts": {
             "Data digest": entry.setting.digest,
-            "Weights (sha256)": entry.setting.model_sha256 or UNKNOWN,
+            "Weights or file (sha256)": entry.setting.sha256 or UNKNOWN,
         },
         "gallery": [_images(row) for row in entry.gallery],
     }

@@ -215,7 +215,7 @@ def _facts(record: Record) -> dict[str, object]:
         "Largest perturbation": _short(record.max_perturbation),
         "Data": f"{record.data.name} {record.data.split}, n = {record.data.num_samples:,}",
         "Data digest": record.data.digest,
-        "Weights (sha256)": record.model_sha256 or "unknown",
+        "Weights or file (sha256)": record.model_sha256 or record.file_sha256 or "unknown",
         "Seed": record.seed,
         "Batch size": record.batch_size,
         "Solver steps": _short(record.cost.solver_steps),

@@ -18,7 +18,10 @@ _NORMS = {"l2": "L2", "linf": "L∞"}
 
 
 class Setting(NamedTuple):
-    """What makes records comparable. Sorts by model, then threat, then data."""
+    """What makes records comparable. Sorts by model, then threat, then data.
+
+    `sha256` is that of the weights, or of the file of a `file.py:function`; empty where neither is known.
+    """
 
     model: str
     norm: str
@@ -27,7 +30,7 @@ class Setting(NamedTuple):
     split: str
     num_samples: int
     digest: str
-    model_sha256: str
+    sha256: str
 
     @classmethod
     def of(cls, record: Record) -> Setting:
@@ -40,7 +43,7 @@ class Setting(NamedTuple):
             split=data.split,
             num_samples=data.num_samples,
             digest=data.digest,
-            model_sha256=record.model_sha256 or "",
+            sha256=record.model_sha256 or record.file_sha256 or "",
         )
 
 
@@ -75,11 +78,11 @@ def _rank(record: Record) -> tuple[float, float, str, int, str]:
 def setting_names(settings: Iterable[Setting]) -> dict[Setting, SettingNames]:
     """What to call each setting. Digests appear only where the names would not tell two settings apart."""
     distinct = sorted(set(settings))
-    weights = _ambiguous((s.model, s.model_sha256) for s in distinct)
+    weights = _ambiguous((s.model, s.sha256) for s in distinct)
     samples = _ambiguous((f"{s.data} {s.split}, {s.num_samples}", s.digest) for s in distinct)
     return {
         s: SettingNames(
-            model=f"{s.model} ({s.model_sha256[:8] or 'no digest'})" if s.model in weights else s.model,
+            model=f"{s.model} ({s.sha256[:8] or 'no digest'})" if s.model in weights else s.model,
             threat=format_threat(s.norm, s.epsilon),
             data=f"{s.data} {s.split}"
             + (f" ({s.digest[:8]})" if f"{s.data} {s.split}, {s.num_samples}" in samples else ""),

@@ -30,7 +30,7 @@ COLUMN_MEANINGS = {
     "Model": "the classifier, by its name in the registry or its file",
     "Threat": "the norm ball of allowed perturbations, in pixel units of [0, 1]",
     "Data": "the data set and the split the samples come from",
-    "Attack": "the attack and its number of steps",
+    "Attack": "the label of the attack; its settings stand with the run",
     "Rank": "place of the attack among those on the same model, threat and data, the strongest first; equal robust "
     "accuracies share it",
     "Seed": "the seed of all randomness of the run",

@@ -16,10 +16,12 @@ from click.testing import CliRunner, Result
 import cli
 from benchmarks.kills import contents
 from robustbench_deq.bench.executors import Ray
+from robustbench_deq.bench.missing import read_missing
 from robustbench_deq.bench.records import load_records
 from robustbench_deq.bench.shards import ShardStore
 from robustbench_deq.bench.suite import SuiteConfig
 from robustbench_deq.commands import bench as bench_command
+from robustbench_deq.report.settings import Setting, group_by_setting, setting_names
 from tests.bench.small_suite import runs_of, suite
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +51,8 @@ def write(path: Path, **changes: Any) -> Path:
 def test_suite_leaves_its_records(path: Path, undisturbed: Path, tmp_path: Path) -> None:
     result = bench(path, "--out", tmp_path / "new")
     assert result.exit_code == 0
-    assert re.fullmatch(r"\d+ s; attack and judge took \d+ s, all workers together\n", result.stderr)
+    said = r"small  0/12 shards\n\d+ s; attack and judge took \d+ s, all workers together\n"
+    assert re.fullmatch(said, result.stderr)
     assert (
         result.stdout
         == f"4 of 4 records in {tmp_path / 'new'}; 'robustbench-deq report {tmp_path / 'new'}' shows them\n"
@@ -93,7 +96,11 @@ def test_interrupted_suite_says_how_to_go_on(path: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(bench_command, "run_suite", interrupt)
     result = bench(path, "--out", tmp_path / "new")
     assert result.exit_code == 1
-    assert result.stderr == "Error: interrupted; finished shards are kept, go on with --resume\n"
+    assert result.stderr.splitlines()[1:] == ["Error: interrupted; finished shards are kept, go on with --resume"]
+    words = "report", str(tmp_path / "new")
+    assert "got no records.jsonl in it" in CliRunner().invoke(cli.main, words).stderr
+    again = bench(path, "--out", tmp_path / "new")
+    assert again.exit_code == 2 and "got that of a suite; add --resume, or name another" in again.stderr
 
 
 def test_failed_shards_are_named_the_rest_is_done_and_the_exit_code_is_one(tmp_path: Path) -> None:
@@ -102,11 +109,35 @@ def test_failed_shards_are_named_the_rest_is_done_and_the_exit_code_is_one(tmp_p
     path = write(tmp_path / "small.yaml", models=models, attacks=[{"name": "noise"}], limit=8)
     result = bench(path, "--out", tmp_path / "new")
     assert result.exit_code == 1
-    *named, _, last = result.stderr.splitlines()
+    _, *named, _, last = result.stderr.splitlines()
     assert [line.partition(": ")[0] for line in named] == ["small  failed"] * 2
     assert all(f"{models[1]}, noise, l2 0." in line and "no luck" in line for line in named)
     assert last.startswith("Error: 2 of 4 shards failed: 2 x ") and last.endswith("try them again with --resume")
     assert "2 of 4 records" in result.stdout and len(load_records(tmp_path / "new")) == 2
+    assert read_missing(tmp_path / "new", known(tmp_path / "new")).failed.total() == 2
+    (tmp_path / "model.py").write_text(FAILING_MODEL.format(line="pass"))
+    assert bench(path, "--out", tmp_path / "new", "--resume").exit_code == 0
+    assert len(load_records(tmp_path / "new")) == 4  # of a model that is another one, so the old failures tell of none
+    assert not read_missing(tmp_path / "new", known(tmp_path / "new"))
+
+
+def known(folder: Path) -> set[str]:
+    return {record.record_id for record in load_records(folder)}
+
+
+def test_two_versions_of_a_file_are_two_models(tmp_path: Path) -> None:
+    file, path = tmp_path / "model.py", tmp_path / "small.yaml"
+    write(path, models=[f"{file}:build"], attacks=[{"name": "noise"}], limit=8, threats=[{"epsilons": [0.3]}])
+    records = []
+    for version in ("pass", "print('the second')"):
+        file.write_text(FAILING_MODEL.format(line=version))
+        assert bench(path, "--out", tmp_path / version[:5]).exit_code == 0
+        records += load_records(tmp_path / version[:5])
+    first, second = records
+    assert first.model == second.model and None not in (digests := {first.file_sha256, second.file_sha256})
+    assert len(digests) == len(group_by_setting(records)) == 2
+    names = setting_names(map(Setting.of, records))
+    assert {name.model for name in names.values()} == {f"{file}:build ({digest[:8]})" for digest in digests}
 
 
 def test_folder_with_something_is_refused_without_resume(path: Path, tmp_path: Path) -> None:

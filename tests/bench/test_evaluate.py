@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -19,9 +20,9 @@ from attacks import (
     TorchattacksPGDL2,
 )
 from robustbench_deq.attack import Attack, Proposal, Recorder
-from robustbench_deq.bench.evaluate import Evaluation, evaluate
+from robustbench_deq.bench.evaluate import Evaluation, Part, _curve, evaluate
 from robustbench_deq.bench.judge import judge
-from robustbench_deq.bench.records import to_json
+from robustbench_deq.bench.records import CostRecord, CurvePoint, to_json
 from robustbench_deq.data import Split, SplitName
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
@@ -211,6 +212,34 @@ def test_means_are_weighted_by_the_batch_and_counts_add_up(setup, monkeypatch: p
     assert [point.cell_evals for point in record.curve] == pytest.approx([mean, mean])
     assert record.residuals == pytest.approx([mean, 8.0])  # only the first batch took a second step
     assert record.diagnostics == pytest.approx({"num_odd": 3, "unconverged_solves": 6, "mean_of_something": mean})
+
+
+def test_batch_that_a_budget_ends_before_the_others_stays_in_the_curve_as_it_ended(setup) -> None:
+    model, data = setup(n=60)
+    whole = evaluate(model, joint(), data, batch_size=20, num_snapshots=8).record
+    for share in (0.7, 0.8, 0.9):
+        limited = joint(max_evaluations=share * whole.cost.cell_evals)
+        record = evaluate(model, limited, data, batch_size=20, num_snapshots=8).record
+        values = [point.cell_evals for point in record.curve]
+        assert values == sorted(values) and values[-1] <= record.cost.cell_evals
+        assert record.curve[-1].robust_accuracy == record.robust_accuracy
+
+
+def test_parts_of_unlike_length_make_one_curve() -> None:
+    def part(accuracies: list[float], evals: float) -> Part:
+        points = [
+            CurvePoint(step=i, cell_evals=i, cell_vjps=0, solver_steps=0, wall_seconds=i, robust_accuracy=accuracy)
+            for i, accuracy in enumerate(accuracies, start=1)
+        ]
+        cost = CostRecord(cell_evals=evals, cell_vjps=0, solver_steps=0, wall_seconds=evals, peak_memory_mb=1)
+        return Part(pd.DataFrame({"is_robust": [True, False]}), cost, points, [], {})
+
+    curve = _curve([part([1.0, 0.5, 0.0], 3.0), part([], 5.0), part([1.0], 2.0)], 6)
+    assert [point.step for point in curve] == [1, 2, 3]
+    assert [point.cell_evals for point in curve] == pytest.approx([(1 + 5 + 1) / 3, (2 + 5 + 2) / 3, (3 + 5 + 2) / 3])
+    assert [point.robust_accuracy for point in curve] == pytest.approx([2.5 / 3, 1.5 / 3, 1.0 / 3])
+    assert [point.wall_seconds for point in curve] == [7, 9, 10]
+    assert _curve([part([], 1.0)], 2) == []
 
 
 def test_progress_counts_samples_and_ends_with_the_result(setup) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import shutil
 import xml.etree.ElementTree as tree
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -408,7 +409,9 @@ DAMAGED = small_baseline().model_dump(mode="json")
         ("{", "JSON"),
         ("[]", "JSON"),
         ('{"schema_version": 2}', "updates"),
-        (json.dumps(DAMAGED | {"schema_version": 1}), "schema_version"),
+        (json.dumps(DAMAGED | {"schema_version": 3}), "schema_version"),
+        (json.dumps(DAMAGED | {"schema_version": 1, "entries": 3}), "entries"),
+        (json.dumps(DAMAGED | {"schema_version": 1, "entries": [None]}), "entries"),
         (json.dumps(DAMAGED | {"updates": []}), "updates"),
         (json.dumps(DAMAGED).replace(bits(200), "xy"), "is_robust"),
         (json.dumps(DAMAGED).replace(bits(200), "ff"), "400 samples"),
@@ -420,6 +423,20 @@ def test_damaged_baselines_are_refused(text: str | None, message: str, tmp_path:
         path.write_text(text)
     with pytest.raises(UsageError, match=message):
         read_baseline(path)
+
+
+def test_baseline_of_the_first_version_is_read_without_seconds(tmp_path: Path) -> None:
+    content = small_baseline(entry(), entry(label="r")).model_dump(mode="json")
+    for one, seconds in zip(content["entries"], (4.0, None), strict=True):
+        del one["seconds"]
+        one["relative_seconds"] = seconds
+    content["tolerances"]["seconds_of_one"] = 30.0
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(content | {"schema_version": 1, "reference": "r"}))
+    found = read_baseline(path)
+    assert [one.model_copy(update={"seconds": 0.04}) for one in found.entries] == [entry(), entry(label="r")]
+    rows = [row for row in compare(found, [entry(), entry(label="r")]) if row.field == "seconds"]
+    assert [row.now for row in rows] == ["-", "-"] and all(row.is_good for row in rows)
 
 
 # ---------------------------------------------------------------- the command
@@ -473,6 +490,23 @@ def test_what_is_changed_fails_as_table_json_and_junit(kept: Path, undisturbed: 
     assert [row["field"] for row in content["checks"] if not row["is_good"]] == ["evaluations"]
 
 
+def test_an_update_takes_whole_runs_only_and_names_what_leaves(kept: Path, undisturbed: Path, tmp_path: Path) -> None:
+    part = tmp_path / "part"
+    shutil.copytree(undisturbed, part)
+    lines = (part / "records.jsonl").read_text().splitlines(keepends=True)
+    (part / "records.jsonl").write_text(lines[0])
+    result = check("--baseline", kept, part, "--update", "one attack")
+    assert (result.exit_code, result.stderr) == (0, "")
+    gone, written = result.stdout.splitlines()
+    assert gone == "no longer in it: model, warm PGD, l2 0.5" and written.startswith("1 records written")
+    before = kept.read_bytes()
+    planned = [{"record_id": json.loads(line)["record_id"], "model": "m", "label": "l"} for line in lines]
+    (part / "plan.json").write_text(json.dumps({"runs": planned}))
+    result = check("--baseline", kept, part, "--update", "one attack")
+    assert result.exit_code == 2 and "got 0 failed shards and 1 unfinished runs; go on" in result.stderr
+    assert kept.read_bytes() == before
+
+
 def test_wrong_usage_is_one_line_and_exit_code_2(kept: Path, undisturbed: Path, tmp_path: Path) -> None:
     calls = {
         ("--baseline", tmp_path / "nowhere.json", undisturbed): "--update",
@@ -480,6 +514,8 @@ def test_wrong_usage_is_one_line_and_exit_code_2(kept: Path, undisturbed: Path, 
         ("--baseline", kept, undisturbed, "--update", ""): "a reason",
         ("--baseline", kept, undisturbed, "--update", "why", "--json"): "check after the update",
         (undisturbed,): "--baseline",
+        ("--baseline", kept, undisturbed, "--junit", kept / "below" / "junit.xml"): "a file that can be written",
+        ("--baseline", "/proc/1/new.json", undisturbed, "--update", "why"): "a file that can be written",
     }
     before = kept.read_bytes()
     for args, said in calls.items():

@@ -18,6 +18,7 @@ from robustbench_deq import display
 from robustbench_deq.bench import progress as progress_module
 from robustbench_deq.bench.progress import EarlierPaces, SuiteProgress
 from robustbench_deq.bench.records import load_records
+from robustbench_deq.bench.runner import claim_folder
 from robustbench_deq.bench.shards import ShardStore
 from robustbench_deq.bench.suite import Shard
 from tests.bench.small_suite import do, runs_of, suite
@@ -166,7 +167,7 @@ def test_log_has_counts_accuracy_and_time_left(folder: Path, monkeypatch: pytest
             finish(folder, shard, held, seconds=1.0)
             watch(shard, None)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4 and lines[0] == "small  9/12 shards"
     accuracy = load_records(folder)[0].robust_accuracy
     assert lines[-1] == f"small  12/12 shards  left 0:00:00  test-linear.tiny, joint-pgd: robust {accuracy:.1%} of 20"
 
@@ -177,7 +178,8 @@ def test_failed_shard_is_named_at_once(folder: Path, capsys: pytest.CaptureFixtu
         watch(SHARDS[0], "RuntimeError: no luck [today]" + 99 * " really")
         said = capsys.readouterr().err
     place = "small  failed: test-linear.tiny, joint-pgd, l2 0.3, samples 0 to 8: RuntimeError: no luck [today]"
-    assert said.startswith(place) and said.count("\n") == 1
+    begun, failed = said.splitlines()
+    assert begun == "small  11/12 shards" and failed.startswith(place)
 
 
 def test_terminal_shows_a_bar_and_what_is_in_progress(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -228,6 +230,7 @@ def test_dry_run_says_what_is_expected_and_from_where(tmp_path: Path, monkeypatc
 def test_dry_run_of_what_is_done_expects_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "small.yaml"
     path.write_text(json.dumps(suite().model_dump(mode="json")))
+    claim_folder(folder, suite(), [])
     monkeypatch.chdir(tmp_path)
     records = folder / "records.jsonl"
     measured = re.sub(r'"wall_seconds":[^,]+,"peak', '"wall_seconds":30.0,"peak', records.read_text())
@@ -237,6 +240,8 @@ def test_dry_run_of_what_is_done_expects_nothing(folder: Path, tmp_path: Path, m
     assert "expected: 120 s" in whole and "(40 s if 3 workers did 3 times as much)" in whole
     assert "0 of 4 runs to do have none" in whole  # the folder's own records say so
     assert "0 of 0 runs to do have none" in CliRunner().invoke(cli.main, [*words, "--resume"]).stdout
+    other = CliRunner().invoke(cli.main, [*words, "--resume", "--set", "limit=10"])
+    assert other.exit_code == 2 and "another limit" in other.stderr
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ def values(**changes: Any) -> dict[str, Any]:
         "created": "2025-01-31T12:00:00+00:00",
         "model": "deq-conv",
         "model_sha256": None,
+        "file_sha256": None,
         "attack": "joint-pgd",
         "label": "joint PGD-40",
         "attack_config": {"steps": 40, "solver": {"name": "anderson"}},

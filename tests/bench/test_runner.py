@@ -180,7 +180,8 @@ def test_edited_model_file_is_another_model(tmp_path: Path) -> None:
         ({"models": ["deq-conv.nothing-*"]}, "model"),
         ({"attacks": [{"name": "joint-pdg"}]}, "joint-pgd"),
         ({"attacks": [{"name": "joint-pgd", "config": {"stepz": 3}}]}, "stepz"),
-        ({"attacks": [{"name": "noise"}, {"name": "noise"}]}, "twice"),
+        ({"attacks": [{"name": "noise"}, {"name": "noise"}]}, "different labels, got noise twice"),
+        ({"attacks": [{"name": "noise"}, {"name": "noise", "config": {"restarts": 2}}]}, "noise twice"),
         ({"threats": None}, "set threats"),
         ({"threats": [{"norm": "l3", "epsilons": [1]}]}, "l3"),
         ({"data": None}, "set data"),
@@ -350,6 +351,18 @@ def test_work_done_twice_where_there_are_no_locks(undisturbed: Path, tmp_path: P
     assert contents(tmp_path) == contents(undisturbed)
 
 
+@pytest.mark.parametrize("suffix", [".json", ".parquet"])
+def test_damaged_shard_is_named(suffix: str, tmp_path: Path) -> None:
+    shards = runs_of(suite())[0][1]
+    for shard in shards:
+        assert run_shard(shard, tmp_path, build_attack) is None
+    (tmp_path / "shards" / f"{shards[0].key}{suffix}").write_text("{")
+    with pytest.raises(UsageError, match=rf"a damaged one; remove {shards[0].key}\.json and go on with --resume"):
+        do(tmp_path)
+    (tmp_path / "shards" / f"{shards[0].key}.json").unlink()
+    assert not do(tmp_path).failures and len(load_records(tmp_path)) == 4
+
+
 def test_shard_that_another_has_done_meanwhile_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shard = runs_of(suite())[0][1][0]
     save = ShardStore.save
@@ -373,8 +386,7 @@ def test_record_says_when_its_first_shard_was_begun_and_with_how_many_threads(tm
     do(tmp_path)
     record = load_records(tmp_path)[0]
     assert record.created == "1970-01-01T00:00:00+00:00"
-    threads = [ShardStore(tmp_path).load(shard)[1]["num_threads"] for shard in (first, *rest)]
-    assert threads == [2, 1, 1]
+    assert record.environment["num_threads"] == "2, 1" and record.environment["device"] == "cpu"
 
 
 def test_resume_begins_where_nothing_is_and_refuses_what_is_not_its_own(tmp_path: Path) -> None:

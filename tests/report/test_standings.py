@@ -125,9 +125,12 @@ def test_failed_shards_are_counted_by_model_and_attack(tmp_path: Path) -> None:
     assert not read_missing(tmp_path, [])
     for begin in (0, 128):
         shard = {"run": {"model": "m", "label": "cold PGD"}, "begin": begin, "end": begin + 128}
-        fail(tmp_path, f"k-{begin}", {"reason": "no memory", "shard": shard})
+        fail(tmp_path, f"k-{begin}", {"reason": "no memory", "record_id": "k", "shard": shard})
     fail(tmp_path, "other", [])
     assert read_missing(tmp_path, []) == Missing(Counter({("m", "cold PGD"): 2, UNKNOWN: 1}), Counter())
+    assert read_missing(tmp_path, ["k"]) == Missing(Counter({UNKNOWN: 1}), Counter())
+    write_plan(tmp_path, [])
+    assert read_missing(tmp_path, []) == Missing(Counter({UNKNOWN: 1}), Counter())
 
 
 def test_runs_without_a_record_are_unfinished_unless_they_have_failed(tmp_path: Path) -> None:
@@ -139,7 +142,7 @@ def test_runs_without_a_record_are_unfinished_unless_they_have_failed(tmp_path: 
     assert read_missing(tmp_path, [first.key]).unfinished == names - Counter([(first.model, first.label)])
     assert not read_missing(tmp_path, [run.key for run in runs])
     (tmp_path / "shards").mkdir()
-    fail(tmp_path, "key", {"shard": {"run": {"model": first.model, "label": first.label}}})
+    fail(tmp_path, "key", {"record_id": first.key, "shard": {"run": {"model": first.model, "label": first.label}}})
     found = read_missing(tmp_path, [run.key for run in rest])
     assert found == Missing(Counter([(first.model, first.label)]), Counter())
     (tmp_path / "plan.json").write_text("[]")
