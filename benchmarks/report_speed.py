@@ -23,6 +23,7 @@ import click
 import numpy as np
 import pandas as pd
 
+from benchmarks.timing import keep
 from robustbench_deq.bench.images import Images, images_path, save_images
 from robustbench_deq.bench.records import RECORDS_FILE, Record, RecordStore, load_records, to_json
 from robustbench_deq.files import write_text
@@ -33,6 +34,7 @@ from robustbench_deq.report.supplements import read_supplements
 NUM_SAMPLES = 64
 NUM_MODELS, EPSILONS, NUM_ATTACKS = 25, (0.25, 0.5, 1.0, 2.0), 20
 GOAL_SECONDS = 10.0
+SECONDS = ("seconds", "of CPU time")
 
 
 def make_records(count: int, folder: Path) -> None:
@@ -115,24 +117,26 @@ def main(count: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_records(count, folder)
-        begin = last = time.perf_counter(), time.process_time()
+        rows = []
+        last = time.perf_counter(), time.process_time()
         with no_collection():  # as the command does
             for stage in stages(folder):
                 now = time.perf_counter(), time.process_time()
-                _say(stage, now[0] - last[0], now[1] - last[1])
+                rows.append(_row(stage, now[0] - last[0], now[1] - last[1]))
                 last = now
-        _say("in all", last[0] - begin[0], last[1] - begin[1])
+        rows.append(_row("the three together", *(sum(row[column] for row in rows) for column in SECONDS)))
         page = (folder / "report" / "leaderboard.html").stat().st_size / 1e6
         start = time.perf_counter()
         words = ["report", str(folder), "--out", str(folder / "again")]
         subprocess.run([sys.executable, "cli.py", *words], check=True, stdout=subprocess.DEVNULL)
         wall, spent = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-        _say("the command", wall, spent.ru_utime + spent.ru_stime)
-    click.echo(f"{count:,} records; the goal at 10,000 is {GOAL_SECONDS:g} s. leaderboard.html has {page:.1f} MB")
+        rows.append(_row("the command", wall, spent.ru_utime + spent.ru_stime))
+    facts = {"records": count, "goal (s)": GOAL_SECONDS, "leaderboard.html (MB)": round(page, 1)}
+    keep("report_speed", "A report over many records", rows, facts)
 
 
-def _say(what: str, wall: float, cpu: float) -> None:
-    click.echo(f"{what:<14}{wall:7.2f} s {cpu:7.2f} s of CPU")
+def _row(what: str, *seconds: float) -> dict[str, Any]:
+    return {"stage": what} | {column: round(value, 2) for column, value in zip(SECONDS, seconds, strict=True)}
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def render(frame: pd.DataFrame, fmt: Format | str) -> str:
 
     Args:
         frame: from `summary_table`.
-        fmt: md, csv, latex (needs the package booktabs) or html (a `<table>`, not a page).
+        fmt: md, csv, latex (needs the package booktabs, for many rows longtable too) or html (a `<table>`, not a page).
     """
     return _RENDERERS[Format.parse(fmt) if isinstance(fmt, str) else fmt](frame)
 
@@ -202,6 +202,8 @@ def markdown_table(frame: pd.DataFrame, text_columns: Collection[str] = ()) -> s
     return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], rule, *lines[1:]])
 
 
+ROWS_OF_A_PAGE = 45
+"""In print, at most; a LaTeX table of more is broken over pages."""
 _LATEX_SYMBOLS = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
     | {"~": r"\textasciitilde ", "^": r"\textasciicircum ", "\\": r"\textbackslash "}
@@ -216,15 +218,19 @@ def _latex(frame: pd.DataFrame) -> str:
 def latex_table(frame: pd.DataFrame, text_columns: Collection[str] = ()) -> str:
     """Any table of texts with booktabs; columns other than these are set to the right.
 
-    Written here, as pandas takes a millisecond for each row.
+    One that is longer than a page needs the package longtable too, and repeats its head. Written here, as pandas takes
+    a millisecond for each row.
     """
     column_format = "".join("l" if name in text_columns else "r" for name in frame.columns)
     head, *rows = [
         " & ".join(" ".join(cell.split()).translate(_LATEX_SYMBOLS) for cell in row) + r" \\"
         for row in [list(frame.columns), *frame.to_numpy().tolist()]
     ]
-    lines = [rf"\begin{{tabular}}{{{column_format}}}", r"\toprule", head, r"\midrule", *rows, r"\bottomrule"]
-    return "\n".join([*lines, r"\end{tabular}"]) + "\n"
+    is_long = len(rows) > ROWS_OF_A_PAGE
+    kind = "longtable" if is_long else "tabular"
+    top = [r"\toprule", head, r"\midrule", *([r"\endhead"] if is_long else [])]
+    lines = [rf"\begin{{{kind}}}{{{column_format}}}", *top, *rows, r"\bottomrule", rf"\end{{{kind}}}"]
+    return "\n".join(lines) + "\n"
 
 
 def _html(frame: pd.DataFrame) -> str:

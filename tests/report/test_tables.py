@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from robustbench_deq.errors import UsageError
 from robustbench_deq.report.settings import format_threat
-from robustbench_deq.report.tables import COLUMN_MEANINGS, Format, readable, render, summary_table
+from robustbench_deq.report.tables import COLUMN_MEANINGS, ROWS_OF_A_PAGE, Format, readable, render, summary_table
 
 NASTY = "<script>alert('1')</script> a_b 50% | $x$ & \\cmd"
 
@@ -113,6 +116,27 @@ def test_latex_is_a_booktabs_table_with_escapes(make_record) -> None:
     assert text.isascii()
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert {len(re.split(r"(?<!\\)&", row)) for row in rows} == {len(COLUMN_MEANINGS) - 1}
+
+
+def test_latex_table_longer_than_a_page_goes_over_pages(make_record) -> None:
+    short = render(summary_table([make_record(f"a {number}") for number in range(ROWS_OF_A_PAGE)]), "latex")
+    long = render(summary_table([make_record(f"a {number}") for number in range(ROWS_OF_A_PAGE + 1)]), "latex")
+    assert short.startswith(r"\begin{tabular}") and r"\endhead" not in short
+    assert long.startswith(r"\begin{longtable}") and long.endswith("\\bottomrule\n\\end{longtable}\n")
+    assert long.index(r"\midrule") < long.index(r"\endhead") < long.index("a 0 ")
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX is installed")
+@pytest.mark.parametrize("count", [1, ROWS_OF_A_PAGE + 1])
+def test_latex_compiles(count: int, make_record, tmp_path: Path) -> None:
+    threat = {"norm": "linf", "epsilon": 8 / 255}
+    table = render(summary_table([make_record(f"{NASTY} {number}", threat=threat) for number in range(count)]), "latex")
+    page = r"\documentclass{article}\usepackage{booktabs,longtable}\begin{document}" + table + r"\end{document}"
+    (tmp_path / "page.tex").write_text(page)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stdout[-2000:]
+    assert "Overfull \\vbox" not in answer.stdout
 
 
 def test_html_escapes_and_names_each_setting_once(make_record) -> None:
