@@ -129,9 +129,12 @@ def _echo_plan(
         table.add_row(run.model, run.label, f"{run.norm} {run.epsilon:g}", run.data, *counts, *expected)
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 240).print(table)
     click.echo(f"{len(runs)} runs, {sum(len(shards) for _, shards in runs)} shards, {len(missing)} of them to do")
+    num_to_do = sum(count > 0 for count in samples.values())
+    if num_to_do and num_unknown == num_to_do:
+        click.echo("expected: unknown, since no earlier record below results/ is of these models and attacks")
+        return
     shared = f" ({whole / num_workers:.0f} s if {num_workers} workers did {num_workers} times as much)"
     click.echo(
         f"expected: {whole:.0f} s of attack and judge with one worker{shared if num_workers > 1 else ''}, "
-        "with the device and threads of the earlier records; "
-        f"{num_unknown} of {sum(count > 0 for count in samples.values())} runs to do have none"
+        f"with the device and threads of the earlier records; {num_unknown} of {num_to_do} runs to do have none"
     )

@@ -235,6 +235,8 @@ def test_dry_run_of_what_is_done_expects_nothing(folder: Path, tmp_path: Path, m
     records = folder / "records.jsonl"
     measured = re.sub(r'"wall_seconds":[^,]+,"peak', '"wall_seconds":30.0,"peak', records.read_text())
     records.write_text(re.sub(r'"judge_seconds":[^}]+}', '"judge_seconds":0.0}', measured))
+    unknown = CliRunner().invoke(cli.main, ["bench", str(path), "--out", "elsewhere", "--dry-run"]).stdout
+    assert unknown.splitlines()[-1].startswith("expected: unknown")
     words = ["bench", str(path), "--out", str(folder), "--dry-run", "--workers", "3"]
     whole = CliRunner().invoke(cli.main, words).stdout
     assert "expected: 120 s" in whole and "(40 s if 3 workers did 3 times as much)" in whole
