@@ -116,10 +116,14 @@ def to_entries(runs: Runs) -> list[BaselineEntry]:
     Raises:
         UsageError: for two records that nothing tells apart.
     """
+    found = [(_to_entry(record, samples), record.cost.wall_seconds) for record, samples in runs]
     whole: Counter[tuple[str | float, ...]] = Counter()
-    for record, _ in runs:
-        whole[_place_of(record)] += record.cost.wall_seconds
-    entries = [_to_entry(record, samples, whole[_place_of(record)]) for record, samples in runs]
+    for entry, seconds in found:
+        whole[entry.place] += seconds
+    entries = [
+        entry.model_copy(update={"seconds": seconds / whole[entry.place] if seconds else 0.0})
+        for entry, seconds in found
+    ]
     known = set()
     for entry in entries:
         if entry.identity in known:
@@ -130,12 +134,8 @@ def to_entries(runs: Runs) -> list[BaselineEntry]:
     return entries
 
 
-def _place_of(record: Record) -> tuple[str | float, ...]:
-    threat, data = record.threat, record.data
-    return record.model, threat.norm, threat.epsilon, data.name, data.split, record.seed
-
-
-def _to_entry(record: Record, samples: pd.DataFrame, whole: float) -> BaselineEntry:
+def _to_entry(record: Record, samples: pd.DataFrame) -> BaselineEntry:
+    """Without its seconds, which depend on the other records."""
     ordered = samples.sort_values("sample_id")
     return BaselineEntry(
         model=record.model,
@@ -157,7 +157,7 @@ def _to_entry(record: Record, samples: pd.DataFrame, whole: float) -> BaselineEn
         num_failed=record.num_failed,
         cell_evals=record.cost.cell_evals,
         cell_vjps=record.cost.cell_vjps,
-        seconds=record.cost.wall_seconds / whole if whole else 0.0,
+        seconds=0.0,
     )
 
 
