@@ -54,7 +54,7 @@ def read_missing(folder: Path, known: Collection[str]) -> Missing:
     counted = [
         (record_id, attacked)
         for record_id, attacked in failed
-        if attacked == UNKNOWN or (record_id not in known if open_ids is None else record_id in open_ids)
+        if not record_id or (record_id not in known if open_ids is None else record_id in open_ids)
     ]
     unfinished = (open_ids or set()) - {record_id for record_id, _ in counted}
     return Missing(
@@ -72,11 +72,11 @@ def _read_plan(path: Path) -> dict[str, Attacked] | None:
 
 
 def _read_failure(path: Path) -> tuple[str, Attacked]:
-    """Record identifier, model and label of the run."""
+    """Record identifier, empty where it is not known, model and label of the run."""
     try:
         content = _read(path)
-        return content["record_id"], (content["shard"]["run"]["model"], content["shard"]["run"]["label"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return content.get("record_id", ""), (content["shard"]["run"]["model"], content["shard"]["run"]["label"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "", UNKNOWN
 
 
