@@ -1,4 +1,4 @@
-"""The command line: what the commands are, and how they fail. Each is a module of `robustbench_deq.commands`.
+"""The command line: what the commands are, and how they fail. Each is a module of `commands`.
 
 Exit codes: 0 done, 1 a run failed, 2 wrong usage. Results go to standard output, progress and errors to standard error,
 and an error is one line.
@@ -41,7 +41,7 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        return getattr(importlib.import_module(f"robustbench_deq.commands.{COMMANDS[name]}"), name)
+        return getattr(importlib.import_module(f"commands.{COMMANDS[name]}"), name)
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         ignore_torch_deprecations()

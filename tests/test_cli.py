@@ -26,10 +26,10 @@ import yaml
 
 import cli
 from attacks import ATTACKS, JointPGD, build_attack
+from commands import attack as attack_command
+from commands import report as report_command
 from robustbench_deq import display
 from robustbench_deq.bench.records import load_records
-from robustbench_deq.commands import attack as attack_command
-from robustbench_deq.commands import report as report_command
 from robustbench_deq.configs import read_yaml, validate
 from robustbench_deq.data import DATASETS, SplitName, load, sources, splits
 from robustbench_deq.errors import RunError

@@ -15,12 +15,12 @@ from click.testing import CliRunner, Result
 
 import cli
 from benchmarks.kills import contents
+from commands import bench as bench_command
 from robustbench_deq.bench.executors import Ray
 from robustbench_deq.bench.missing import read_missing
 from robustbench_deq.bench.records import load_records
 from robustbench_deq.bench.shards import ShardStore
 from robustbench_deq.bench.suite import SuiteConfig
-from robustbench_deq.commands import bench as bench_command
 from robustbench_deq.report.settings import Setting, group_by_setting, setting_names
 from tests.bench.small_suite import runs_of, suite
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import click
 
 from attacks import build_attack
+from commands.shared import choose_device, tell_split
 from robustbench_deq.bench.evaluate import Evaluation, check_data, evaluate
 from robustbench_deq.bench.images import choose_images, save_images
 from robustbench_deq.bench.records import RecordStore, to_json
 from robustbench_deq.bench.suite import digest_of_model
-from robustbench_deq.commands.shared import choose_device, tell_split
 from robustbench_deq.configs import parse_assignments, parse_fraction
 from robustbench_deq.data import SplitName, load
 from robustbench_deq.display import bar

@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
+from commands.shared import echo_listing
 from robustbench_deq.bench.doctor import Verdict, examine
-from robustbench_deq.commands.shared import echo_listing
 from robustbench_deq.data import SplitName, load
 from robustbench_deq.errors import UsageError
 from robustbench_deq.models import MODELS, ModelDescription, describe_model, list_models, load_model

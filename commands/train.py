@@ -9,8 +9,8 @@ from pathlib import Path
 import click
 
 from attacks import build_attack
+from commands.shared import choose_device
 from robustbench_deq.attack import Attack
-from robustbench_deq.commands.shared import choose_device
 from robustbench_deq.configs import merge, parse_assignments, read_yaml, validate
 from robustbench_deq.display import bar
 from robustbench_deq.errors import RunError, UsageError

@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from attacks import build_attack
+from commands.shared import choose_device, named_device, tell_split
 from robustbench_deq.bench.executors import Executor, Processes, Ray, Serial
 from robustbench_deq.bench.progress import EarlierPaces, SuiteProgress
 from robustbench_deq.bench.records import RECORDS_FILE, load_records
 from robustbench_deq.bench.runner import SUITE_FILE, check_folder, claim_folder, missing_shards, run_suite
 from robustbench_deq.bench.suite import Run, Shard, SuiteConfig, cut, plan
-from robustbench_deq.commands.shared import choose_device, named_device, tell_split
 from robustbench_deq.configs import merge, parse_assignments, read_yaml, validate
 from robustbench_deq.display import suite_display
 from robustbench_deq.errors import RunError, UsageError

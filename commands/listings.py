@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from attacks import ATTACKS
-from robustbench_deq.commands.shared import echo_listing
+from commands.shared import echo_listing
 from robustbench_deq.data import DATASETS
 
 
