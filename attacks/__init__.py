@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from attacks.joint import JointPGD, JointPGDConfig
-from attacks.noise import Noise, NoiseConfig
-from attacks.sequential import SequentialPGD, SequentialPGDConfig
-from attacks.torchattacks_bridge import TorchattacksConfig, TorchattacksPGD, TorchattacksPGDL2
-from robustbench_deq.attack import ATTACKS, Attack, make_attack
+from robustbench_deq.attacks.joint import JointPGD, JointPGDConfig
+from robustbench_deq.attacks.noise import Noise, NoiseConfig
+from robustbench_deq.attacks.sequential import SequentialPGD, SequentialPGDConfig
+from robustbench_deq.attacks.torchattacks_bridge import TorchattacksConfig, TorchattacksPGD, TorchattacksPGDL2
+from robustbench_deq.protocol import ATTACKS, Attack, make_attack
 from robustbench_deq.threats import Threat
 
 __all__ = [

@@ -22,8 +22,7 @@ import torch
 from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
-from attacks.sequential import SequentialPGD, SequentialPGDConfig
-from robustbench_deq.attack import ATTACKS, Attack, ObjectiveConfig, Proposal, Recorder
+from robustbench_deq.attacks.sequential import SequentialPGD, SequentialPGDConfig
 from robustbench_deq.configs import named_in
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
@@ -39,8 +38,9 @@ from robustbench_deq.joint import (
     ascend,
 )
 from robustbench_deq.objectives import Objective
+from robustbench_deq.protocol import ATTACKS, Attack, ObjectiveConfig, Proposal, Recorder
+from robustbench_deq.rows import per_sample
 from robustbench_deq.solvers import SOLVERS, Anderson, CellMap, Picard, Solve
-from robustbench_deq.threats import per_sample
 
 
 class Preset(enum.Enum):

@@ -11,8 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from robustbench_deq.attack import ATTACKS, Attack, ObjectiveConfig, Proposal, Recorder
 from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.protocol import ATTACKS, Attack, ObjectiveConfig, Proposal, Recorder
 
 
 class NoiseConfig(ObjectiveConfig):

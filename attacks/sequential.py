@@ -17,11 +17,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from robustbench_deq.adjoints import ADJOINTS, AdjointTrace, Implicit
-from robustbench_deq.attack import ATTACKS, Attack, ObjectiveConfig, Proposal, Recorder
 from robustbench_deq.configs import named_in
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.joint import ProjectedAscent, Schedule, keep_better
 from robustbench_deq.objectives import objective_at
+from robustbench_deq.protocol import ATTACKS, Attack, ObjectiveConfig, Proposal, Recorder
 from robustbench_deq.solvers import SOLVERS, Solve
 
 

@@ -18,9 +18,9 @@ import torchattacks
 from pydantic import Field
 from torch import Tensor, nn
 
-from robustbench_deq.attack import ATTACKS, Attack, AttackConfig, Proposal, Recorder
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
+from robustbench_deq.protocol import ATTACKS, Attack, AttackConfig, Proposal, Recorder
 from robustbench_deq.threats import Norm, Threat
 
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import click
 
 from benchmarks.timing import make_attack, say
-from robustbench_deq.attack import Attack
-from robustbench_deq.bench.evaluate import Evaluation, evaluate
-from robustbench_deq.bench.images import choose_images, save_images
-from robustbench_deq.bench.records import RecordStore
 from robustbench_deq.data import Split, load
 from robustbench_deq.errors import UsageError
+from robustbench_deq.evaluate.evaluation import Evaluation, evaluate
 from robustbench_deq.files import output_folder, whole_folder
 from robustbench_deq.models import describe_model, load_model
+from robustbench_deq.protocol import Attack
+from robustbench_deq.records.images import choose_images, save_images
+from robustbench_deq.records.records import RecordStore
 from robustbench_deq.report.gallery import GalleryRow
 from robustbench_deq.report.page import write_report
 from robustbench_deq.report.supplements import read_supplements

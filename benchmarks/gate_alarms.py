@@ -24,14 +24,14 @@ import click
 import pandas as pd
 import torch
 
-from attacks import build_attack
 from benchmarks.timing import RESULTS, keep, say
-from robustbench_deq.bench.baseline import Baseline, BaselineEntry, read_baseline, read_run, to_entries
-from robustbench_deq.bench.executors import Executor, Processes, Serial
-from robustbench_deq.bench.gate import compare, seconds_by_attack
-from robustbench_deq.bench.runner import run_suite
-from robustbench_deq.bench.suite import SuiteConfig, cut, plan, read_suite
+from robustbench_deq.attacks import build_attack
 from robustbench_deq.files import replacing
+from robustbench_deq.runner.baseline import Baseline, BaselineEntry, read_baseline, read_run, to_entries
+from robustbench_deq.runner.executors import Executor, Processes, Serial
+from robustbench_deq.runner.gate import compare, seconds_by_attack
+from robustbench_deq.runner.run import run_suite
+from robustbench_deq.runner.suite import SuiteConfig, cut, plan, read_suite
 
 OTHER_BATCH_SIZES = (32, 256, 100, 64, 16, 48)
 PLACES = ((2, 1), (1, 1), (1, 2))

@@ -12,8 +12,8 @@ import statistics
 import click
 
 from benchmarks.timing import in_turn, keep, make_attack, median_seconds, ratios
-from robustbench_deq.bench.evaluate import Evaluation, evaluate
 from robustbench_deq.data import load
+from robustbench_deq.evaluate.evaluation import Evaluation, evaluate
 from robustbench_deq.models import load_model
 from robustbench_deq.threats import Norm, Threat
 

@@ -31,8 +31,8 @@ import torch
 
 import cli
 from benchmarks.timing import keep, say
-from robustbench_deq.bench.records import SHARDS_FOLDER, RecordStore, load_records, without_circumstances
 from robustbench_deq.files import write_text
+from robustbench_deq.records.records import SHARDS_FOLDER, RecordStore, load_records, without_circumstances
 
 SUITE = {
     "name": "kills",

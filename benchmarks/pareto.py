@@ -20,11 +20,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, PercentFormatter
 
 from benchmarks.timing import RESULTS, in_turn, keep, make_attack, median_ratio, median_seconds, say
-from robustbench_deq.attack import Attack
-from robustbench_deq.bench.evaluate import evaluate
 from robustbench_deq.data import SplitName, load
+from robustbench_deq.evaluate.evaluation import evaluate
 from robustbench_deq.files import replacing
 from robustbench_deq.models import MODELS, describe_model, load_model
+from robustbench_deq.protocol import Attack
 from robustbench_deq.report.plots import COLOURS, MARKERS, new_figure, save, style
 from robustbench_deq.threats import Norm, Threat
 

@@ -24,10 +24,10 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.timing import keep
-from robustbench_deq.bench.images import Images, images_path, save_images
-from robustbench_deq.bench.records import RECORDS_FILE, Record, RecordStore, load_records, to_json
 from robustbench_deq.files import write_text
 from robustbench_deq.memory import no_collection
+from robustbench_deq.records.images import Images, images_path, save_images
+from robustbench_deq.records.records import RECORDS_FILE, Record, RecordStore, load_records, to_json
 from robustbench_deq.report.page import write_report
 from robustbench_deq.report.supplements import read_supplements
 

@@ -30,12 +30,12 @@ from typing import Any
 import click
 import torch
 
-from attacks import build_attack
 from benchmarks.timing import keep, say
-from robustbench_deq.bench.executors import Processes, Serial
-from robustbench_deq.bench.runner import run_suite
-from robustbench_deq.bench.shards import ShardStore
-from robustbench_deq.bench.suite import Run, Shard, cut, plan, read_suite
+from robustbench_deq.attacks import build_attack
+from robustbench_deq.runner.executors import Processes, Serial
+from robustbench_deq.runner.run import run_suite
+from robustbench_deq.runner.shards import ShardStore
+from robustbench_deq.runner.suite import Run, Shard, cut, plan, read_suite
 
 NUM_WORKERS = 2
 GOAL = 0.03

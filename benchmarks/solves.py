@@ -36,12 +36,12 @@ from torchdeq.solver import get_solver
 
 from benchmarks.timing import RESULTS, Ratio, alternate, keep, say
 from robustbench_deq.adjoints import AdjointMap
-from robustbench_deq.attack import frozen
 from robustbench_deq.data import Split, load
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.files import replacing
 from robustbench_deq.meter import Meter
 from robustbench_deq.models import MODELS, describe_model, load_model
+from robustbench_deq.protocol import frozen
 from robustbench_deq.report.plots import COLOURS, MARKERS, new_figure, save, style
 from robustbench_deq.solvers import SOLVERS, Anderson, Broyden, CellMap, FixedPointMap, Solution, Solve
 from robustbench_deq.solvers.base import residual_norms

@@ -13,13 +13,13 @@ from __future__ import annotations
 import click
 import torch
 
-from attacks import JointPGDConfig
 from benchmarks.timing import alternate, keep
-from robustbench_deq.attack import frozen
+from robustbench_deq.attacks import JointPGDConfig
 from robustbench_deq.data import load
 from robustbench_deq.joint import AugmentedMap, ProjectedAscent, ascend
 from robustbench_deq.meter import Meter
 from robustbench_deq.models import MODELS, load_model
+from robustbench_deq.protocol import frozen
 from robustbench_deq.threats import Norm, Threat
 
 STEPS = JointPGDConfig().steps

@@ -11,11 +11,11 @@ import click
 import numpy as np
 
 from benchmarks.timing import keep, make_attack, say
-from robustbench_deq.attack import Attack
-from robustbench_deq.bench.evaluate import evaluate
 from robustbench_deq.data import load
+from robustbench_deq.evaluate.evaluation import evaluate
 from robustbench_deq.models import MODELS, describe_model, load_model
 from robustbench_deq.proportions import wilson_interval
+from robustbench_deq.protocol import Attack
 from robustbench_deq.threats import Norm, Threat
 
 

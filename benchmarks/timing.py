@@ -16,14 +16,14 @@ import pandas as pd
 import torch
 from scipy.stats import quantile_test
 
-from attacks import build_attack
-from robustbench_deq.attack import Attack
-from robustbench_deq.bench.environment import describe_environment
-from robustbench_deq.bench.evaluate import Evaluation, evaluate
+from robustbench_deq.attacks import build_attack
 from robustbench_deq.data import Split
 from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.evaluate.evaluation import Evaluation, evaluate
 from robustbench_deq.files import write_json, write_text
 from robustbench_deq.memory import keep_freed_memory
+from robustbench_deq.protocol import Attack
+from robustbench_deq.records.environment import describe_environment
 from robustbench_deq.report.tables import markdown_table
 from robustbench_deq.threats import Threat
 

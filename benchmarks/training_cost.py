@@ -17,13 +17,13 @@ from typing import NamedTuple
 
 import click
 
-from attacks import JointPGDConfig
 from benchmarks.timing import keep, make_attack, say
-from robustbench_deq.attack import Attack
+from robustbench_deq.attacks import JointPGDConfig
 from robustbench_deq.configs import read_yaml, validate
 from robustbench_deq.data import Split, SplitName, load
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.models import load_model
+from robustbench_deq.protocol import Attack
 from robustbench_deq.threats import Norm, Threat
 from robustbench_deq.training.config import TrainingConfig
 from robustbench_deq.training.loop import Trainer

@@ -1,6 +1,6 @@
 """robustbench-deq: adversarial robustness of deep equilibrium models.
 
-from attacks import JointPGD
+from robustbench_deq.attacks import JointPGD
 from robustbench_deq import Norm, Threat, evaluate, load, load_model
 
 model = load_model("deq-conv.fashion-joint-l2")                  # or your own EquilibriumModel
@@ -12,23 +12,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from robustbench_deq.bench.evaluate import Evaluation, evaluate
     from robustbench_deq.data import SplitName, load
     from robustbench_deq.equilibrium import EquilibriumModel
     from robustbench_deq.errors import RunError, UsageError
+    from robustbench_deq.evaluate.evaluation import Evaluation, evaluate
     from robustbench_deq.models import MODELS, load_model, save_model
     from robustbench_deq.threats import Norm, Threat
 
 _PLACES = {
     "MODELS": "models",
     "EquilibriumModel": "equilibrium",
-    "Evaluation": "bench.evaluate",
+    "Evaluation": "evaluate.evaluation",
     "Norm": "threats",
     "RunError": "errors",
     "SplitName": "data",
     "Threat": "threats",
     "UsageError": "errors",
-    "evaluate": "bench.evaluate",
+    "evaluate": "evaluate.evaluation",
     "load": "data",
     "load_model": "models",
     "save_model": "models",

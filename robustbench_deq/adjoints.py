@@ -20,16 +20,12 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from robustbench_deq.registry import Registry
-from robustbench_deq.solvers import Anderson, CellMap, FixedPointMap, Picard, Solution, Solve
-
-if TYPE_CHECKING:
-    from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.solvers import Anderson, Cell, CellMap, FixedPointMap, Picard, Solution, Solve
 
 DEFAULT_ADJOINT_SOLVE = Solve(Anderson(), rtol=1e-4, max_steps=100)
 
@@ -46,7 +42,7 @@ class AdjointTrace:
 class AdjointMap(FixedPointMap):
     """`mu -> J^T mu + v` on one graph of the cell at `(z, u)`; one vector-Jacobian product a call."""
 
-    def __init__(self, model: EquilibriumModel, z: Tensor, u: Tensor, v: Tensor, graph: tuple | None = None) -> None:
+    def __init__(self, model: Cell, z: Tensor, u: Tensor, v: Tensor, graph: tuple | None = None) -> None:
         self.model, self.z, self.u, self.v = model, z, u, v
         if graph is None:
             with torch.enable_grad():
@@ -87,16 +83,14 @@ class _AttachAdjoint(torch.autograd.Function):
 class Adjoint(abc.ABC):
     """A way to differentiate an equilibrium."""
 
-    def solve(
-        self, model: EquilibriumModel, u: Tensor, z0: Tensor, forward: Solve, trace: AdjointTrace
-    ) -> tuple[Solution, Tensor]:
+    def solve(self, model: Cell, u: Tensor, z0: Tensor, forward: Solve, trace: AdjointTrace) -> tuple[Solution, Tensor]:
         """Solve from `z0` and return the solution and a state that carries gradients to `u` and the parameters."""
         solution = forward(CellMap(model.evaluate, u.detach()), z0)
         model.report(solution)
         return solution, self.attach(model, solution.value, u, trace)
 
     @abc.abstractmethod
-    def attach(self, model: EquilibriumModel, z: Tensor, u: Tensor, trace: AdjointTrace) -> Tensor:
+    def attach(self, model: Cell, z: Tensor, u: Tensor, trace: AdjointTrace) -> Tensor:
         """A state that carries gradients to `u` and the parameters: the value of one more evaluation at `z`, or, of
         `Phantom` and `Unrolled`, that of their steps from `z`."""
 
@@ -117,7 +111,7 @@ class Implicit(Adjoint):
     def warm_started(self, mu0: Tensor | None) -> Implicit:
         return replace(self, mu0=mu0)
 
-    def attach(self, model: EquilibriumModel, z: Tensor, u: Tensor, trace: AdjointTrace) -> Tensor:
+    def attach(self, model: Cell, z: Tensor, u: Tensor, trace: AdjointTrace) -> Tensor:
         leaf = z.detach().requires_grad_()
         f = model.evaluate(leaf, u)
 
@@ -138,7 +132,7 @@ class Neumann(Adjoint):
 
     num_terms: int = 10
 
-    def attach(self, model: EquilibriumModel, z: Tensor, u: Tensor, trace: AdjointTrace) -> Tensor:
+    def attach(self, model: Cell, z: Tensor, u: Tensor, trace: AdjointTrace) -> Tensor:
         leaf = z.detach().requires_grad_()
         f = model.evaluate(leaf, u)
 
@@ -159,7 +153,7 @@ class Phantom(Adjoint):
     num_steps: int = 5
     damping: float = 0.5
 
-    def attach(self, model: EquilibriumModel, z: Tensor, u: Tensor, trace: AdjointTrace) -> Tensor:
+    def attach(self, model: Cell, z: Tensor, u: Tensor, trace: AdjointTrace) -> Tensor:
         w = z.detach()
         for _ in range(self.num_steps):
             f = model.evaluate(w, u)
@@ -179,15 +173,13 @@ class Unrolled(Adjoint):
     num_steps: int = 50
     damping: float = 1.0
 
-    def solve(
-        self, model: EquilibriumModel, u: Tensor, z0: Tensor, forward: Solve, trace: AdjointTrace
-    ) -> tuple[Solution, Tensor]:
+    def solve(self, model: Cell, u: Tensor, z0: Tensor, forward: Solve, trace: AdjointTrace) -> tuple[Solution, Tensor]:
         z = Phantom(self.num_steps, self.damping).attach(model, z0, u, trace)
         check = Solve(Picard(), rtol=forward.rtol, max_steps=1)(CellMap(model.evaluate, u.detach()), z.detach())
         model.report(check._replace(num_steps=check.num_steps + self.num_steps))
         return check._replace(num_steps=torch.full_like(check.num_steps, self.num_steps)), z
 
-    def attach(self, model: EquilibriumModel, z: Tensor, u: Tensor, trace: AdjointTrace) -> Tensor:
+    def attach(self, model: Cell, z: Tensor, u: Tensor, trace: AdjointTrace) -> Tensor:
         return Phantom(self.num_steps, self.damping).attach(model, z, u, trace)
 
 

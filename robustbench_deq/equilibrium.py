@@ -95,16 +95,27 @@ class EquilibriumModel(nn.Module, abc.ABC):
         return _FromCallables(parts, input_shape, num_classes).eval()
 
     def evaluate(self, z: Tensor, u: Tensor) -> Tensor:
-        """`cell(z, u)`, counted. Everything in this package evaluates the cell through here."""
+        """`cell(z, u)`, counted. Everything in this package evaluates the cell through here.
+
+        Raises:
+            BudgetSpent: when the open meter has a budget that allows no more.
+        """
+        if self.meter is None:
+            return self.cell(z, u)
+        self.meter.admit(len(z))
         output = self.cell(z, u)
-        if self.meter is not None:
-            self.meter.count_cell(output)
+        self.meter.count_cell(output)
         return output
 
     def report(self, solution: Solution) -> None:
         """Tell the open meter, if any, of a finished solve."""
         if self.meter is not None:
             self.meter.count_solve(solution)
+
+    def count_steps(self, rows: int) -> None:
+        """Tell the open meter, if any, of an iteration on `rows` rows that belongs to no solve."""
+        if self.meter is not None:
+            self.meter.count_steps(rows)
 
     def equilibrium(
         self,
@@ -127,8 +138,19 @@ class EquilibriumModel(nn.Module, abc.ABC):
             A `Solution`. Where gradients are enabled its `value` carries them to `x` and to the parameters, in train
             and in eval mode alike.
         """
+        return self.settle(self.inject(x), z0, solve=solve, adjoint=adjoint, trace=trace)
+
+    def settle(
+        self,
+        u: Tensor,
+        z0: Tensor | None = None,
+        *,
+        solve: Solve | None = None,
+        adjoint: Adjoint | None = None,
+        trace: AdjointTrace | None = None,
+    ) -> Solution:
+        """The equilibrium at an injection `u`; else as `equilibrium`, gradients reach `u` and the parameters."""
         solve = solve or self.solve
-        u = self.inject(x)
         z0 = self.initial_state(u).detach() if z0 is None else z0.detach()
         if torch.is_grad_enabled():
             solution, state = (adjoint or self.adjoint).solve(self, u, z0, solve, trace or AdjointTrace())

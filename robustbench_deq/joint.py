@@ -28,9 +28,10 @@ from torch import Tensor
 
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.objectives import Objective, objective_at
+from robustbench_deq.rows import per_sample
 from robustbench_deq.solvers import CellMap, Solver
 from robustbench_deq.solvers.base import Iterate, residual_norms
-from robustbench_deq.threats import Threat, per_sample
+from robustbench_deq.threats import Threat
 
 
 class Evaluation(NamedTuple):

@@ -7,20 +7,33 @@ reads shapes only; it never waits for the device.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from robustbench_deq.peak_memory import peak_memory_mb, reset_peak_memory
+from robustbench_deq.solvers import Solution
 
-if TYPE_CHECKING:
-    from robustbench_deq.equilibrium import EquilibriumModel
-    from robustbench_deq.solvers import Solution
+
+class Metered(Protocol):
+    """A model that tells the meter it holds of all that it does. `EquilibriumModel` is one."""
+
+    meter: Meter | None
+
+    def parameters(self) -> Iterator[Tensor]: ...
+
+    def buffers(self) -> Iterator[Tensor]: ...
+
+
+class BudgetSpent(Exception):
+    """Refuses the evaluation of the cell that would go beyond a meter's budget."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +55,22 @@ class Cost:
 
 @dataclass
 class Meter:
-    """Context manager that counts while it is open: `with Meter(model) as meter: ...`. Meters nest."""
+    """Context manager that counts while it is open: `with Meter(model) as meter: ...`. Meters nest.
 
-    model: EquilibriumModel
+    Args:
+        model: asks it before every evaluation of its cell, and tells it of everything.
+        max_rows: rows that the cell may be evaluated on; None: any number.
+        max_seconds: that it may be open, pauses excluded.
+    """
+
+    model: Metered
+    max_rows: float | None = None
+    max_seconds: float | None = None
     eval_rows: int = 0
     vjp_rows: int = 0
     _step_counts: list[Tensor | int] = field(default_factory=list)
     _start: float = 0.0
+    _paused: float = 0.0
     _seconds: float | None = None
 
     def __enter__(self) -> Meter:
@@ -74,7 +96,30 @@ class Meter:
     @property
     def elapsed_seconds(self) -> float:
         """Since the meter was opened, until it was closed. For snapshots, which are few; waits for the device."""
-        return self.now() - self._start if self._seconds is None else self._seconds
+        return self.now() - self._start - self._paused if self._seconds is None else self._seconds
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done meanwhile is not counted and takes no time, here; an outer meter counts it."""
+        began, self.model.meter = self.now(), self._outer
+        try:
+            yield
+        finally:
+            self.model.meter = self
+            self._paused += self.now() - began
+
+    def admit(self, rows: int) -> None:
+        """Called by the model before every evaluation of its cell on `rows` rows.
+
+        Raises:
+            BudgetSpent: when it would exceed the budget; nothing of it has been counted then.
+        """
+        if self.max_rows is not None and self.eval_rows + rows > self.max_rows:
+            raise BudgetSpent
+        if self.max_seconds is not None and time.perf_counter() - self._start - self._paused > self.max_seconds:
+            raise BudgetSpent
+        if self._outer is not None:
+            self._outer.admit(rows)
 
     @property
     def num_steps(self) -> int:

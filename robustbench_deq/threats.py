@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from robustbench_deq.errors import UsageError
+from robustbench_deq.rows import per_sample
 
 TINY = 1e-12
 SLACK = 1e-5
@@ -35,11 +36,6 @@ class Norm(enum.Enum):
             raise UsageError.of(
                 "norm", expected="l2 or linf", got=repr(name), fix="pass --norm l2 or --norm linf"
             ) from None
-
-
-def per_sample(vector: Tensor, like: Tensor) -> Tensor:
-    """Reshape `(batch,)` to `(batch, 1, ..., 1)` so that it broadcasts against `like`."""
-    return vector.view(-1, *[1] * (like.dim() - 1))
 
 
 def norm_of(delta: Tensor, norm: Norm) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -13,6 +14,7 @@ from robustbench_deq.adjoints import Implicit
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.models import FAMILIES
 from robustbench_deq.solvers import Anderson, Solve
+from tests.runner.small_suite import do
 
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("tests")
@@ -77,3 +79,11 @@ def logit_gain() -> Callable[[EquilibriumModel, Tensor], float]:
         return float(torch.linalg.matrix_norm(torch.stack(rows, dim=1), ord=2).max())
 
     return gain
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the small suite, done in one process."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    do(folder)
+    return folder

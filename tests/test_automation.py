@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-import cli
-from attacks import build_attack
-from robustbench_deq.bench.baseline import read_baseline
-from robustbench_deq.bench.suite import plan, read_suite
+from robustbench_deq.attacks import build_attack
+from robustbench_deq.commands import main as cli
+from robustbench_deq.runner.baseline import read_baseline
+from robustbench_deq.runner.suite import plan, read_suite
 from robustbench_deq.threats import Norm, Threat
 
 ROOT = Path(__file__).parents[1]
@@ -116,5 +116,7 @@ def test_hook_for_other_repositories_is_an_installed_command() -> None:
     (hook,) = read(".pre-commit-hooks.yaml")
     script, command = hook["entry"].split()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["scripts"][script] == "cli:main" and command in cli.main.list_commands(None)
+    assert project["scripts"][script] == "robustbench_deq.commands.main:main" and command in cli.main.list_commands(
+        None
+    )
     assert hook["pass_filenames"] is False

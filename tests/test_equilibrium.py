@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attacks import JointPGD
 from robustbench_deq.adjoints import Implicit
-from robustbench_deq.bench.judge import judge
+from robustbench_deq.attacks import JointPGD
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
+from robustbench_deq.evaluate.judge import judge
 from robustbench_deq.meter import Meter
 from robustbench_deq.models import save_model
 from robustbench_deq.solvers import Anderson, Solve

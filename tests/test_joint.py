@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
-from attacks.joint import JointPGD, JointPGDConfig
-from robustbench_deq.bench.judge import judge
+from robustbench_deq.attacks.joint import JointPGD, JointPGDConfig
 from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.evaluate.judge import judge
 from robustbench_deq.joint import (
     AugmentedMap,
     Evaluation,

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from robustbench_deq.errors import UsageError
-from robustbench_deq.threats import Norm, Threat, norm_of, per_sample
+from robustbench_deq.rows import per_sample
+from robustbench_deq.threats import Norm, Threat, norm_of
 
 norms = st.sampled_from(Norm)
 radii = st.floats(0.0, 4.0)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from robustbench_deq.adjoints import AdjointMap
 from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.rows import per_sample
 from robustbench_deq.solvers import CellMap, Picard, Solution, Solve
-from robustbench_deq.threats import per_sample
 
 
 def spectral_radius(model: EquilibriumModel, z: Tensor, u: Tensor, num_iterations: int = 60, seed: int = 0) -> Tensor:

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import false_discovery_control
 
-from robustbench_deq.bench.records import Record
 from robustbench_deq.errors import UsageError
 from robustbench_deq.proportions import fisher_p_value, mcnemar_p_value, newcombe_interval
+from robustbench_deq.records.records import Record
 from robustbench_deq.report.supplements import SampleVerdicts
 
 SIGNIFICANCE = 0.05

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from robustbench_deq.bench.records import Record
+from robustbench_deq.records.records import Record
 from robustbench_deq.report.compare import COST_TOLERANCE, SIGNIFICANCE, Change, Comparison, Difference, RunComparison
 from robustbench_deq.report.settings import format_threat
 from robustbench_deq.report.tables import MISSING, markdown_table, markdown_text, percent

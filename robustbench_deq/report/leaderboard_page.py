@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from robustbench_deq.bench.records import Record
+from robustbench_deq.records.records import Record
 from robustbench_deq.report.columns import COLUMNS
 from robustbench_deq.report.commands import command_of, flatten
 from robustbench_deq.report.gallery import GalleryRow, stretched

@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from robustbench_deq.bench.records import Record
 from robustbench_deq.errors import UsageError
+from robustbench_deq.records.records import Record
 from robustbench_deq.report.leaderboard import Board
 from robustbench_deq.report.plots import (
     Look,

@@ -22,9 +22,9 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from robustbench_deq.bench.records import Record
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import write_text
+from robustbench_deq.records.records import Record
 from robustbench_deq.report import overview, plots
 from robustbench_deq.report.aside import aside
 from robustbench_deq.report.commands import command_of

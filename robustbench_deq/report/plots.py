@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from robustbench_deq.bench.records import Record
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import replacing
+from robustbench_deq.records.records import Record
 from robustbench_deq.report.settings import Setting, SettingNames, group_by_setting, setting_names
 
 PNG_DPI = 200

@@ -11,8 +11,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from robustbench_deq.bench.records import Record
 from robustbench_deq.errors import UsageError
+from robustbench_deq.records.records import Record
 
 _NORMS = {"l2": "L2", "linf": "L∞"}
 

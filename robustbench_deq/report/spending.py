@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from robustbench_deq.bench.records import Record
 from robustbench_deq.errors import UsageError
+from robustbench_deq.records.records import Record
 from robustbench_deq.report.plots import COLOURS, natural_order, new_figure, plain, style
 
 MAX_BARS = 12

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pyarrow
 
-from robustbench_deq.bench.images import images_path, load_images
-from robustbench_deq.bench.missing import Missing, read_missing
-from robustbench_deq.bench.records import Record, RecordStore
+from robustbench_deq.records.images import images_path, load_images
+from robustbench_deq.records.missing import Missing, read_missing
+from robustbench_deq.records.records import Record, RecordStore
 from robustbench_deq.report.gallery import GalleryRow
 
 logger = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import pandas as pd
 from scipy.stats import rankdata
 
-from robustbench_deq.bench.records import Record
 from robustbench_deq.errors import UsageError
 from robustbench_deq.proportions import wilson_interval
+from robustbench_deq.records.records import Record
 from robustbench_deq.report.settings import Setting, group_by_setting, setting_names
 
 MISSING = "–"

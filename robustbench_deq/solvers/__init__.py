@@ -8,6 +8,7 @@ from robustbench_deq.registry import Registry
 from robustbench_deq.solvers.anderson import Anderson
 from robustbench_deq.solvers.base import CellMap, FixedPointMap, Solution, Solve, Solver, Status
 from robustbench_deq.solvers.broyden import Broyden
+from robustbench_deq.solvers.cell import Cell
 from robustbench_deq.solvers.newton_krylov import NewtonKrylov
 from robustbench_deq.solvers.picard import Picard
 
@@ -23,6 +24,7 @@ __all__ = [
     "SOLVERS",
     "Anderson",
     "Broyden",
+    "Cell",
     "CellMap",
     "FixedPointMap",
     "NewtonKrylov",

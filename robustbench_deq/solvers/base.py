@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from robustbench_deq.errors import RunError, UsageError
-from robustbench_deq.threats import per_sample
+from robustbench_deq.rows import per_sample
 
 DIVERGENCE_FACTOR = 1e6
 """A sample has diverged when `||f(z) - z||` exceeds its first value by this factor."""

@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustbench_deq.attack import Attack
-from robustbench_deq.bench.judge import judge
 from robustbench_deq.data import Split
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import RunError
-from robustbench_deq.threats import Threat, per_sample
+from robustbench_deq.evaluate.judge import judge
+from robustbench_deq.protocol import Attack
+from robustbench_deq.rows import per_sample
+from robustbench_deq.threats import Threat
 from robustbench_deq.training.checkpoint import Checkpoint
 from robustbench_deq.training.config import TrainingConfig
 from robustbench_deq.training.loss import batch_loss

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustbench_deq.adjoints import AdjointTrace, Implicit
-from robustbench_deq.attack import Attack
 from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.protocol import Attack
+from robustbench_deq.rows import per_sample
 from robustbench_deq.solvers import Solve
-from robustbench_deq.threats import per_sample
 
 
 class BatchLoss(NamedTuple):

@@ -17,13 +17,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from robustbench_deq.attack import Attack
-from robustbench_deq.bench.evaluate import evaluate
-from robustbench_deq.bench.judge import judge, tight_solve
 from robustbench_deq.configs import merge, validate
 from robustbench_deq.data import DATASETS, Split, SplitName, load
 from robustbench_deq.equilibrium import EquilibriumModel, check_labels
 from robustbench_deq.errors import UsageError
+from robustbench_deq.evaluate.evaluation import evaluate
+from robustbench_deq.evaluate.judge import judge, tight_solve
 from robustbench_deq.files import check_json, replacing, write_json
 from robustbench_deq.models import (
     FAMILIES,
@@ -36,6 +35,7 @@ from robustbench_deq.models import (
     save_model,
 )
 from robustbench_deq.models.diagnostics import picard_solution, spectral_radius
+from robustbench_deq.protocol import Attack
 from robustbench_deq.training.config import ModelSpec, TrainingConfig
 from robustbench_deq.training.loop import Trainer
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-import attacks as _attacks  # noqa: F401
-from robustbench_deq.attack import ATTACKS, Attack
+import robustbench_deq.attacks as _attacks  # noqa: F401
 from robustbench_deq.configs import validate
 from robustbench_deq.errors import UsageError
+from robustbench_deq.protocol import ATTACKS, Attack
 from robustbench_deq.threats import Norm, Threat
 
 SETTINGS = {"joint-pgd": {"steps": 12, "has_fallback": False}, "pgd": {"steps": 6}, "noise": {}}

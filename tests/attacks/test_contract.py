@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attacks import ATTACKS
-from robustbench_deq.attack import Attack, Proposal
+from robustbench_deq.attacks import ATTACKS
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
 from robustbench_deq.models import FAMILIES
+from robustbench_deq.protocol import Attack, Proposal
 from robustbench_deq.threats import Norm, Threat, norm_of
 
 EPSILON = {Norm.L2: 0.5, Norm.LINF: 0.06}

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 import torchattacks
 from torch import Tensor, nn
 
-from attacks import ATTACKS
-from robustbench_deq.attack import Attack, AttackResult
-from robustbench_deq.bench.evaluate import evaluate
+from robustbench_deq.attacks import ATTACKS
 from robustbench_deq.data import Split, SplitName
 from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.evaluate.evaluation import evaluate
 from robustbench_deq.models import Linear
+from robustbench_deq.protocol import Attack, AttackResult
 from robustbench_deq.threats import Norm, Threat, norm_of
 
 EPSILON = {Norm.L2: 0.2, Norm.LINF: 0.05}

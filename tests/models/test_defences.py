@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attacks import ATTACKS
+from robustbench_deq.attacks import ATTACKS
 from robustbench_deq.errors import UsageError
 from robustbench_deq.meter import Meter
 from robustbench_deq.models.defences import EarlyState, EntropyReduction, StateEnsemble

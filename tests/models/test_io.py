@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from attacks import ATTACKS
+from robustbench_deq.attacks import ATTACKS
 from robustbench_deq.configs import validate
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError

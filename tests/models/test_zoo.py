@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attacks.joint import JointPGD, JointPGDConfig
 from robustbench_deq.adjoints import Implicit
-from robustbench_deq.bench.judge import judge
+from robustbench_deq.attacks.joint import JointPGD, JointPGDConfig
 from robustbench_deq.data import SplitName, load
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
+from robustbench_deq.evaluate.judge import judge
 from robustbench_deq.meter import Meter
 from robustbench_deq.models import MODELS, describe_model, load_folder, load_model, save_model
 from robustbench_deq.solvers import Anderson, Solve, Status

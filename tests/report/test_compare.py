@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from robustbench_deq.bench.records import Record
 from robustbench_deq.errors import UsageError
+from robustbench_deq.records.records import Record
 from robustbench_deq.report.compare import Change, RunComparison, compare_runs
 from robustbench_deq.report.compare_page import comparison_html, comparison_markdown, headline
 from robustbench_deq.report.supplements import SampleVerdicts

@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from robustbench_deq.bench.images import Images, choose_images, load_images, save_images
-from robustbench_deq.bench.records import Record, RecordStore
 from robustbench_deq.errors import UsageError
+from robustbench_deq.records.images import Images, choose_images, load_images, save_images
+from robustbench_deq.records.records import Record, RecordStore
 from robustbench_deq.report.columns import COLUMNS
 from robustbench_deq.report.commands import command_of
 from robustbench_deq.report.leaderboard import make_leaderboard

@@ -12,13 +12,13 @@ import pandas as pd
 import pytest
 
 from benchmarks.standings import LAST_RANK, README, TABLE, standings_text
-from robustbench_deq.bench.missing import UNKNOWN, Missing, read_missing, write_plan
+from robustbench_deq.records.missing import UNKNOWN, Missing, read_missing, write_plan
 from robustbench_deq.report import standings
 from robustbench_deq.report.columns import COLUMNS
 from robustbench_deq.report.leaderboard import Entry, make_leaderboard
 from robustbench_deq.report.page import write_report
 from robustbench_deq.report.supplements import Supplements
-from tests.bench.small_suite import runs_of, suite
+from tests.runner.small_suite import runs_of, suite
 
 NASTY = "<b> a|b_$x^$"
 
@@ -129,13 +129,13 @@ def test_failed_shards_are_counted_by_model_and_attack(tmp_path: Path) -> None:
     fail(tmp_path, "other", [])
     assert read_missing(tmp_path, []) == Missing(Counter({("m", "cold PGD"): 2, UNKNOWN: 1}), Counter())
     assert read_missing(tmp_path, ["k"]) == Missing(Counter({UNKNOWN: 1}), Counter())
-    write_plan(tmp_path, [])
+    write_plan(tmp_path, {})
     assert read_missing(tmp_path, []) == Missing(Counter({UNKNOWN: 1}), Counter())
 
 
 def test_runs_without_a_record_are_unfinished_unless_they_have_failed(tmp_path: Path) -> None:
     runs = [run for run, _ in runs_of(suite())]
-    write_plan(tmp_path, runs)
+    write_plan(tmp_path, {run.key: (run.model, run.label) for run in runs})
     names = Counter((run.model, run.label) for run in runs)
     assert read_missing(tmp_path, []).unfinished == names and len(names) > 1
     first, *rest = runs

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from attacks import JointPGD, JointPGDConfig, SequentialPGD, SequentialPGDConfig
 from robustbench_deq.adjoints import Implicit
-from robustbench_deq.attack import Attack, Proposal
+from robustbench_deq.attacks import JointPGD, JointPGDConfig, SequentialPGD, SequentialPGDConfig
 from robustbench_deq.data import Split, SplitName, load
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.models import DEQFC, DEQFCConfig
+from robustbench_deq.protocol import Attack, Proposal
 from robustbench_deq.solvers import Anderson, Solve
 from robustbench_deq.threats import Norm, Threat
 from robustbench_deq.training import checkpoint as checkpoint_module

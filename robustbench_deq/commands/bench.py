@@ -1,0 +1,140 @@
+"""`bench`: a suite of models, attacks and threats, run to records."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import sys
+import time
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from robustbench_deq.attacks import build_attack
+from robustbench_deq.commands.display import suite_display
+from robustbench_deq.commands.shared import choose_device, named_device, tell_split
+from robustbench_deq.configs import merge, parse_assignments, read_yaml, validate
+from robustbench_deq.errors import RunError, UsageError
+from robustbench_deq.files import output_folder
+from robustbench_deq.records.records import RECORDS_FILE, load_records
+from robustbench_deq.runner.executors import Executor, Processes, Ray, Serial
+from robustbench_deq.runner.progress import EarlierPaces, SuiteProgress
+from robustbench_deq.runner.run import SUITE_FILE, check_folder, claim_folder, missing_shards, run_suite
+from robustbench_deq.runner.suite import Run, Shard, SuiteConfig, cut, plan
+
+
+@click.command()
+@click.argument("suite", type=click.Path(path_type=Path))
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any key of the suite, dotted.")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="New folder.  [default: results/runs/NAME]")
+@click.option("--resume", is_flag=True, help="Go on in the folder: do what is missing. Begins where nothing is yet.")
+@click.option("--workers", type=click.IntRange(min=1), default=None, help="Shards at a time.  [default: 1; Ray: all]")
+@click.option("--executor", "kind", type=click.Choice(["local", "ray"]), default="local", show_default=True)
+@click.option("--address", default=None, help="Of a Ray cluster, such as HOST:6379.  [default: one on this machine]")
+@click.option("--dry-run", "is_dry", is_flag=True, help="Print the plan, with times from earlier records.")
+@click.option("--device", default=None, help="cpu, cuda or cuda:N.  [default: cuda where a worker sees one]")
+def bench(
+    suite: Path,
+    assignments: tuple[str, ...],
+    out: Path | None,
+    resume: bool,
+    workers: int | None,
+    kind: str,
+    address: str | None,
+    is_dry: bool,
+    device: str | None,
+) -> None:
+    """Run SUITE, a YAML file of models, attacks and threats, and leave a folder of records.
+
+    A run that was stopped, however, goes on with --resume. Several commands may work on one folder at a time.
+    """
+    parsed = validate(SuiteConfig, merge(read_yaml(suite), parse_assignments(assignments)), str(suite))
+    runs = [(run, cut(run, parsed.batches_per_shard)) for run in plan(parsed)]
+    for data in dict.fromkeys(run.data for run, _ in runs):
+        tell_split(data, parsed.split, "split: all with limit: {} takes all")
+    target = out or Path("results/runs") / parsed.name
+    _check_executor(kind, address, workers)
+    if device is not None:  # of another machine, perhaps; without a name every worker looks for itself
+        device = str(choose_device(device) if address is None else named_device(device))
+    if resume:
+        check_folder(target, parsed, [run for run, _ in runs])
+    elif not is_dry and (target / SUITE_FILE).exists():
+        raise UsageError.of(
+            f"output folder {target}", expected="a new one", got="that of a suite", fix="add --resume, or name another"
+        )
+    if is_dry:
+        missing = missing_shards(runs, target) if resume else [shard for _, shards in runs for shard in shards]
+        _echo_plan(runs, missing, EarlierPaces([Path("results"), target], device), workers or 1)
+        return
+    place = contextlib.nullcontext(target) if resume else output_folder(target)
+    with place as folder:
+        executor = _make_executor(parsed, kind, address, workers, device)
+        claim_folder(folder, parsed, [run for run, _ in runs])
+        progress, start = SuiteProgress(runs, folder), time.monotonic()
+        with suite_display(parsed.name, progress) as watch:
+            try:
+                outcome = run_suite(runs, folder, build_attack, executor, device, watch)
+            except KeyboardInterrupt:
+                raise RunError("interrupted; finished shards are kept, go on with --resume") from None
+        seconds = time.monotonic() - start
+    records = load_records(target) if (target / RECORDS_FILE).exists() else []
+    shown = f"; 'robustbench-deq report {target}' shows them" if records else ""
+    click.echo(f"{len(records)} of {len(runs)} records in {target}{shown}")
+    click.echo(f"{seconds:.0f} s; attack and judge took {outcome.busy_seconds:.0f} s, all workers together", err=True)
+    if outcome.failures:
+        reasons = collections.Counter(outcome.failures.values()).most_common(3)
+        told = "; ".join(f"{count} x {reason}" for reason, count in reasons)
+        raise RunError(
+            f"{len(outcome.failures)} of {progress.num_shards} shards failed: {told}; try them again with --resume"
+        )
+
+
+def _check_executor(kind: str, address: str | None, workers: int | None) -> None:
+    if address is not None and kind != "ray":
+        raise UsageError.of("--address", expected="--executor ray", got=f"--executor {kind}", fix="add or drop it")
+    if address is not None and workers is not None:
+        raise UsageError.of("--workers", expected="none with --address", got=workers, fix="set resources in the suite")
+
+
+def _make_executor(
+    suite: SuiteConfig, kind: str, address: str | None, workers: int | None, device: str | None
+) -> Executor:
+    if kind == "ray":
+        return Ray(address, workers, suite.resources, device)
+    return Processes(workers) if workers is not None and workers > 1 else Serial()
+
+
+def _echo_plan(
+    runs: list[tuple[Run, list[Shard]]], missing: list[Shard], paces: EarlierPaces, num_workers: int
+) -> None:
+    """The runs of a suite, with the seconds that earlier records let expect for what is missing."""
+    samples = collections.Counter[str]()
+    for shard in missing:
+        samples[shard.run.key] += shard.end - shard.begin
+    table = Table(box=None, pad_edge=False)
+    columns = ("model", "attack", "threat", "data", "samples", "shards", "to do", "expected (s)", "threads", "as in")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    whole, num_unknown = 0.0, 0
+    for run, shards in runs:
+        pace, num_samples = paces.of(run), samples[run.key]
+        whole += (pace.seconds if pace else 0.0) * num_samples
+        num_unknown += pace is None and num_samples > 0
+        expected = ("-", "-", "-")
+        if pace is not None:
+            expected = (f"{pace.seconds * num_samples:.1f}", str(pace.num_threads or "-"), str(pace.source))
+        counts = (str(run.num_samples), str(len(shards)), str(num_samples))
+        table.add_row(run.model, run.label, f"{run.norm} {run.epsilon:g}", run.data, *counts, *expected)
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 240).print(table)
+    click.echo(f"{len(runs)} runs, {sum(len(shards) for _, shards in runs)} shards, {len(missing)} of them to do")
+    num_to_do = sum(count > 0 for count in samples.values())
+    if num_to_do and num_unknown == num_to_do:
+        click.echo("expected: unknown, since no earlier record below results/ is of these models and attacks")
+        return
+    shared = f" ({whole / num_workers:.0f} s if {num_workers} workers did {num_workers} times as much)"
+    click.echo(
+        f"expected: {whole:.0f} s of attack and judge with one worker{shared if num_workers > 1 else ''}, "
+        f"with the device and threads of the earlier records; {num_unknown} of {num_to_do} runs to do have none"
+    )

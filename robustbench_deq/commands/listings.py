@@ -1,0 +1,64 @@
+"""`attacks` and `datasets`: what is registered of each."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from robustbench_deq.attacks import ATTACKS
+from robustbench_deq.commands.shared import echo_listing
+from robustbench_deq.data import DATASETS
+
+
+@click.command
+@click.option("--json", "is_json", is_flag=True, help="One JSON object on standard output.")
+def attacks(is_json: bool) -> None:
+    """List attacks and what --set reaches in each."""
+    rows = []
+    for name in ATTACKS:
+        kind = ATTACKS.get(name)
+        fields = kind.config_type.model_fields
+        if is_json:
+            schema = kind.config_type.model_json_schema()
+            settings = _without_references(schema["properties"], schema.get("$defs", {}))
+            rows.append({"name": name, "summary": kind.summary, "settings": settings})
+        else:
+            rows.append({"name": name, "summary": kind.summary, "settings": len(fields)})
+    echo_listing(rows, "attacks", is_json)
+    if not is_json:
+        click.echo("\nSettings with their defaults, for --set key=value:")
+        for name in ATTACKS:
+            kind = ATTACKS.get(name)
+            defaults = kind.config_type().model_dump(mode="json")
+            click.echo(f"\n{name}")
+            for key, info in kind.config_type.model_fields.items():
+                click.echo(f"  {key}={json.dumps(defaults.get(key))}  {info.description or ''}")
+
+
+def _without_references(schema: Any, definitions: dict[str, Any]) -> Any:
+    """A JSON schema with every `$ref` replaced by what it refers to."""
+    if isinstance(schema, list):
+        return [_without_references(part, definitions) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    named = definitions[schema["$ref"].rsplit("/", 1)[-1]] if "$ref" in schema else {}
+    own = {key: value for key, value in schema.items() if key != "$ref"}
+    return {key: _without_references(value, definitions) for key, value in {**named, **own}.items()}
+
+
+@click.command()
+@click.option("--json", "is_json", is_flag=True, help="One JSON object on standard output.")
+def datasets(is_json: bool) -> None:
+    """List datasets. Your own: npz:FILE with arrays 'images' and 'labels'."""
+    rows = [
+        {
+            "name": info.name,
+            "shape": "x".join(map(str, info.input_shape)),
+            "classes": info.num_classes,
+            "summary": info.summary,
+        }
+        for info in map(DATASETS.get, DATASETS)
+    ]
+    echo_listing(rows, "datasets", is_json)

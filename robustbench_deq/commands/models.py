@@ -1,0 +1,138 @@
+"""`models`: what is registered, and the doctor for one model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from robustbench_deq.commands.shared import echo_listing
+from robustbench_deq.data import SplitName, load
+from robustbench_deq.errors import UsageError
+from robustbench_deq.evaluate.doctor import Verdict, examine
+from robustbench_deq.models import MODELS, ModelDescription, describe_model, list_models, load_model
+from robustbench_deq.proportions import wilson_interval
+
+
+@click.command()
+@click.argument("pattern", default="*")
+@click.option("--family", default=None, help="Models of this family only.")
+@click.option("--data", "dataset", default=None, help="Models trained on this dataset only.")
+@click.option("--threat", type=click.Choice(["l2", "linf", "none"]), default=None, help="The norm trained against.")
+@click.option("--check", "checked", default=None, metavar="DATA", help="Examine one model on a dataset or npz:FILE.")
+@click.option("--json", "is_json", is_flag=True, help="One JSON object on standard output.")
+def models(
+    pattern: str, family: str | None, dataset: str | None, threat: str | None, checked: str | None, is_json: bool
+) -> None:
+    """List registered models; PATTERN may hold wildcards.
+
+    With --check, PATTERN is a model as for 'attack': a name, a folder or file.py:function. Exit code 1 means that a
+    finding is bad.
+    """
+    if checked is not None:
+        if family or dataset or threat:
+            raise UsageError.of("models --check", expected="no filters", got="one", fix="name the model alone")
+        _check_model(pattern, checked, is_json)
+        return
+    _list_models(pattern, family, dataset, threat, is_json)
+
+
+def _list_models(pattern: str, family: str | None, data: str | None, threat: str | None, is_json: bool) -> None:
+    """What the cards say; the table leaves out what is long."""
+    found = list_models(pattern, family=family, data=data, threat=threat)
+    if not found:
+        if ".py:" in pattern or Path(pattern).is_dir():
+            raise UsageError.of(
+                "models", expected="registered names", got=f"the model {pattern}", fix="add --check DATA to examine it"
+            )
+        if not MODELS.list(pattern):
+            describe_model(pattern)
+        asked = {"--family": family, "--data": data, "--threat": threat}
+        raise UsageError.of(
+            "models",
+            expected="at least one that fits " + ", ".join(f"{key} {value}" for key, value in asked.items() if value),
+            got="none",
+            fix="drop an option",
+        )
+    echo_listing([_model_facts(row) if is_json else _model_columns(row) for row in found], "models", is_json)
+
+
+def _model_facts(described: ModelDescription) -> dict[str, Any]:
+    card = described.card
+    hours = None if card.train_minutes is None else round(card.train_minutes / 60, 2)
+    clean_ci = None
+    if card.clean_accuracy is not None and card.test_samples:
+        clean_ci = wilson_interval(round(card.clean_accuracy * card.test_samples), card.test_samples)
+    return {
+        "name": described.name,
+        "family": described.family,
+        "data": card.data or None,
+        "trained_against": _threat_text(card.threat and card.threat.model_dump()),
+        "parameters": described.num_parameters,
+        "seed": card.seed,
+        "command": card.command or None,
+        "hours": hours,
+        "device": card.device,
+        "test_samples": card.test_samples,
+        "clean": _rounded(card.clean_accuracy, 3),
+        "clean_ci": clean_ci and [round(end, 4) for end in clean_ci],
+        "robust": _rounded(card.robust_accuracy, 3),
+        "robust_ci": card.robust_accuracy_ci,
+        "robust_at": _threat_text(card.evaluation),
+        "spectral_radius": _rounded(card.spectral_radius, 2),
+        "picard_steps": card.mean_solver_steps,
+        "monotonicity": card.monotonicity,
+        "lipschitz": card.lipschitz,
+        "unconverged": card.num_unconverged,
+        "failed": card.num_failed,
+    }
+
+
+def _model_columns(described: ModelDescription) -> dict[str, Any]:
+    facts = _model_facts(described)
+    bounds = [f"{key} {facts[key]:g}" for key in ("monotonicity", "lipschitz") if facts[key] is not None]
+    kept = ("name", "data", "trained_against", "parameters", "seed", "hours", "device")
+    lost = [f"{facts[key]} {key}" for key in ("unconverged", "failed") if facts[key]]
+    return {key: facts[key] for key in kept} | {
+        "command": (facts["command"] or "").replace("robustbench-deq ", "") or None,
+        "clean": _accuracy_text(facts["clean"], facts["clean_ci"]),
+        "robust": ", ".join(filter(None, [_accuracy_text(facts["robust"], facts["robust_ci"]), *lost])) or None,
+        "robust_at": facts["robust_at"],
+        "radius": facts["spectral_radius"],
+        "steps": facts["picard_steps"],
+        "bound": ", ".join(bounds) or None,
+    }
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+def _threat_text(threat: dict[str, Any] | None) -> str | None:
+    return f"{threat['norm']} {threat['epsilon']:g}" if threat else None
+
+
+def _accuracy_text(accuracy: float | None, interval: tuple[float, float] | None) -> str | None:
+    """In percent, such as `71.1 [68.2, 73.8]`."""
+    if accuracy is None or interval is None:
+        return None if accuracy is None else f"{100 * accuracy:.1f}"
+    return f"{100 * accuracy:.1f} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def _check_model(model: str, data: str, is_json: bool) -> None:
+    """A finding a line; exits with 1 when one is bad. What recommends a solver leaves the test split alone."""
+    if model == "*":
+        raise UsageError.of("models --check", expected="a MODEL", got="none", fix="name one: models MODEL --check DATA")
+    findings = examine(load_model(model), load(data, SplitName.VALIDATION))
+    if is_json:
+        rows = [{**finding._asdict(), "verdict": finding.verdict.value} for finding in findings]
+        click.echo(json.dumps({"schema_version": 1, "model": model, "findings": rows}))
+    else:
+        for finding in findings:
+            fix = f"  ->  {finding.fix}" if finding.fix else ""
+            click.echo(f"{finding.check:<15}{finding.verdict.value:<6}{finding.found}{fix}")
+    if any(finding.verdict is Verdict.BAD for finding in findings):
+        sys.exit(1)

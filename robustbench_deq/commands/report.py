@@ -1,0 +1,80 @@
+"""`report`: tables, figures, pages, and what changed between two runs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+
+import click
+
+from robustbench_deq.errors import UsageError
+from robustbench_deq.files import whole_folder, write_text
+from robustbench_deq.memory import no_collection
+from robustbench_deq.records.records import Record, load_folders, load_records
+from robustbench_deq.report.aside import aside
+from robustbench_deq.report.compare import compare_runs
+from robustbench_deq.report.compare_page import comparison_html, comparison_markdown, headline
+from robustbench_deq.report.page import write_report
+from robustbench_deq.report.supplements import Card, read_supplements
+
+
+@click.command()
+@click.argument("folders", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="New folder.  [default: FOLDER/report]")
+@click.option(
+    "--compare",
+    "compared",
+    nargs=2,
+    default=None,
+    type=click.Path(path_type=Path),
+    metavar="A B",
+    help="What changed from the records in A to those in B, as Markdown; with --out as Markdown and HTML files.",
+)
+def report(folders: tuple[Path, ...], out: Path | None, compared: tuple[Path, Path] | None) -> None:
+    """Tables, figures, a page and a leaderboard from the records in FOLDERS."""
+    if bool(folders) == (compared is not None):
+        got = "both" if folders else "none"
+        raise UsageError.of("report", expected="FOLDERS of records, or --compare A B", got=got, fix="name one of them")
+    with no_collection():
+        if compared is not None:
+            _compare_runs(*compared, out)
+        else:
+            _report_on(folders, out or folders[0] / "report")
+
+
+def _report_on(folders: tuple[Path, ...], out: Path) -> None:
+    found = load_folders(folders)
+    records = [record for part in found.values() for record in part]
+    with aside(lambda: _cards_of(records)) as cards:
+        supplements = dataclasses.replace(read_supplements(found), cards=cards())
+    with whole_folder(out) as folder:
+        written = write_report(records, folder, supplements=supplements)
+    click.echo(f"{len(records)} records, {len(written)} files in {out}; open {out / 'index.html'}")
+
+
+def _compare_runs(before: Path, after: Path, out: Path | None) -> None:
+    runs = [(folder, load_records(folder)) for folder in (before, after)]
+    verdicts = [read_supplements({folder: records}).verdicts for folder, records in runs]
+    found = compare_runs(runs[0][1], runs[1][1], *verdicts)
+    if out is None:
+        click.echo(comparison_markdown(found), nl=False)
+        return
+    with whole_folder(out) as folder:
+        write_text(folder / "compare.md", comparison_markdown(found))
+        write_text(folder / "compare.html", comparison_html(found))
+    click.echo(f"{headline(found)} Open {out / 'compare.html'}")
+
+
+def _cards_of(records: list[Record]) -> dict[str, Card]:
+    """What is known of the records' models; nothing of those that are files or no longer there.
+
+    Models need torch, which takes seconds to import: it is imported here, where the work is done aside.
+    """
+    from robustbench_deq.models import describe_model
+
+    cards = {}
+    for model in dict.fromkeys(record.model for record in records):
+        with contextlib.suppress(UsageError):
+            cards[model] = describe_model(model).model_dump(mode="json")
+    return cards

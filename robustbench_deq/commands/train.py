@@ -1,0 +1,72 @@
+"""`train`: the model that a config describes, trained, evaluated and saved."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from pathlib import Path
+
+import click
+
+from robustbench_deq.attacks import build_attack
+from robustbench_deq.commands.display import bar
+from robustbench_deq.commands.shared import choose_device
+from robustbench_deq.configs import merge, parse_assignments, read_yaml, validate
+from robustbench_deq.errors import RunError, UsageError
+from robustbench_deq.files import output_folder
+from robustbench_deq.protocol import Attack
+from robustbench_deq.report.history import plot_history
+from robustbench_deq.threats import Norm, Threat
+from robustbench_deq.training.config import AttackSpec, TrainingConfig
+from robustbench_deq.training.session import TrainingSession
+
+
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any key of the config, dotted.")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="New folder.  [default: results/runs/NAME]")
+@click.option("--resume", type=click.Path(path_type=Path), default=None, help="Folder of an interrupted run.")
+@click.option("--device", default=None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]")
+def train(
+    config: Path, assignments: tuple[str, ...], out: Path | None, resume: Path | None, device: str | None
+) -> None:
+    """Train the model that CONFIG describes, evaluate it on the test split, and save it with its card."""
+    values = merge(read_yaml(config), parse_assignments(assignments))
+    parsed = validate(TrainingConfig, values, str(config))
+    target = choose_device(device)
+    if resume is not None and out is not None:
+        raise UsageError.of("train", expected="--out or --resume", got="both", fix="--resume writes to its own folder")
+    command = "robustbench-deq train " + " ".join(
+        [shlex.quote(config.as_posix())] + [f"--set {shlex.quote(text)}" for text in assignments]
+    )
+    session = TrainingSession(
+        config=parsed,
+        command=command,
+        attack=_attack_of(parsed.attack),
+        validation_attack=_attack_of(parsed.validation.attack or parsed.attack),
+        evaluation_attack=_attack_of(parsed.evaluation.attack or parsed.validation.attack or parsed.attack),
+        device=target,
+        plot_history=plot_history,
+    )
+    place = contextlib.nullcontext(resume) if resume else output_folder(out or Path("results/runs") / parsed.name)
+    with place as folder:
+        session.prepare(folder, is_resumed=resume is not None)
+        try:
+            with bar(parsed.name, session.num_batches, "loss {:.4f}") as advance:
+                described = session.run(lambda done, loss: advance(done, loss))
+        except KeyboardInterrupt:
+            done = len(session.trainer.history)
+            raise RunError(f"interrupted after epoch {done}; continue with --resume {folder}") from None
+    card = described.card
+    click.echo(f"{described.name}  saved in {folder}")
+    click.echo(f"clean accuracy    {card.clean_accuracy:.1%} on {card.test_samples} test images")
+    if card.robust_accuracy is not None:
+        low, high = card.robust_accuracy_ci
+        at = f"{card.evaluation['norm']} {card.evaluation['epsilon']:g}, {card.evaluation['attack']}"
+        click.echo(f"robust accuracy   {card.robust_accuracy:.1%}  [{low:.1%}, {high:.1%}]  {at}")
+
+
+def _attack_of(spec: AttackSpec | None) -> Attack | None:
+    if spec is None:
+        return None
+    return build_attack(spec.name, Threat(Norm.parse(spec.threat.norm), spec.threat.epsilon), spec.config)

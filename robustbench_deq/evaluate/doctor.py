@@ -1,0 +1,463 @@
+"""The doctor: does a model keep the contract that attacks and judge rely on?
+
+Every check gives a finding: what came out, whether that is well, and how to fix it if not. Whatever a model's own code
+raises becomes a finding too. The first four look at the parts at a state near the initial one, the others at the
+equilibria that the judge finds. A check that rests on one whose finding is bad is left out, and a note says so: one
+cause is told once.
+
+    parts          inject, initial_state, cell and head give finite tensors of the right shapes
+    deterministic  a second call gives the same, whatever came in between
+    modes          train mode changes no part
+    batch          no part lets the rows of a batch interact
+    equilibrium    the judge finds one for every image
+    gradient       the implicit gradient through inject, cell and head is that of central finite differences, on the
+                   images whose adjoint and shifted equilibria are found to the judge's tolerance
+    forward        forward has the equilibrium's logits, and in eval mode its gradient by the image; most predictions
+                   are the same, and the logits no further off than their own size
+    accuracy       better than naming the commonest class, and not better still for pixels of another range
+    contraction    spectral radius of J_z, and steps of the plain iteration
+    solver         the one of the fewest cell evaluations; where none is quick, those that the judge needed
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import enum
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from robustbench_deq.adjoints import AdjointTrace, Implicit
+from robustbench_deq.data import Split
+from robustbench_deq.equilibrium import EquilibriumModel, check_labels
+from robustbench_deq.evaluate.judge import JUDGE_RTOL, LADDER, tight_solve
+from robustbench_deq.meter import Meter
+from robustbench_deq.models.diagnostics import picard_solution, spectral_radius
+from robustbench_deq.protocol import frozen
+from robustbench_deq.rows import per_sample
+from robustbench_deq.solvers import SOLVERS, Anderson, CellMap, Solution, Solve, Status
+
+NUM_IMAGES = 32
+NUM_DIFFERENTIATED = 8
+STEP = 3e-3
+"""Half the L2 length, in pixel units, of a finite difference: on the shipped models, in float32, it is then right to
+0.6 %. Shorter ones drown in rounding, longer ones cross the kinks of relu."""
+FINE = Solve(Anderson(ridge=1e-8), rtol=1e-6, max_steps=200)
+QUICK_RTOL, QUICK_STEPS = 1e-3, 100
+RANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "from -1 to 1": lambda x: 2 * x - 1,
+    "from 0 to 255": lambda x: 255 * x,
+    "of mean 0 and deviation 1": lambda x: (x - x.mean((0, 2, 3), True)) / x.std((0, 2, 3), keepdim=True),
+}
+
+
+HOW_SOLVES_END = {
+    Status.MAX_STEPS: "ran out of steps",
+    Status.DIVERGED: "diverged",
+    Status.NONFINITE: "met NaN or infinity",
+}
+
+
+class Verdict(enum.Enum):
+    GOOD = "good"
+    NOTE = "note"
+    BAD = "bad"
+
+
+class Outcome(NamedTuple):
+    verdict: Verdict
+    found: str
+    fix: str = ""
+
+
+class Finding(NamedTuple):
+    check: str
+    verdict: Verdict
+    found: str
+    fix: str
+
+
+class Case(NamedTuple):
+    """A model, images `x` and classes `y` `(batch,)`, their injections `u`, and states `z` to look at."""
+
+    model: EquilibriumModel
+    x: Tensor
+    y: Tensor
+    u: Tensor
+    z: Tensor
+
+    def at(self, rows: Tensor) -> Case:
+        return Case(self.model, *(part[rows] for part in self[1:]))
+
+
+def examine(model: EquilibriumModel, data: Split) -> list[Finding]:
+    """The findings on `model` from the first images of `data`, in the order above; the model is left as it was.
+
+    Every check has one; what rests on one that is bad is a note that says which to mend first.
+
+    Raises:
+        UsageError: for images or labels that do not fit the model.
+    """
+    rest = (*NEAR_THE_START, "equilibrium", *AT_EQUILIBRIA)
+    missing = [name for name in ("input_shape", "num_classes") if not hasattr(model, name)]
+    if missing:
+        found = Finding("parts", Verdict.BAD, f"no {' and no '.join(missing)}", "set them in the model's __init__")
+        return [found, *(_left_out(check, "parts") for check in rest)]
+    x, y = data.x[:NUM_IMAGES], data.y[:NUM_IMAGES]
+    model.check_images(x)
+    check_labels(y, len(x), model.num_classes)
+    with frozen(model), torch.random.fork_rng(devices=[]), torch.no_grad():
+        findings = [Finding("parts", *_parts(model, x))]
+        if findings[0].verdict is Verdict.BAD:
+            return [*findings, *(_left_out(check, "parts") for check in rest)]
+        u = model.inject(x)
+        case = Case(model, x, y, u, model.cell(model.initial_state(u), u))
+        for check, look in NEAR_THE_START.items():
+            findings.append(_finding(check, look, case, findings))
+        settled: list[Case] = []
+        findings.append(_finding("equilibrium", functools.partial(_equilibrium, settled=settled), case, findings))
+        for check, look in AT_EQUILIBRIA.items():
+            if settled:
+                findings.append(_finding(check, look, settled[0], findings))
+            else:
+                findings.append(_left_out(check, _ground("equilibrium", findings) or "equilibrium"))
+        return findings
+
+
+def _ground(check: str, findings: Sequence[Finding]) -> str | None:
+    """The first bad one that `check` rests on."""
+    bad = {finding.check for finding in findings if finding.verdict is Verdict.BAD}
+    return next((name for name in RESTS_ON.get(check, ()) if name in bad), None)
+
+
+def _left_out(check: str, ground: str) -> Finding:
+    return Finding(check, Verdict.NOTE, "not examined", f"mend {ground} first")
+
+
+def _finding(check: str, look: Callable[[Case], Outcome], case: Case, before: Sequence[Finding]) -> Finding:
+    ground = _ground(check, before)
+    if ground is not None:
+        return _left_out(check, ground)
+    try:
+        return Finding(check, *look(case))
+    except Exception as error:  # whatever a foreign model raises
+        return Finding(check, Verdict.BAD, f"raises {_reason(error)}", "correct the model")
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:150] if lines else 'no message'}"
+
+
+def _parts(model: EquilibriumModel, x: Tensor) -> Outcome:
+    """Each part fed with what those before it gave, up to the first that is not well."""
+    made: dict[str, Tensor] = {}
+    calls = {
+        "inject": lambda: model.inject(x),
+        "initial_state": lambda: model.initial_state(made["inject"]),
+        "cell": lambda: model.cell(made["initial_state"], made["inject"]),
+        "head": lambda: model.head(made["cell"]),
+    }
+    for name, call in calls.items():
+        try:
+            output = call()
+        except Exception as error:  # whatever a foreign model raises
+            return Outcome(Verdict.BAD, f"{name} raises {_reason(error)}", f"correct {name}")
+        if not isinstance(output, Tensor) or output.dim() < 2:
+            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            return Outcome(Verdict.BAD, f"{name} gives {got}", "return one tensor (batch, ...)")
+        expected = (len(x), *output.shape[1:])
+        if name == "cell":
+            expected = tuple(made["initial_state"].shape)
+        elif name == "head":
+            expected = (len(x), model.num_classes)
+        if tuple(output.shape) != expected:
+            return Outcome(Verdict.BAD, f"{name} gives {tuple(output.shape)}", f"return {expected} from {name}")
+        if not bool(torch.isfinite(output).all()):
+            return Outcome(Verdict.BAD, f"{name} gives NaN or infinity", f"look at {name} and at the weights")
+        made[name] = output
+    return Outcome(Verdict.GOOD, f"state {tuple(made['cell'].shape)}, logits {expected}")
+
+
+def _outputs(case: Case) -> dict[str, Tensor]:
+    model, x, _, u, z = case
+    return {
+        "inject": model.inject(x),
+        "initial_state": model.initial_state(u),
+        "cell": model.cell(z, u),
+        "head": model.head(z),
+    }
+
+
+def _percent(gap: float) -> str:
+    return f"{gap:.1%}" if gap <= 1.0 else "more than 100%"
+
+
+def _worst(one: dict[str, Tensor], other: dict[str, Tensor]) -> tuple[str, float]:
+    """The part that differs most, and by how much."""
+    return max(((name, _gap(one[name], other[name])) for name in one), key=lambda pair: pair[1])
+
+
+def _gap(one: Tensor, other: Tensor) -> float:
+    """Largest difference relative to the largest value; two NaNs do not differ, a NaN and a number do infinitely."""
+    same = (one == other) | (one.isnan() & other.isnan())
+    gap = torch.where(same, 0.0, (one - other).abs()).max() / one.abs().nan_to_num().max().clamp_min(1e-12)
+    return float(gap.nan_to_num(nan=torch.inf))
+
+
+def _deterministic(case: Case) -> Outcome:
+    parts, forward_gap = _outputs(case), 0.0
+    with contextlib.suppress(Exception):  # forward has a check of its own
+        logits = case.model(case.x)
+        case.model(1 - case.x)
+        forward_gap = _gap(logits, case.model(case.x))
+    name, gap = _worst(parts, _outputs(case))
+    if gap == 0.0:
+        name, gap = "forward", forward_gap
+    if gap == 0.0:
+        return Outcome(Verdict.GOOD, "a second call agrees to the bit")
+    if gap < 1e-4:
+        return Outcome(Verdict.NOTE, f"{name} differs by {gap:.0e} in a second call", "harmless, if it is rounding")
+    fix = f"draw nothing at random and keep nothing between calls in {name}"
+    return Outcome(Verdict.BAD, f"{name} differs by {_percent(gap)} in a second call", fix)
+
+
+def _modes(case: Case) -> Outcome:
+    plain = _outputs(case)
+    with frozen(case.model):
+        case.model.train()
+        name, gap = _worst(plain, _outputs(case))
+    if gap < 1e-4:
+        return Outcome(Verdict.GOOD, "train and eval mode agree")
+    fix = "attacks use eval mode; better group norm than batch norm, and one dropout mask for a whole solve"
+    return Outcome(Verdict.NOTE, f"train mode changes {name} by {_percent(gap)}", fix)
+
+
+def _batch(case: Case) -> Outcome:
+    if len(case.x) == 1:
+        return Outcome(Verdict.NOTE, "one image has no batch mates", "check on more data")
+    rows = torch.arange(len(case.x)).flip(0)[: len(case.x) // 2]
+    whole = {name: output[rows] for name, output in _outputs(case).items()}
+    name, gap = _worst(whole, _outputs(case.at(rows)))
+    if gap < 1e-4:
+        return Outcome(Verdict.GOOD, "rows do not interact")
+    return Outcome(
+        Verdict.BAD, f"batch mates change {name} by {_percent(gap)}", f"normalise within each sample in {name}"
+    )
+
+
+def _equilibrium(case: Case, settled: list[Case]) -> Outcome:
+    """Appends to `settled` the case of the images that have an equilibrium, at it, if there are any."""
+    try:
+        solution = tight_solve(case.model, case.u)
+    except Exception as error:  # whatever a foreign cell raises
+        found = f"the judge's solve raises {_reason(error)}"
+        return Outcome(Verdict.BAD, found, "allow any batch and torch.func.jvp in cell")
+    num_images, num_found = len(solution.status), int(solution.is_converged.sum())
+    if num_found:
+        settled.append(case._replace(z=solution.value).at(solution.is_converged))
+    if num_found == num_images:
+        return Outcome(Verdict.GOOD, f"the judge finds one for all {num_images} images")
+    counts = collections.Counter(Status(int(code)) for code in solution.status[~solution.is_converged])
+    ends = ", ".join(f"{HOW_SOLVES_END[status]} on {count}" for status, count in counts.items())
+    return Outcome(
+        Verdict.BAD,
+        f"the judge finds one for {num_found} of {num_images} images (its solvers {ends})",
+        "the others are never robust: make the cell contract (normalise its output, shrink or regularise its Jacobian)",
+    )
+
+
+def _score(logits: Tensor) -> Tensor:
+    """One number a sample `(batch,)` whose gradient does not saturate: the logits with weights from -1 to 1."""
+    return logits @ torch.linspace(-1, 1, logits.shape[1], dtype=logits.dtype, device=logits.device)
+
+
+def _implicit_score(
+    case: Case, x: Tensor, solves: list[Solution] | None = None, trace: AdjointTrace | None = None
+) -> Tensor:
+    """`_score` at the equilibrium of images near the case's own, with the implicit gradient; both solves are tight.
+
+    The forward solve is appended to `solves`, and the backward pass fills in `trace`.
+    """
+    solution = case.model.equilibrium(x, case.z, solve=FINE, adjoint=Implicit(FINE), trace=trace)
+    if solves is not None:
+        solves.append(solution)
+    return _score(case.model.head(solution.value))
+
+
+def _gradient_of(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """By the image, `(batch, ...)`; zero where the score is attached to nothing."""
+    with torch.enable_grad():
+        leaf = x.clone().requires_grad_()
+        total = score(leaf).sum()
+        if not total.requires_grad:
+            return torch.zeros_like(x)
+        return torch.autograd.grad(total, leaf, materialize_grads=True)[0]
+
+
+def _gradient(case: Case) -> Outcome:
+    case = case.at(torch.arange(len(case.x))[:NUM_DIFFERENTIATED])
+    x = case.x.clamp(STEP, 1 - STEP)  # the pixels that are compared stay in [0, 1]
+    solves: list[Solution] = []
+    trace = AdjointTrace()
+    gradient = _gradient_of(lambda images: _implicit_score(case, images, solves, trace), x)
+    fix = "use differentiable operations alone in inject, cell and head: no detach, no_grad, rounding or .data"
+    if not bool(gradient.any()):
+        return Outcome(Verdict.BAD, "none reaches the image", fix)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    direction = _unit(_unit(gradient) + _unit(noise))
+    ahead, behind = (_implicit_score(case, x + sign * STEP * direction, solves) for sign in (1, -1))
+    slope = (ahead - behind) / (2 * STEP)
+    product = (gradient * direction).flatten(1).sum(1)
+    if trace.solution is not None:  # a head that ignores the state has no adjoint
+        solves.append(trace.solution)
+    is_found = torch.stack([solution.residual <= JUDGE_RTOL for solution in solves]).all(0)
+    num_found = int(is_found.sum())
+    where = "" if num_found == len(x) else f" on the {num_found} of {len(x)} images whose solves reach {JUDGE_RTOL:g}"
+    slow = f"{FINE.max_steps} steps of Anderson are too few elsewhere: make the cell contract more"
+    if not num_found:
+        return Outcome(Verdict.NOTE, f"not judged: its solves reach {JUDGE_RTOL:g} on none of {len(x)} images", slow)
+    gaps = (product - slope).abs() / torch.maximum(product.abs(), slope.abs()).clamp_min(1e-12)
+    gap = float(gaps[is_found].median())
+    if gap >= 0.05:
+        return Outcome(Verdict.BAD, f"finite differences differ by {gap:.0%}{where}", fix)
+    if where:
+        return Outcome(Verdict.NOTE, f"finite differences agree to {gap:.1%}{where}", slow)
+    return Outcome(Verdict.GOOD, f"finite differences agree to {gap:.1%}")
+
+
+def _unit(v: Tensor) -> Tensor:
+    return v / per_sample(torch.linalg.vector_norm(v.flatten(1), dim=1).clamp_min(1e-30), v)
+
+
+def _forward(case: Case) -> Outcome:
+    logits = case.model(case.x)
+    if not bool(torch.isfinite(logits).all()):
+        return Outcome(Verdict.BAD, "forward gives NaN or infinity", "look at model.solve")
+    few = case.at(torch.arange(len(case.x))[:NUM_DIFFERENTIATED])
+    gradient = _gradient_of(lambda x: _score(case.model(x)), few.x)
+    if not bool(gradient.any()):
+        fix = "do not detach the state in eval mode: leave forward to EquilibriumModel"
+        return Outcome(Verdict.BAD, "no gradient in eval mode", fix)
+    expected = case.model.head(case.z)
+    gap = _gap(expected, logits)
+    num_other = int((expected.argmax(1) != logits.argmax(1)).sum())
+    exact = _gradient_of(lambda x: _implicit_score(few, x), few.x)
+    cosine = float(F.cosine_similarity(gradient.flatten(1), exact.flatten(1)).median())
+    found = f"logits {_percent(gap)} off the equilibrium's, gradients at a cosine of {cosine:.2f}"
+    if gap < 0.05 and cosine > 0.9:
+        return Outcome(Verdict.GOOD, found)
+    if gap > 1.0 or num_other > len(case.x) / 2:
+        found = f"another model: {num_other} of {len(case.x)} predictions are not the equilibrium's; {found}"
+        fix = "leave forward to EquilibriumModel; give model.solve another solver or more steps, or make cell contract"
+        return Outcome(Verdict.BAD, found, fix)
+    return Outcome(Verdict.NOTE, found, "what calls forward sees another model: tighten model.solve and model.adjoint")
+
+
+def _accuracy(case: Case) -> Outcome:
+    num_images = len(case.y)
+    share = _share(case.model.head(case.z), case.y)
+    commonest = float(case.y.bincount().max()) / num_images
+    chance = commonest + 3 * (commonest * (1 - commonest) / num_images) ** 0.5
+    others = {}
+    for name, change in RANGES.items():
+        with contextlib.suppress(Exception):  # a model may well refuse such pixels
+            others[name] = _share(case.model(change(case.x)), case.y)
+    best = max(others.values(), default=0.0)
+    found = f"{share:.0%} of {num_images} images"
+    if best > max(chance, share + 0.2):
+        names = " or ".join(name for name, other in others.items() if other == best)
+        fix = f"images come in [0, 1]: let inject bring them to pixels {names}"
+        return Outcome(Verdict.BAD, f"{found}, but {best:.0%} for pixels {names}", fix)
+    if share > chance:
+        return Outcome(Verdict.GOOD, found)
+    found += f"; the commonest class has {commonest:.0%}"
+    return Outcome(Verdict.NOTE, found, "train it, normalise as in training, or check on more images")
+
+
+def _share(logits: Tensor, y: Tensor) -> float:
+    return float((logits.argmax(1) == y).double().mean())
+
+
+def _contraction(case: Case) -> Outcome:
+    radius = spectral_radius(case.model, case.z, case.u)
+    plain = picard_solution(case.model, case.x, rtol=QUICK_RTOL, max_steps=QUICK_STEPS)
+    share = float(plain.is_converged.double().mean())
+    found = f"spectral radius {float(radius.median()):.2f}, at most {float(radius.max()):.2f}; plain iteration "
+    if share == 1.0:
+        found += f"takes {float(plain.num_steps.double().median()):.0f} steps to {QUICK_RTOL:g}"
+    else:
+        found += f"reaches {QUICK_RTOL:g} in {QUICK_STEPS} steps on {share:.0%} of the images"
+    if share == 1.0 and float(radius.max()) < 1.0:
+        return Outcome(Verdict.GOOD, found)
+    fix = "joint-pgd will fall back to damping, acceleration and full solves; Jacobian regularisation helps"
+    return Outcome(Verdict.NOTE, found, fix)
+
+
+def _solver(case: Case) -> Outcome:
+    ranking, raising = [], {}
+    for name in SOLVERS:
+        solver = SOLVERS.get(name)()
+        num_steps = max(1, QUICK_STEPS // (1 + getattr(solver, "krylov_size", 0)))  # at about equal cost
+        solve = Solve(solver, rtol=QUICK_RTOL, max_steps=num_steps)
+        with Meter(case.model) as meter:
+            try:
+                solution = solve(CellMap(case.model.evaluate, case.u), case.model.initial_state(case.u))
+            except Exception as error:  # whatever a foreign cell raises
+                raising[name] = _reason(error)
+                continue
+        num_left = int((~solution.is_converged).sum())
+        ranking.append((num_left, meter.eval_rows / len(case.u), name))
+    if not ranking:
+        return Outcome(Verdict.BAD, f"every solver raises; {next(iter(raising.values()))}", "correct cell")
+    ranking.sort()
+    num_left, _, best = ranking[0]
+    if num_left:
+        missed = ", ".join(f"{name} {left}" for left, _, name in ranking)
+        found = f"none reaches {QUICK_RTOL:g} in {QUICK_STEPS} evaluations on every image (missed: {missed}); "
+        fix = "allow as many steps in --set max_steps=... of pgd and in model.solve, or make the cell contract more"
+        return Outcome(Verdict.NOTE, f"{found}the judge needs {_rungs_needed(case)}", fix)
+    listed = ", ".join(f"{name} {count:.0f}" for left, count, name in ranking if not left)
+    found = f"use {best}; cell evaluations an image to {QUICK_RTOL:g}: {listed}"
+    if raising:
+        fix = "the judge's last solver needs torch.func.jvp of cell: avoid autograd functions without a jvp"
+        return Outcome(Verdict.NOTE, f"{found}; {', '.join(raising)} raises", fix)
+    fix = f"choose it by --set solver={best} of pgd, and by model.solve = Solve(SOLVERS.get({best!r})())"
+    return Outcome(Verdict.GOOD, found, fix)
+
+
+def _rungs_needed(case: Case) -> str:
+    """Which of the judge's solvers find the equilibria of the case's images, from cold, and their most steps."""
+    start, left, needed = case.model.initial_state(case.u), torch.arange(len(case.x), device=case.x.device), []
+    for rung in LADDER:
+        solution = rung(CellMap(case.model.evaluate, case.u[left]), start[left])
+        if num_found := int(solution.is_converged.sum()):
+            most = int(solution.num_steps[solution.is_converged].max())
+            needed.append(f"{type(rung.solver).__name__} on {num_found} images (up to {most} steps)")
+        left = left[~solution.is_converged]
+        if not len(left):
+            break
+    return ", ".join(needed)
+
+
+NEAR_THE_START = {"deterministic": _deterministic, "modes": _modes, "batch": _batch}
+AT_EQUILIBRIA = {
+    "gradient": _gradient,
+    "forward": _forward,
+    "accuracy": _accuracy,
+    "contraction": _contraction,
+    "solver": _solver,
+}
+RESTS_ON = {
+    "modes": ("deterministic",),
+    "batch": ("deterministic",),
+    "equilibrium": ("deterministic", "batch"),
+    "forward": ("gradient",),
+    "accuracy": ("forward",),
+}
+"""Checks to those that they rest on; all rest on parts, and those at equilibria on there being one."""

@@ -1,0 +1,304 @@
+"""Evaluate a model under an attack: attack batch by batch, stop the clock, judge, and make one record.
+
+    a batch: clean verdict -> attack (metered) -> adversarial verdict -> verdicts of the snapshots -> `Part`
+    all parts -> `summarise` -> record and per-sample rows
+
+A part is plain data, so that batches may be attacked anywhere and joined later. Robust accuracy is over all samples. A
+sample that is misclassified, unconverged (at the clean or the perturbed image) or failed is not robust. An attack has
+failed on a sample when its perturbation was not finite, or when the image that it returned lies outside the threat's
+ball: attacks project, but no attack is trusted with that. The interval is Wilson's at 95 %.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from robustbench_deq.data import Split
+from robustbench_deq.equilibrium import EquilibriumModel, check_labels, check_model
+from robustbench_deq.errors import UsageError
+from robustbench_deq.evaluate.judge import Verdict, judge
+from robustbench_deq.memory import release_freed_memory
+from robustbench_deq.proportions import wilson_interval
+from robustbench_deq.protocol import Attack
+from robustbench_deq.records.environment import describe_environment
+from robustbench_deq.records.records import SCHEMA_VERSION, CostRecord, CurvePoint, DataRecord, Record, ThreatRecord
+from robustbench_deq.threats import norm_of
+
+Progress = Callable[[int, int, float], None]
+"""Called after each batch with (samples done, samples, robust accuracy so far)."""
+
+
+class Evaluation(NamedTuple):
+    """A record, its per-sample rows, and the perturbed images `(n, channels, height, width)` on the CPU."""
+
+    record: Record
+    samples: pd.DataFrame
+    x_adv: Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one batch gave: per-sample rows, its cost, its curve, the mean residuals, and the attack's diagnostics."""
+
+    samples: pd.DataFrame
+    cost: CostRecord
+    curve: list[CurvePoint]
+    residuals: list[float]
+    diagnostics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is done to every batch, and what the record says of it.
+
+    Attributes:
+        label: display name of the attack; its registry name when None.
+        is_targeted: the class to be reached is the one after the true class.
+        num_snapshots: points of the accuracy-against-cost curve.
+    """
+
+    attack: Attack
+    model_name: str = "own"
+    label: str | None = None
+    batch_size: int = 128
+    seed: int = 0
+    is_targeted: bool = False
+    num_snapshots: int = 0
+    model_sha256: str | None = None
+    file_sha256: str | None = None
+
+
+def evaluate(
+    model: EquilibriumModel,
+    attack: Attack,
+    data: Split,
+    *,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Evaluation:
+    """Attack and judge every sample of `data`, with `model` in evaluation mode and moved to `device`, where it stays.
+
+    Args:
+        settings: the fields of `Task` but the attack.
+
+    Raises:
+        UsageError: for a model that is none, data that does not fit it, or what the attack refuses.
+    """
+    device, task = device or torch.device("cpu"), Task(attack, **settings)
+    check_model(model)
+    model = model.to(device).eval()
+    check_data(model, data)
+    parts, images, num_robust = [], [], 0
+    release_freed_memory()
+    for begin in range(0, len(data), task.batch_size):
+        part, x_adv = evaluate_batch(model, task, data, slice(begin, begin + task.batch_size), device)
+        parts.append(part)
+        images.append(x_adv)
+        num_robust += int(part.samples["is_robust"].sum())
+        if progress is not None:
+            done = min(begin + task.batch_size, len(data))
+            progress(done, len(data), num_robust / done)
+    described = DataRecord(name=data.name, split=data.split.value, num_samples=len(data), digest=data.digest)
+    record, samples = summarise(parts, task, described, describe_environment(device))
+    return Evaluation(record, samples, torch.cat(images))
+
+
+def check_data(model: EquilibriumModel, data: Split) -> None:
+    """Raise `UsageError` unless `data` fits the model, the labels of its source that were not chosen too."""
+    model.check_images(data.x)
+    check_labels(data.y, len(data), model.num_classes)
+    if data.largest_label >= model.num_classes:
+        raise UsageError.of(
+            f"labels of {data.name}",
+            expected=f"classes 0 to {model.num_classes - 1}",
+            got=f"{data.largest_label} beyond the chosen samples",
+            fix="choose a model with that many classes, or correct the labels",
+        )
+
+
+def evaluate_batch(
+    model: EquilibriumModel, task: Task, data: Split, rows: slice, device: torch.device
+) -> tuple[Part, Tensor]:
+    """Attack and judge one batch; its part, and its perturbed images on the CPU."""
+    x, y = data.x[rows].to(device), data.y[rows].to(device)
+    targets = (y + 1) % model.num_classes if task.is_targeted else None
+    sample_ids = data.sample_ids[rows]
+    judged = _TimedJudge(model, y)
+    clean = judged(x)
+    result = task.attack(
+        model, x, y, targets=targets, sample_ids=sample_ids, seed=task.seed, num_snapshots=task.num_snapshots
+    )
+    adversarial = judged(result.x_adv)
+    perturbation = norm_of(result.x_adv - x, task.attack.threat.norm)
+    is_failed = (result.is_failed | ~task.attack.threat.allows(perturbation)).cpu()
+    samples = pd.DataFrame(
+        {
+            "sample_id": sample_ids.numpy(),
+            "label": data.y[rows].numpy(),
+            "clean_prediction": clean.prediction.numpy(),
+            "clean_loss": clean.loss.numpy(),
+            "clean_residual": clean.residual.numpy(),
+            "adversarial_prediction": adversarial.prediction.numpy(),
+            "adversarial_loss": adversarial.loss.numpy(),
+            "adversarial_residual": adversarial.residual.numpy(),
+            "perturbation": perturbation.cpu().numpy(),
+            "is_clean_correct": clean.is_correct.numpy(),
+            "is_converged": (clean.is_converged & adversarial.is_converged).numpy(),
+            "is_failed": is_failed.numpy(),
+            "is_robust": (clean.is_correct & adversarial.is_correct & ~is_failed).numpy(),
+        }
+    )
+    curve = []
+    for snapshot in result.snapshots:
+        verdict = judged((x + snapshot.delta).clamp_(0, 1))
+        curve.append(
+            CurvePoint(
+                step=snapshot.step,
+                cell_evals=snapshot.cell_evals,
+                cell_vjps=snapshot.cell_vjps,
+                solver_steps=snapshot.solver_steps,
+                wall_seconds=snapshot.wall_seconds,
+                robust_accuracy=float((clean.is_correct & verdict.is_correct).double().mean()),
+            )
+        )
+    cost = CostRecord(**dataclasses.asdict(result.cost), judge_seconds=judged.seconds)
+    return Part(samples, cost, curve, list(result.residuals), result.proposal.diagnostics), result.x_adv.cpu()
+
+
+class _TimedJudge:
+    """The judge of one batch, and the seconds that it has taken."""
+
+    def __init__(self, model: EquilibriumModel, y: Tensor) -> None:
+        self.model, self.y, self.seconds = model, y, 0.0
+
+    def __call__(self, x: Tensor) -> Verdict:
+        start = time.perf_counter()
+        verdict = judge(self.model, x, self.y)  # hands over on the CPU, so the device is done
+        self.seconds += time.perf_counter() - start
+        return verdict
+
+
+def summarise(
+    parts: Sequence[Part], task: Task, data: DataRecord, environment: dict[str, Any]
+) -> tuple[Record, pd.DataFrame]:
+    """One record, and its per-sample rows, from the parts of all batches in their order."""
+    samples = pd.concat([part.samples for part in parts], ignore_index=True)
+    count, attack, label = len(samples), task.attack, task.label or task.attack.name
+    losses = samples["adversarial_loss"].to_numpy(dtype=np.float64)
+    losses = losses[np.isfinite(losses)]
+    config = attack.config.model_dump(mode="json") | {"targeted": task.is_targeted}
+    threat = ThreatRecord(norm=attack.threat.norm.value, epsilon=attack.threat.epsilon)
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    names = (task.model_name, task.model_sha256 or task.file_sha256, attack.name, label)
+    key = json.dumps([*names, config, threat.model_dump(), data.digest, task.seed, created], sort_keys=True)
+    record = Record(
+        schema_version=SCHEMA_VERSION,
+        record_id=hashlib.sha256(key.encode()).hexdigest()[:16],
+        created=created,
+        model=task.model_name,
+        model_sha256=task.model_sha256,
+        file_sha256=task.file_sha256,
+        attack=attack.name,
+        label=label,
+        attack_config=config,
+        threat=threat,
+        data=data,
+        clean_accuracy=float(samples["is_clean_correct"].mean()),
+        robust_accuracy=float(samples["is_robust"].mean()),
+        robust_accuracy_ci=wilson_interval(int(samples["is_robust"].sum()), count),
+        adversarial_loss=float(losses.mean()) if len(losses) else None,
+        num_unconverged=int((~samples["is_converged"]).sum()),
+        num_failed=int(samples["is_failed"].sum()),
+        max_perturbation=float(samples["perturbation"].max()),
+        cost=_mean_cost(parts, count),
+        curve=_curve(parts, count),
+        residuals=_mean_residuals(parts),
+        diagnostics=_sum_diagnostics(parts, count),
+        seed=task.seed,
+        batch_size=task.batch_size,
+        environment=environment,
+    )
+    return record, samples
+
+
+def _mean_cost(parts: Sequence[Part], count: int) -> CostRecord:
+    """Means per sample; seconds are summed over the parts, memory is the largest."""
+
+    def mean(name: str) -> float:
+        return sum(getattr(part.cost, name) * len(part.samples) for part in parts) / count
+
+    return CostRecord(
+        cell_evals=mean("cell_evals"),
+        cell_vjps=mean("cell_vjps"),
+        solver_steps=mean("solver_steps"),
+        wall_seconds=sum(part.cost.wall_seconds for part in parts),
+        peak_memory_mb=max(part.cost.peak_memory_mb for part in parts),
+        judge_seconds=sum(part.cost.judge_seconds or 0.0 for part in parts),
+    )
+
+
+def _curve(parts: Sequence[Part], count: int) -> list[CurvePoint]:
+    """Accuracy and cost at each snapshot, over all parts; one that a budget ended before stays as it ended."""
+    rows, ends = [len(part.samples) for part in parts], [_end(part) for part in parts]
+    points = []
+    for number in range(max(len(part.curve) for part in parts)):
+        taken = [part.curve[number] if number < len(part.curve) else end for part, end in zip(parts, ends, strict=True)]
+
+        def mean(name: str, taken: Sequence[CurvePoint] = taken) -> float:
+            return sum(getattr(point, name) * n for point, n in zip(taken, rows, strict=True)) / count
+
+        points.append(
+            CurvePoint(
+                step=max(point.step for point in taken),
+                cell_evals=mean("cell_evals"),
+                cell_vjps=mean("cell_vjps"),
+                # Shards of an earlier version have none.
+                solver_steps=None if any(point.solver_steps is None for point in taken) else mean("solver_steps"),
+                wall_seconds=sum(point.wall_seconds for point in taken),
+                robust_accuracy=mean("robust_accuracy"),
+            )
+        )
+    return points
+
+
+def _end(part: Part) -> CurvePoint:
+    """How a part ended, as a point of the curve before its first step."""
+    return CurvePoint(
+        step=0,
+        robust_accuracy=float(part.samples["is_robust"].mean()),
+        **part.cost.model_dump(include={"cell_evals", "cell_vjps", "solver_steps", "wall_seconds"}),
+    )
+
+
+def _mean_residuals(parts: Sequence[Part]) -> list[float]:
+    """Mean over the parts, step by step; a part that needed fewer steps counts until its end."""
+    longest = max(len(part.residuals) for part in parts)
+    table = np.full((len(parts), longest), np.nan)
+    for row, part in enumerate(parts):
+        table[row, : len(part.residuals)] = part.residuals
+    weights = np.where(np.isfinite(table), [[len(part.samples)] for part in parts], 0)
+    sums = (np.nan_to_num(table) * weights).sum(0)
+    return [float(value) for value in sums[weights.sum(0) > 0] / weights.sum(0)[weights.sum(0) > 0]]
+
+
+def _sum_diagnostics(parts: Sequence[Part], count: int) -> dict[str, float]:
+    """Names that begin with `num_` or `unconverged_` are counts and add up; the rest are means per sample."""
+    total: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.diagnostics.items():
+            is_count = name.startswith(("num_", "unconverged_"))
+            total[name] = total.get(name, 0.0) + (value if is_count else value * len(part.samples) / count)
+    return total

@@ -1,0 +1,210 @@
+"""Shards of a folder: which are done, which have failed, and who is at which.
+
+    DIR/shards/KEY.parquet      a finished shard's samples, and KEY.json, written last: the rest of its parts
+    DIR/shards/KEY.failed.json  why a shard failed, with the traceback
+    DIR/shards/KEY.lock         a shard in progress; the system releases the lock when the process that holds it dies
+
+A shard is done when its JSON file is there, whoever made it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import pyarrow
+
+from robustbench_deq.errors import UsageError
+from robustbench_deq.evaluate.evaluation import Part
+from robustbench_deq.files import lock, remove_temporaries, replacing, write_json
+from robustbench_deq.records.images import IMAGES_FOLDER
+from robustbench_deq.records.records import SAMPLES_FOLDER, SHARDS_FOLDER, CostRecord, CurvePoint
+from robustbench_deq.runner.suite import Shard
+
+LOCK_SUFFIX = ".lock"
+ASSEMBLY_LOCK = f"assembly{LOCK_SUFFIX}"
+
+
+class ShardTimes(NamedTuple):
+    """When a shard was begun (seconds since 1970), and its seconds: in all, in the attack and in the judge."""
+
+    began: float
+    seconds: float
+    attack_seconds: float
+    judge_seconds: float
+
+    @property
+    def busy_seconds(self) -> float:
+        """Of attack and judge: what is not the runner's own."""
+        return self.attack_seconds + self.judge_seconds
+
+
+class Standing(NamedTuple):
+    """How far a shard is."""
+
+    began: float
+    num_done: int
+    num_robust: int
+
+
+class Claim:
+    """The right to do a shard. Its lock file says how far it is, for whoever watches the folder."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle, self.began = handle, time.time()
+        self.note(0, 0)
+
+    def note(self, num_done: int, num_robust: int) -> None:
+        content = json.dumps(Standing(self.began, num_done, num_robust)._asdict()).encode()
+        os.ftruncate(self._handle, 0)
+        os.pwrite(self._handle, content, 0)
+
+
+class ShardStore:
+    """Finished, failed and running shards of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = Path(folder)
+        self.folder = self.root / SHARDS_FOLDER
+
+    def is_done(self, shard: Shard) -> bool:
+        return self._path(shard, ".json").is_file()
+
+    def save(
+        self, shard: Shard, parts: Sequence[Part], environment: dict[str, Any], began: float, seconds: float
+    ) -> None:
+        """Keep the parts of a shard; the JSON file, which makes it count, comes last."""
+        with replacing(self._path(shard, ".parquet")) as temporary:
+            pd.concat([part.samples for part in parts], ignore_index=True).to_parquet(temporary, index=False)
+        content = [
+            {
+                "num_samples": len(part.samples),
+                "num_robust": int(part.samples["is_robust"].sum()),
+                "cost": part.cost.model_dump(mode="json"),
+                "curve": [point.model_dump(mode="json") for point in part.curve],
+                "residuals": part.residuals,
+                "diagnostics": part.diagnostics,
+            }
+            for part in parts
+        ]
+        whole = {"began": began, "seconds": seconds, "environment": environment, "parts": content}
+        write_json(self._path(shard, ".json"), whole)
+        self._path(shard, ".failed.json").unlink(missing_ok=True)
+
+    def load(self, shard: Shard) -> tuple[list[Part], dict[str, Any]]:
+        """The parts of a finished shard, and the environment it was done in."""
+        content, path = self._read(shard), self._path(shard, ".parquet")
+        try:
+            samples, parts, begin = pd.read_parquet(path), [], 0
+        except (OSError, pyarrow.ArrowException):
+            raise self._damaged(shard, path) from None
+        for part in content["parts"]:
+            rows = samples.iloc[begin : begin + part["num_samples"]]
+            begin += part["num_samples"]
+            cost, curve = CostRecord(**part["cost"]), [CurvePoint(**point) for point in part["curve"]]
+            parts.append(Part(rows, cost, curve, part["residuals"], part["diagnostics"]))
+        return parts, content["environment"]
+
+    def times(self, shard: Shard) -> ShardTimes:
+        """Of a finished shard."""
+        content = self._read(shard)
+        costs = [part["cost"] for part in content["parts"]]
+        attack, judge = (sum(cost[key] for cost in costs) for key in ("wall_seconds", "judge_seconds"))
+        return ShardTimes(content["began"], content["seconds"], attack, judge)
+
+    def num_robust(self, shard: Shard) -> int:
+        """Of a finished shard's samples."""
+        return sum(part["num_robust"] for part in self._read(shard)["parts"])
+
+    def fail(self, shard: Shard, reason: str, trace: str | None = None) -> None:
+        """Keep why a shard failed, with the traceback where there is one. A full disk keeps nothing."""
+        content = {"reason": reason, "traceback": trace, "record_id": shard.run.key}
+        content["shard"] = shard.model_dump(mode="json")
+        with contextlib.suppress(OSError):
+            write_json(self._path(shard, ".failed.json"), content)
+
+    def reason(self, shard: Shard) -> str | None:
+        """Why the shard failed; None when it did not."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return json.loads(self._path(shard, ".failed.json").read_text(encoding="utf-8"))["reason"]
+        return None
+
+    @contextlib.contextmanager
+    def claim(self, shard: Shard) -> Iterator[Claim | None]:
+        """The right to do the shard, None when it is done or another process has it. Ends with the block or process."""
+        path = self._path(shard, LOCK_SUFFIX)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if not lock(handle, waits=False):
+                yield None
+                return
+            try:
+                yield None if self.is_done(shard) else Claim(handle)
+            finally:
+                path.unlink(missing_ok=True)
+        finally:
+            os.close(handle)
+
+    def is_claimed(self, shard: Shard) -> bool:
+        """Whether a process is at the shard right now."""
+        try:
+            handle = os.open(self._path(shard, LOCK_SUFFIX), os.O_RDWR)
+        except FileNotFoundError:
+            return False
+        try:
+            return not lock(handle, waits=False)
+        finally:
+            os.close(handle)
+
+    def begun(self) -> set[str]:
+        """Keys of the shards that have a lock file: in progress, or left by a process that was killed."""
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as entries:
+            return {entry.name.removesuffix(LOCK_SUFFIX) for entry in entries if entry.name.endswith(LOCK_SUFFIX)}
+        return set()
+
+    def standing(self, shard: Shard) -> Standing | None:
+        """What the process at the shard has noted; None when there is none."""
+        if not self.is_claimed(shard):
+            return None
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return Standing(**json.loads(self._path(shard, LOCK_SUFFIX).read_text(encoding="utf-8")))
+        return None
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Waits until no other process is in such a block."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ASSEMBLY_LOCK).open("w") as handle:
+            lock(handle.fileno())
+            yield
+
+    def tidy(self) -> None:
+        """Remove what killed processes have left: temporary files and locks. Only once all shards are done."""
+        for folder in (self.folder, self.root / SAMPLES_FOLDER, self.root / IMAGES_FOLDER):
+            remove_temporaries(folder)
+        for path in self.folder.glob(f"*{LOCK_SUFFIX}"):
+            if path.name != ASSEMBLY_LOCK and path.is_file():
+                path.unlink(missing_ok=True)
+
+    def _read(self, shard: Shard) -> dict[str, Any]:
+        path = self._path(shard, ".json")
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise self._damaged(shard, path) from None
+
+    def _damaged(self, shard: Shard, path: Path) -> UsageError:
+        done = self._path(shard, ".json").name
+        return UsageError.of(
+            str(path), expected="a finished shard", got="a damaged one", fix=f"remove {done} and go on with --resume"
+        )
+
+    def _path(self, shard: Shard, suffix: str) -> Path:
+        return self.folder / f"{shard.key}{suffix}"

@@ -1,0 +1,215 @@
+"""The judge decides: closed form, and never a point for a sample without an equilibrium or with broken logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from robustbench_deq.evaluate.judge import JUDGE_RTOL, LADDER, Verdict, judge, tight_solve
+from robustbench_deq.models import FAMILIES, Linear, LinearConfig
+from robustbench_deq.solvers import CellMap, Solve, Status
+
+
+class Escaping(Linear):
+    """Samples whose first pixel is 1 have no equilibrium: their state moves on by one with every evaluation."""
+
+    def inject(self, x: Tensor) -> Tensor:
+        u = super().inject(x)
+        return torch.cat([(x.flatten(1)[:, :1] == 1).to(u), u], dim=1)
+
+    def cell(self, z: Tensor, u: Tensor) -> Tensor:
+        return torch.where(u[:, :1] == 1, z + 1, super().cell(z, u[:, 1:]))
+
+    def initial_state(self, u: Tensor) -> Tensor:
+        return torch.zeros_like(u[:, 1:])
+
+
+class Drifting(Linear):
+    """f(z, u) = factor * z + u: without an equilibrium for a factor of 1, with a large one for factors just below."""
+
+    factor = 1.0
+
+    def inject(self, x: Tensor) -> Tensor:
+        return 0.1 + x.flatten(1)[:, :5]
+
+    def cell(self, z: Tensor, u: Tensor) -> Tensor:
+        return self.factor * z + u
+
+
+class Broken(Linear):
+    """Logits of samples whose first state entry is above `limit` are spoiled by `value`."""
+
+    value, limit = torch.nan, 0.0
+
+    def head(self, z: Tensor) -> Tensor:
+        logits = super().head(z)
+        spoiled = torch.full_like(logits[:, :1], self.value)
+        return torch.cat([torch.where(z[:, :1] > self.limit, spoiled, logits[:, :1]), logits[:, 1:]], dim=1)
+
+
+@pytest.fixture
+def build(make_images):
+    """A model of a test's own kind, in float32, and its images."""
+
+    def make(kind: type[Linear], n: int = 8) -> tuple[Linear, Tensor]:
+        return kind(LinearConfig(input_shape=(1, 4, 4), num_classes=3, hidden=5)).eval(), make_images(n, torch.float32)
+
+    return make
+
+
+def exact_logits(model: Linear, x: Tensor) -> Tensor:
+    eye = torch.eye(len(model.a))
+    with torch.no_grad():
+        u = model.injection(x.flatten(1))
+        return torch.linalg.solve(eye - model.a, u.mT).mT @ model.readout.weight.mT
+
+
+def test_a_state_far_out_is_no_equilibrium(build) -> None:
+    """Its step is small beside the state, not by itself."""
+    model, x = build(Drifting)
+    solution = tight_solve(model, model.inject(x))
+    assert not bool(solution.is_converged.any())
+    assert not bool(judge(model, x, torch.zeros(len(x), dtype=torch.long)).is_correct.any())
+
+
+@pytest.mark.parametrize("factor", [-1.5, 0.5, 0.999, 0.9999])
+def test_a_large_equilibrium_is_one(factor: float, build) -> None:
+    model, x = build(Drifting)
+    model.factor = factor
+    u = model.inject(x)
+    solution = tight_solve(model, u)
+    assert bool(solution.is_converged.all())
+    torch.testing.assert_close(solution.value, u / (1 - factor), rtol=1e-2, atol=0)
+
+
+def test_judge_agrees_with_the_closed_form(build) -> None:
+    model, x = build(Linear, 16)
+    logits = exact_logits(model, x)
+    y = logits.argmax(1)
+    y[::2] = (y[::2] + 1) % 3
+    verdict = judge(model, x, y)
+    assert torch.equal(verdict.prediction, logits.argmax(1))
+    torch.testing.assert_close(verdict.loss, -logits.log_softmax(1)[torch.arange(16), y], rtol=1e-3, atol=1e-4)
+    assert bool(verdict.is_converged.all())
+    assert bool((verdict.residual <= JUDGE_RTOL).all())
+    assert verdict.is_correct.tolist() == [False, True] * 8
+
+
+def test_residual_is_that_of_the_state_that_was_read(build) -> None:
+    model, x = build(Linear)
+    with torch.no_grad():
+        u = model.inject(x)
+        solution = tight_solve(model, u)
+        f = model.cell(solution.value, u)
+    recomputed = (f - solution.value).norm(dim=1) / (f.norm(dim=1) + 1e-8)
+    torch.testing.assert_close(solution.residual, recomputed, rtol=1e-3, atol=1e-8)
+    assert torch.equal(judge(model, x, torch.zeros(8, dtype=torch.int64)).residual, solution.residual)
+
+
+def test_sample_without_an_equilibrium_is_never_correct(build) -> None:
+    model, x = build(Escaping, 4)
+    x[::2, 0, 0, 0] = 1.0
+    y = judge(model, x, torch.zeros(4, dtype=torch.int64)).prediction
+    verdict = judge(model, x, y)  # the labels are what the states read, converged or not
+    assert torch.equal(verdict.prediction, y)
+    assert verdict.is_converged.tolist() == [False, True, False, True]
+    assert verdict.is_correct.tolist() == [False, True, False, True]
+    assert bool((verdict.residual[::2] > JUDGE_RTOL).all())
+
+
+def test_lost_batch_mates_do_not_matter(build) -> None:
+    model, x = build(Escaping, 4)
+    x[0, 0, 0, 0] = 1.0
+    x[2] = torch.nan
+    y = torch.arange(4) % 3
+    whole = judge(model, x, y)
+    assert whole.is_converged.tolist() == [False, True, False, True]
+    assert not bool(whole.is_correct[::2].any())
+    for row in range(4):
+        alone = judge(model, x[row : row + 1], y[row : row + 1])
+        for field in ("is_converged", "is_correct"):
+            assert torch.equal(getattr(alone, field)[0], getattr(whole, field)[row])
+        if row % 2:
+            assert torch.equal(alone.prediction[0], whole.prediction[row])
+            torch.testing.assert_close(alone.loss[0], whole.loss[row], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_broken_logits_are_never_correct(build, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Broken, "value", value)
+    model, x = build(Broken)
+    with torch.no_grad():
+        entry = tight_solve(model, model.inject(x)).value[:, 0]
+    model.limit = float(entry.median())
+    is_broken = entry > model.limit
+    assert 0 < int(is_broken.sum()) < 8, "the test needs samples of both kinds"
+    for label in range(3):
+        verdict = judge(model, x, torch.full((8,), label))
+        assert torch.equal(verdict.is_converged, ~is_broken)
+        assert not bool(verdict.is_correct[is_broken].any())
+        assert bool(verdict.loss[is_broken].isnan().all())
+        assert bool(torch.isfinite(verdict.loss[~is_broken]).all())
+        assert torch.equal(verdict.is_correct[~is_broken], verdict.prediction[~is_broken] == label)
+
+
+def test_later_rungs_save_what_the_first_one_cannot(build, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = build(Linear)
+    with torch.no_grad():
+        model.a.copy_(1.5 * torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(0)))[0])
+        u = model.inject(x)
+        z0 = model.initial_state(u)
+        statuses = [rung(CellMap(model.cell, u), z0).status for rung in LADDER]
+    assert not bool((statuses[1] == Status.CONVERGED).any()), "damped Picard alone must fail here"
+    y = exact_logits(model, x).argmax(1)
+    assert bool(judge(model, x, y).is_correct.all())
+    # With a first rung that cannot succeed, the next ones take over.
+    monkeypatch.setattr("robustbench_deq.evaluate.judge.LADDER", (LADDER[0].with_(max_steps=1), *LADDER[1:]))
+    assert bool(judge(model, x, y).is_correct.all())
+
+
+def test_failed_rungs_leave_the_state_with_the_smallest_residual(build, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = build(Linear)
+    strict: list[Solve] = [
+        rung.with_(rtol=1e-30, max_steps=steps) for rung, steps in zip(LADDER, (5, 2, 1, 1), strict=True)
+    ]
+    monkeypatch.setattr("robustbench_deq.evaluate.judge.LADDER", tuple(strict))
+    with torch.no_grad():
+        u = model.inject(x)
+        z0 = model.initial_state(u)
+        residuals = torch.stack([rung(CellMap(model.cell, u), z0).residual for rung in strict])
+        found = tight_solve(model, u)
+    torch.testing.assert_close(found.residual, residuals.amin(0))
+    assert not bool(found.is_converged.any())
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_batch_mates_do_not_matter(family: str, make_model, make_images) -> None:
+    model, x, y = make_model(family), make_images(6), torch.arange(6) % 3
+    whole = judge(model, x, y)
+    assert bool(whole.is_converged.all())
+    order = torch.tensor([4, 1, 5])
+    part = judge(model, x[order], y[order])
+    assert torch.equal(part.prediction, whole.prediction[order])
+    assert torch.equal(part.is_correct, whole.is_correct[order])
+    torch.testing.assert_close(part.loss, whole.loss[order], rtol=1e-3, atol=1e-4)
+
+
+def test_judging_leaves_mode_and_gradients_alone(build) -> None:
+    model, x = build(Linear)
+    model.train()
+    x.requires_grad_()
+    verdict = judge(model, x, torch.zeros(8, dtype=torch.int64))
+    assert model.training
+    assert not verdict.loss.requires_grad
+    assert x.grad is None and all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_verdicts_join_in_order(build) -> None:
+    model, x = build(Linear)
+    y = torch.arange(8) % 3
+    whole = judge(model, x, y)
+    joined = Verdict.join([judge(model, x[:3], y[:3]), judge(model, x[3:], y[3:])])
+    assert torch.equal(joined.prediction, whole.prediction)
+    assert torch.equal(joined.is_correct, whole.is_correct)
+    torch.testing.assert_close(joined.loss, whole.loss, rtol=1e-3, atol=1e-4)
