@@ -1,26 +1,34 @@
-"""Every attack, one family a file. Importing this package fills the registry `ATTACKS`."""
+"""Every attack, a file each. Importing this package fills the registry `ATTACKS`."""
 
 from typing import Any
 
-from robustbench_deq.attacks.joint import JointPGD, JointPGDConfig
+from robustbench_deq.attacks.apgd import SolvedAPGD, SolvedAPGDConfig
+from robustbench_deq.attacks.joint_apgd import JointAPGD, JointAPGDConfig
+from robustbench_deq.attacks.joint_fmn import JointFMN, JointFMNConfig
+from robustbench_deq.attacks.joint_pgd import JointPGD, JointPGDConfig
 from robustbench_deq.attacks.noise import Noise, NoiseConfig
-from robustbench_deq.attacks.sequential import SequentialPGD, SequentialPGDConfig
+from robustbench_deq.attacks.pgd import SequentialPGD, SequentialPGDConfig
 from robustbench_deq.attacks.torchattacks_bridge import TorchattacksConfig, TorchattacksPGD, TorchattacksPGDL2
 from robustbench_deq.protocol import ATTACKS, Attack, make_attack
 from robustbench_deq.threats import Threat
 
 __all__ = [
     "ATTACKS",
+    "JointAPGD",
+    "JointAPGDConfig",
+    "JointFMN",
+    "JointFMNConfig",
     "JointPGD",
     "JointPGDConfig",
     "Noise",
     "NoiseConfig",
     "SequentialPGD",
     "SequentialPGDConfig",
+    "SolvedAPGD",
+    "SolvedAPGDConfig",
     "TorchattacksConfig",
     "TorchattacksPGD",
     "TorchattacksPGDL2",
-    "build_attack",
 ]
 
 

@@ -9,10 +9,9 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from robustbench_deq.equilibrium import EquilibriumModel
-from robustbench_deq.protocol import ATTACKS, Attack, ObjectiveConfig, Proposal, Recorder
+from robustbench_deq.protocol import ATTACKS, Attack, Batch, ObjectiveConfig, Proposal, Recorder
 
 
 class NoiseConfig(ObjectiveConfig):
@@ -27,18 +26,13 @@ class Noise(Attack[NoiseConfig]):
     config_type = NoiseConfig
     is_gradient_based = False
 
-    def run(
-        self,
-        model: EquilibriumModel,
-        x: Tensor,
-        y: Tensor,
-        targets: Tensor | None,
-        start: Tensor,
-        record: Recorder,
-    ) -> Proposal:
+    def run(self, model: EquilibriumModel, batch: Batch, record: Recorder) -> Proposal:
         record.plan(1)
-        delta = self.threat.project(self.threat.epsilon * self.threat.direction(start), x)
+        ball = self.threat.ball(batch.images)
+        delta = ball.project(self.threat.epsilon * ball.direction(batch.start))
         with torch.no_grad():
-            loss = self.config.bind(y, targets)(model(x + delta))
-        record(1, delta, loss)
-        return Proposal(delta, loss)
+            solution = model.equilibrium(batch.images + delta)
+            logits = model.head(solution.value)
+        objective = self.config.bind(batch.labels, batch.targets)
+        is_done = objective.is_reached(logits) & solution.is_converged if batch.leaves else None
+        return Proposal(delta, objective(logits), is_done)

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
-from robustbench_deq.protocol import ATTACKS, Attack, AttackConfig, Proposal, Recorder
-from robustbench_deq.threats import Norm, Threat
+from robustbench_deq.optimise import Norm
+from robustbench_deq.protocol import ATTACKS, Attack, AttackConfig, Batch, Proposal, Recorder
+from robustbench_deq.threats import Threat
 
 
 class TorchattacksConfig(AttackConfig):
@@ -60,34 +61,23 @@ class _TorchattacksPGD(Attack[TorchattacksConfig]):
         if threat.norm is not self.norm:
             raise UsageError.of(
                 self.name,
-                expected=f"norm {self.norm.value}",
-                got=threat.norm.value,
-                fix=f"pass --norm {self.norm.value}",
+                expected=f"norm {self.norm.name}",
+                got=threat.norm.name,
+                fix=f"pass --norm {self.norm.name}",
             )
 
-    def run(
-        self,
-        model: EquilibriumModel,
-        x: Tensor,
-        y: Tensor,
-        targets: Tensor | None,
-        start: Tensor,
-        record: Recorder,
-    ) -> Proposal:
-        config, epsilon = self.config, self.threat.epsilon
+    def run(self, model: EquilibriumModel, batch: Batch, record: Recorder) -> Proposal:
+        config, epsilon, x = self.config, self.threat.epsilon, batch.images
         record.plan(config.steps)
         if epsilon == 0.0:  # the library would divide zero by zero
             return Proposal(torch.zeros_like(x), x.new_full((len(x),), -torch.inf))
         library = self.library_type(
             _Summed(model), eps=epsilon, alpha=config.step_size * epsilon, steps=config.steps, random_start=False
         )
-        if targets is not None:
+        if batch.targets is not None:
             library.set_mode_targeted_by_label(quiet=True)
-        x_adv = library(x, y if targets is None else targets)
-        delta = (x_adv - x).detach()
-        loss = x.new_zeros(len(x))  # chooses between restarts, and there is one
-        record(config.steps, delta, loss)
-        return Proposal(delta, loss)
+        x_adv = library(x, batch.labels if batch.targets is None else batch.targets)
+        return Proposal((x_adv - x).detach(), x.new_zeros(len(x)))  # the loss chooses between restarts; there is one
 
 
 @ATTACKS.register("torchattacks-pgd")

@@ -128,7 +128,7 @@ def run_model(
     accuracy = {label: evaluations[0].record.robust_accuracy for label, evaluations in timed.items()}
     row = {
         "model": name,
-        "threat": f"{threat.norm.value} {threat.epsilon:g}",
+        "threat": f"{threat.norm.name} {threat.epsilon:g}",
         "clean": round(timed[DEFAULT][0].record.clean_accuracy, 4),
         "strongest PGD": round(strongest["warm PGD"], 4),
         "strongest joint": round(strongest["joint"], 4),

@@ -47,7 +47,7 @@ def main(pattern: str, limit: int, batch_size: int) -> None:
         threat = Threat(Norm.parse(card.evaluation["norm"]), card.evaluation["epsilon"])
         model, data = load_model(name), load(card.data, limit=limit)
         survives = np.ones(len(data), dtype=bool)
-        row: dict[str, object] = {"model": name, "threat": f"{threat.norm.value} {threat.epsilon:g}"}
+        row: dict[str, object] = {"model": name, "threat": f"{threat.norm.name} {threat.epsilon:g}"}
         for label, attack in ensemble(threat).items():
             result = evaluate(model, attack, data, label=label, batch_size=batch_size)
             survives &= result.samples["is_robust"].to_numpy()

@@ -61,6 +61,9 @@ class Meter:
         model: asks it before every evaluation of its cell, and tells it of everything.
         max_rows: rows that the cell may be evaluated on; None: any number.
         max_seconds: that it may be open, pauses excluded.
+
+    Attributes:
+        is_spent: whether the budget has refused an evaluation.
     """
 
     model: Metered
@@ -70,6 +73,7 @@ class Meter:
     vjp_rows: int = 0
     _step_counts: list[Tensor | int] = field(default_factory=list)
     _start: float = 0.0
+    is_spent: bool = False
     _paused: float = 0.0
     _seconds: float | None = None
 
@@ -114,9 +118,9 @@ class Meter:
         Raises:
             BudgetSpent: when it would exceed the budget; nothing of it has been counted then.
         """
-        if self.max_rows is not None and self.eval_rows + rows > self.max_rows:
-            raise BudgetSpent
-        if self.max_seconds is not None and time.perf_counter() - self._start - self._paused > self.max_seconds:
+        beyond = self.max_rows is not None and self.eval_rows + rows > self.max_rows
+        if beyond or (self.max_seconds is not None and self._elapsed_on_the_host() > self.max_seconds):
+            self.is_spent = True
             raise BudgetSpent
         if self._outer is not None:
             self._outer.admit(rows)
@@ -126,6 +130,10 @@ class Meter:
         """Iterations of all solves up to now, summed over samples. Waits for the device."""
         self._step_counts = [sum(int(count) for count in self._step_counts)]
         return self._step_counts[0]
+
+    def _elapsed_on_the_host(self) -> float:
+        """Without waiting for the device."""
+        return time.perf_counter() - self._start - self._paused
 
     def count_cell(self, output: Tensor) -> None:
         """Called by the model for every evaluation of its cell."""

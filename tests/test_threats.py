@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from robustbench_deq.errors import UsageError
+from robustbench_deq.optimise import NORMS, Norm
 from robustbench_deq.rows import per_sample
-from robustbench_deq.threats import Norm, Threat, norm_of
+from robustbench_deq.threats import Threat
 
 norms = st.sampled_from(Norm)
 radii = st.floats(0.0, 4.0)
@@ -104,7 +105,7 @@ def test_linf_direction_is_the_sign(seed: int) -> None:
     assert torch.equal(Threat(Norm.LINF, 1.0).direction(gradient), gradient.sign())
 
 
-@pytest.mark.parametrize("norm", Norm)
+@pytest.mark.parametrize("norm", NORMS.values(), ids=repr)
 def test_direction_of_a_zero_gradient_is_zero(norm: Norm) -> None:
     gradient = torch.zeros(2, 1, 3, 3)
     gradient[1] = 1.0
@@ -147,7 +148,7 @@ def test_random_start_of_a_sample_does_not_depend_on_its_batch(
     assert torch.equal(threat.random_start(x[index], seed, ids[index], 1), whole[index])
 
 
-@pytest.mark.parametrize("norm", Norm)
+@pytest.mark.parametrize("norm", NORMS.values(), ids=repr)
 def test_random_start_differs_by_seed_restart_and_sample(norm: Norm) -> None:
     x = torch.full((2, 1, 4, 4), 0.5)
     threat, ids = Threat(norm, 0.3), torch.tensor([0, 1])

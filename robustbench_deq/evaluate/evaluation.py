@@ -28,13 +28,13 @@ from torch import Tensor
 from robustbench_deq.data import Split
 from robustbench_deq.equilibrium import EquilibriumModel, check_labels, check_model
 from robustbench_deq.errors import UsageError
+from robustbench_deq.evaluate.clean import CleanBatch, judge_clean
 from robustbench_deq.evaluate.judge import Verdict, judge
 from robustbench_deq.memory import release_freed_memory
 from robustbench_deq.proportions import wilson_interval
-from robustbench_deq.protocol import Attack
+from robustbench_deq.protocol import Attack, frozen
 from robustbench_deq.records.environment import describe_environment
 from robustbench_deq.records.records import SCHEMA_VERSION, CostRecord, CurvePoint, DataRecord, Record, ThreatRecord
-from robustbench_deq.threats import norm_of
 
 Progress = Callable[[int, int, float], None]
 """Called after each batch with (samples done, samples, robust accuracy so far)."""
@@ -130,40 +130,40 @@ def check_data(model: EquilibriumModel, data: Split) -> None:
 
 
 def evaluate_batch(
-    model: EquilibriumModel, task: Task, data: Split, rows: slice, device: torch.device
+    model: EquilibriumModel,
+    task: Task,
+    data: Split,
+    rows: slice,
+    device: torch.device,
+    clean: CleanBatch | None = None,
 ) -> tuple[Part, Tensor]:
-    """Attack and judge one batch; its part, and its perturbed images on the CPU."""
+    """Attack and judge one batch; its part, and its perturbed images on the CPU.
+
+    Args:
+        clean: what the judge has found on the clean images of this batch, if it has; it gains what the attack asks for.
+    """
     x, y = data.x[rows].to(device), data.y[rows].to(device)
     targets = (y + 1) % model.num_classes if task.is_targeted else None
     sample_ids = data.sample_ids[rows]
-    judged = _TimedJudge(model, y)
-    clean = judged(x)
+    began = 0.0 if clean is None else clean.seconds
+    clean = clean or judge_clean(model, x, y)
+    with frozen(model):
+        known = clean.known(model, x, task.attack.first_objective(y, targets))
+    bench = _Bench(model, x, y, clean.verdict)
     result = task.attack(
-        model, x, y, targets=targets, sample_ids=sample_ids, seed=task.seed, num_snapshots=task.num_snapshots
-    )
-    adversarial = judged(result.x_adv)
-    perturbation = norm_of(result.x_adv - x, task.attack.threat.norm)
-    is_failed = (result.is_failed | ~task.attack.threat.allows(perturbation)).cpu()
-    samples = pd.DataFrame(
-        {
-            "sample_id": sample_ids.numpy(),
-            "label": data.y[rows].numpy(),
-            "clean_prediction": clean.prediction.numpy(),
-            "clean_loss": clean.loss.numpy(),
-            "clean_residual": clean.residual.numpy(),
-            "adversarial_prediction": adversarial.prediction.numpy(),
-            "adversarial_loss": adversarial.loss.numpy(),
-            "adversarial_residual": adversarial.residual.numpy(),
-            "perturbation": perturbation.cpu().numpy(),
-            "is_clean_correct": clean.is_correct.numpy(),
-            "is_converged": (clean.is_converged & adversarial.is_converged).numpy(),
-            "is_failed": is_failed.numpy(),
-            "is_robust": (clean.is_correct & adversarial.is_correct & ~is_failed).numpy(),
-        }
+        model,
+        x,
+        y,
+        targets=targets,
+        sample_ids=sample_ids,
+        seed=task.seed,
+        num_snapshots=task.num_snapshots,
+        clean=known,
+        confirm=bench.confirm,
     )
     curve = []
     for snapshot in result.snapshots:
-        verdict = judged((x + snapshot.delta).clamp_(0, 1))
+        verdict = bench.verdict((x + snapshot.delta).clamp_(0, 1))
         curve.append(
             CurvePoint(
                 step=snapshot.step,
@@ -171,24 +171,72 @@ def evaluate_batch(
                 cell_vjps=snapshot.cell_vjps,
                 solver_steps=snapshot.solver_steps,
                 wall_seconds=snapshot.wall_seconds,
-                robust_accuracy=float((clean.is_correct & verdict.is_correct).double().mean()),
+                robust_accuracy=float((clean.verdict.is_correct & verdict.is_correct).double().mean()),
             )
         )
-    cost = CostRecord(**dataclasses.asdict(result.cost), judge_seconds=judged.seconds)
-    return Part(samples, cost, curve, list(result.residuals), result.proposal.diagnostics), result.x_adv.cpu()
+    adversarial = bench.verdict(result.x_adv)
+    perturbation = task.attack.threat.norm.size(result.x_adv - x)
+    is_failed = (result.is_failed | ~task.attack.threat.allows(perturbation)).cpu()
+    samples = pd.DataFrame(
+        {
+            "sample_id": sample_ids.numpy(),
+            "label": data.y[rows].numpy(),
+            "clean_prediction": clean.verdict.prediction.numpy(),
+            "clean_loss": clean.verdict.loss.numpy(),
+            "clean_residual": clean.verdict.residual.numpy(),
+            "adversarial_prediction": adversarial.prediction.numpy(),
+            "adversarial_loss": adversarial.loss.numpy(),
+            "adversarial_residual": adversarial.residual.numpy(),
+            "perturbation": perturbation.cpu().numpy(),
+            "is_clean_correct": clean.verdict.is_correct.numpy(),
+            "is_attacked": result.is_attacked.cpu().numpy(),
+            "is_converged": (clean.verdict.is_converged & adversarial.is_converged).numpy(),
+            "is_failed": is_failed.numpy(),
+            "is_robust": (clean.verdict.is_correct & adversarial.is_correct & ~is_failed).numpy(),
+        }
+    )
+    judge_seconds = clean.seconds - began + bench.seconds
+    cost = CostRecord(**dataclasses.asdict(result.cost), judge_seconds=judge_seconds)
+    return Part(samples, cost, curve, list(result.residuals), result.diagnostics), result.x_adv.cpu()
 
 
-class _TimedJudge:
-    """The judge of one batch, and the seconds that it has taken."""
+class _Bench:
+    """The judge of one batch: judges no image twice, and none of a sample that is lost already; and the seconds taken.
 
-    def __init__(self, model: EquilibriumModel, y: Tensor) -> None:
+    A sample that is wrong or without an equilibrium at its clean image is not robust whatever comes.
+    """
+
+    def __init__(self, model: EquilibriumModel, x: Tensor, y: Tensor, clean: Verdict) -> None:
         self.model, self.y, self.seconds = model, y, 0.0
+        self._known = {"clean": (x, clean)}
 
-    def __call__(self, x: Tensor) -> Verdict:
+    def confirm(self, rows: Tensor, images: Tensor) -> Tensor:
+        """Which of `images`, of the samples `rows`, are not classified correctly."""
+        x, verdict = self._known["clean"]
+        x, verdict = x.index_copy(0, rows, images), self._judged(rows, images, verdict)
+        self._known["left early"] = x, verdict
+        return ~verdict.is_correct[rows.cpu()]
+
+    def verdict(self, images: Tensor) -> Verdict:
+        """The verdict on images of the whole batch."""
+        found, is_known = self._known["clean"][1], torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        is_lost = ~found.is_correct.to(images.device)
+        for others, verdict in self._known.values():
+            is_same = (images == others).flatten(1).all(1) & ~is_known
+            rows = is_same.nonzero()[:, 0].cpu()
+            found, is_known = found.put(rows, verdict.take(rows)), is_known | is_same
+        missing = (~is_known & ~is_lost).nonzero()[:, 0]
+        found = self._judged(missing, images[missing], found)
+        self._known["last"] = images, found
+        return found
+
+    def _judged(self, rows: Tensor, images: Tensor, found: Verdict) -> Verdict:
+        if len(rows) == 0:
+            return found
         start = time.perf_counter()
-        verdict = judge(self.model, x, self.y)  # hands over on the CPU, so the device is done
+        verdict = judge(self.model, images, self.y[rows])  # hands over on the CPU, so the device is done
         self.seconds += time.perf_counter() - start
-        return verdict
+        return found.put(rows.cpu(), verdict)
 
 
 def summarise(
@@ -197,10 +245,10 @@ def summarise(
     """One record, and its per-sample rows, from the parts of all batches in their order."""
     samples = pd.concat([part.samples for part in parts], ignore_index=True)
     count, attack, label = len(samples), task.attack, task.label or task.attack.name
-    losses = samples["adversarial_loss"].to_numpy(dtype=np.float64)
+    losses = samples.loc[samples["is_attacked"], "adversarial_loss"].to_numpy(dtype=np.float64)
     losses = losses[np.isfinite(losses)]
     config = attack.config.model_dump(mode="json") | {"targeted": task.is_targeted}
-    threat = ThreatRecord(norm=attack.threat.norm.value, epsilon=attack.threat.epsilon)
+    threat = ThreatRecord(norm=attack.threat.norm.name, epsilon=attack.threat.epsilon)
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     names = (task.model_name, task.model_sha256 or task.file_sha256, attack.name, label)
     key = json.dumps([*names, config, threat.model_dump(), data.digest, task.seed, created], sort_keys=True)
@@ -222,6 +270,7 @@ def summarise(
         adversarial_loss=float(losses.mean()) if len(losses) else None,
         num_unconverged=int((~samples["is_converged"]).sum()),
         num_failed=int(samples["is_failed"].sum()),
+        num_attacked=int(samples["is_attacked"].sum()),
         max_perturbation=float(samples["perturbation"].max()),
         cost=_mean_cost(parts, count),
         curve=_curve(parts, count),

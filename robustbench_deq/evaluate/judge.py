@@ -44,18 +44,28 @@ class Verdict:
     is_converged: Tensor
     is_correct: Tensor
 
-    @classmethod
-    def join(cls, parts: list[Verdict]) -> Verdict:
-        names = cls.__dataclass_fields__
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+    def take(self, rows: Tensor) -> Verdict:
+        """On the samples `rows`."""
+        return Verdict(*(part[rows] for part in self.parts()))
+
+    def put(self, rows: Tensor, other: Verdict) -> Verdict:
+        """With that on the samples `rows` replaced by `other`."""
+        return Verdict(*(mine.index_copy(0, rows, its) for mine, its in zip(self.parts(), other.parts(), strict=True)))
+
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.prediction, self.loss, self.residual, self.is_converged, self.is_correct
 
 
 @torch.no_grad()
 def judge(model: EquilibriumModel, x: Tensor, y: Tensor) -> Verdict:
     """Judge images `x` `(batch, channels, height, width)` with classes `y` `(batch,)`. The model's mode is
     respected."""
-    u = model.inject(x)
-    solution = tight_solve(model, u)
+    return verdict_at(model, tight_solve(model, model.inject(x)), y)
+
+
+@torch.no_grad()
+def verdict_at(model: EquilibriumModel, solution: Solution, y: Tensor) -> Verdict:
+    """The verdict on equilibria that have been solved."""
     logits = model.head(solution.value)
     is_finite = torch.isfinite(logits).all(1)
     prediction = logits.argmax(1)

@@ -29,7 +29,7 @@ from robustbench_deq.files import replacing, sha256_of, write_json
 from robustbench_deq.models.base import FAMILIES, Family, FamilyModel
 from robustbench_deq.models.user_file import model_from_file
 from robustbench_deq.models.zoo import MODELS, ModelEntry
-from robustbench_deq.threats import Norm
+from robustbench_deq.optimise import NORMS
 
 DESCRIPTION_NAME = "model.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -261,7 +261,7 @@ def _registered(name: str) -> ModelEntry:
 def _name_within(model_name: str, dataset: str | None, threat_model: str | None) -> str:
     """The one registered name that RobustBench's three words mean."""
     threat = None if threat_model is None else threat_model.lower()
-    if threat not in (None, *(norm.value for norm in Norm)):
+    if threat not in (None, *NORMS):
         raise UsageError.of(
             "threat_model",
             expected="L2 or Linf",

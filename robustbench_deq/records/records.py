@@ -64,6 +64,7 @@ SAMPLE_COLUMNS = {
     "adversarial_residual": "relative residual of the judge's equilibrium after the attack",
     "perturbation": "norm of the perturbation, that of the threat, in pixel units",
     "is_clean_correct": "right without an attack, at an equilibrium",
+    "is_attacked": "the attack tried; it leaves alone what is wrong without one, unless it goes for the loss",
     "is_converged": "the judge found both equilibria",
     "is_failed": "the attack gave no finite perturbation, or one outside the ball",
     "is_robust": "right without an attack and after it, at equilibria, and the attack did not fail",
@@ -132,7 +133,10 @@ class Record(Fields):
     clean_accuracy: Fraction = Field(description="share of all samples that are right without an attack")
     robust_accuracy: Fraction = Field(description="share of all samples that are right without it and after it")
     robust_accuracy_ci: tuple[Fraction, Fraction] = Field(description="Wilson's 95 % interval, the lower end first")
-    adversarial_loss: Number | None = Field(description="mean cross-entropy at the perturbed images, where finite")
+    num_attacked: Count | None = Field(None, description="samples that the attack tried; null: all")
+    adversarial_loss: Number | None = Field(
+        description="mean cross-entropy of the attacked samples at their perturbed images, where finite"
+    )
     num_unconverged: Count = Field(description="samples without an equilibrium; never robust")
     num_failed: Count = Field(description="samples on which the attack failed; never robust")
     max_perturbation: Amount | None = Field(description="the largest, in the threat's norm")

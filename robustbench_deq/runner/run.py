@@ -1,6 +1,7 @@
 """The runner: shards of a suite to records.
 
     DIR/suite.json, plan.json   the resolved suite, and its runs; a folder holds one suite
+    DIR/clean/                  equilibria that attacks share, until all is done (see `runner.clean`)
     DIR/shards/                 what is done, has failed, and is in progress (see `runner.shards`)
     DIR/records.jsonl, samples/ written when everything has been tried
 
@@ -22,6 +23,7 @@ import torch
 from robustbench_deq.data import Split, SplitName, load
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
+from robustbench_deq.evaluate.clean import judge_clean
 from robustbench_deq.evaluate.evaluation import Part, Task, check_data, evaluate_batch, summarise
 from robustbench_deq.files import check_json, write_json
 from robustbench_deq.models import load_model
@@ -30,6 +32,7 @@ from robustbench_deq.records.environment import describe_environment, merge_envi
 from robustbench_deq.records.images import choose_images, save_images
 from robustbench_deq.records.missing import write_plan
 from robustbench_deq.records.records import DataRecord, RecordStore
+from robustbench_deq.runner.clean import CleanStore
 from robustbench_deq.runner.executors import Executor
 from robustbench_deq.runner.shards import Claim, ShardStore
 from robustbench_deq.runner.suite import Run, Shard, SuiteConfig, digest_of_model
@@ -101,9 +104,11 @@ def _attack(shard: Shard, folder: Path, build_attack: BuildAttack, device: str, 
     batches = [
         slice(begin, min(begin + run.batch_size, shard.end)) for begin in range(shard.begin, shard.end, run.batch_size)
     ]
-    parts, num_robust = [], 0
+    parts, num_robust, store, place = [], 0, CleanStore(folder), torch.device(device)
     for rows in batches:
-        part, x_adv = evaluate_batch(model, task, data, rows, torch.device(device))
+        x, y = data.x[rows].to(place), data.y[rows].to(place)
+        with store.batch(run, rows, place, lambda x=x, y=y: judge_clean(model, x, y)) as clean:
+            part, x_adv = evaluate_batch(model, task, data, rows, place, clean)
         parts.append(part)
         num_robust += int(part.samples["is_robust"].sum())
         claim.note(rows.stop - shard.begin, num_robust)
@@ -145,6 +150,7 @@ def assemble(runs: Sequence[tuple[Run, list[Shard]]], folder: Path, build_attack
             count += 1
         if all(store.is_done(shard) for _, shards in runs for shard in shards):
             store.tidy()
+            CleanStore(folder).clear()
     return count
 
 

@@ -222,7 +222,7 @@ def plan(suite: SuiteConfig) -> list[Run]:
                         attack=spec.name,
                         label=label,
                         config=attack.config.model_dump(mode="json"),
-                        norm=threat.norm.value,
+                        norm=threat.norm.name,
                         epsilon=threat.epsilon,
                         data=name,
                         split=suite.split,

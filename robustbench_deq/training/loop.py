@@ -21,6 +21,7 @@ from torch import Tensor
 from robustbench_deq.data import Split
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import RunError
+from robustbench_deq.evaluate.clean import judge_clean
 from robustbench_deq.evaluate.judge import judge
 from robustbench_deq.protocol import Attack
 from robustbench_deq.rows import per_sample
@@ -78,7 +79,9 @@ class Trainer:
         device: torch.device | None = None,
     ) -> None:
         self.config, self.train, self.validation = config, train, validation
-        self.attack, self.validation_attack = attack, validation_attack
+        # Training is for the loss: no sample leaves the adversary early.
+        self.attack = None if attack is None else attack.with_(stop_at_success=False)
+        self.validation_attack = validation_attack
         self.device = device or torch.device("cpu")
         self.model = model.to(self.device)
         self.optimizer = torch.optim.AdamW(
@@ -205,7 +208,7 @@ class Trainer:
         if self.step >= growth:
             return self.attack
         full = self.attack.threat
-        return type(self.attack)(Threat(full.norm, full.epsilon * (self.step + 1) / growth), self.attack.config)
+        return self.attack.with_(Threat(full.norm, full.epsilon * (self.step + 1) / growth))
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -227,12 +230,15 @@ class Trainer:
         for begin in range(0, len(self.validation), size):
             part = slice(begin, begin + size)
             x, y = self.validation.x[part].to(self.device), self.validation.y[part].to(self.device)
-            verdict = judge(self.model, x, y)
+            known = judge_clean(self.model, x, y)
+            verdict = known.verdict
             clean += int(verdict.is_correct.sum())
             unconverged += int((~verdict.is_converged).sum())
             if self.validation_attack is not None:
                 ids = self.validation.sample_ids[part]
-                result = self.validation_attack(self.model, x, y, sample_ids=ids)
+                objective = self.validation_attack.first_objective(y, None)
+                start = known.known(self.model, x, objective)
+                result = self.validation_attack(self.model, x, y, sample_ids=ids, clean=start)
                 is_correct = judge(self.model, result.x_adv, y).is_correct & verdict.is_correct
                 robust += int((is_correct & ~result.is_failed).sum())
         self.model.load_state_dict(current)

@@ -61,9 +61,9 @@ def batch_loss(
     z0, mu0 = None, None
     if attack is not None:
         result = attack(model, x, y, sample_ids=sample_ids, seed=seed)
-        x, z0 = result.x_adv, result.proposal.z
-        if result.proposal.mu is not None:
-            mu0 = result.proposal.mu / len(x)  # attacks sum the loss over the batch, training takes the mean
+        x, z0 = result.x_adv, result.z
+        if result.mu is not None:
+            mu0 = result.mu / len(x)  # attacks sum the loss over the batch, training takes the mean
         z0, mu0 = _usable_start(model, x, z0, mu0)
     trace = AdjointTrace()
     solution = model.equilibrium(x, z0, solve=forward, adjoint=Implicit(backward, mu0), trace=trace)

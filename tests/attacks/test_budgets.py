@@ -34,7 +34,7 @@ def test_result_at_a_budget_is_the_last_snapshot_within_it(name: str, case) -> N
             torch.testing.assert_close(result.delta, snapshot.delta, rtol=0, atol=0)
             assert result.cost.cell_evals == snapshot.cell_evals <= budget
             assert result.cost.cell_vjps == snapshot.cell_vjps
-            assert result.proposal.diagnostics["stopped_by_budget"] == 1.0
+            assert result.diagnostics["stopped_by_budget"] == 1.0
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -43,8 +43,8 @@ def test_budget_that_is_not_reached_changes_nothing(name: str, key: str, case) -
     whole, result = attack_of(name)(*case), attack_of(name, **{key: 1e6})(*case)
     torch.testing.assert_close(result.delta, whole.delta, rtol=0, atol=0)
     assert result.cost.cell_evals == whole.cost.cell_evals
-    assert result.proposal.diagnostics["stopped_by_budget"] == 0.0
-    assert "stopped_by_budget" not in whole.proposal.diagnostics
+    assert result.diagnostics["stopped_by_budget"] == 0.0
+    assert "stopped_by_budget" not in whole.diagnostics
 
 
 @pytest.mark.parametrize("key", ["max_evaluations", "max_seconds"])

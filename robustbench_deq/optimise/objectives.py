@@ -1,4 +1,4 @@
-"""What an input is optimised for: per-sample losses of the logits that an attack **maximises**.
+"""What a classifier's input is optimised for: losses of the logits that an attack **maximises**.
 
 `CrossEntropy`   log-loss of the true class.
 `Margin`         largest wrong logit minus the true one (Carlini and Wagner, 2017); positive means fooled.
@@ -16,7 +16,7 @@ one sample does not depend on how many others there are.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +25,9 @@ from torch import Tensor
 from robustbench_deq.errors import UsageError
 from robustbench_deq.registry import Registry
 
-Objective = Callable[[Tensor], Tensor]
-"""Logits `(batch, classes)` to losses `(batch,)`, the labels already bound."""
 
-OBJECTIVES: Registry[Callable[[Tensor], Objective]] = Registry("objective")
-
-
-class Labelled(abc.ABC):
-    """An objective that knows the labels `(batch,)`. Calling it gives the losses by which iterates are compared."""
+class Objective(abc.ABC):
+    """A loss that knows the labels `(batch,)`. Calling it gives the losses by which iterates are compared."""
 
     def __init__(self, labels: Tensor) -> None:
         self.labels = labels
@@ -40,28 +35,35 @@ class Labelled(abc.ABC):
     @abc.abstractmethod
     def __call__(self, logits: Tensor) -> Tensor: ...
 
-    def select(self, index: Tensor) -> Labelled:
-        """The same objective for the samples in `index`."""
-        return type(self)(self.labels[index])
+    @property
+    def title(self) -> str:
+        """Tells losses apart that differ on the same labels and targets."""
+        return type(self).__name__
 
-    def at(self, progress: float) -> Labelled:
+    def take(self, rows: Tensor) -> Self:
+        """The same objective for the samples `rows`."""
+        return type(self)(self.labels[rows])
+
+    def at(self, progress: float) -> Objective:
         """What is ascended at `progress` of a run, from 0 to 1."""
         return self
 
+    def is_reached(self, logits: Tensor) -> Tensor:
+        """Samples `(batch,)` of another class than the label's: fooled."""
+        return logits.argmax(1) != self.labels
 
-def objective_at(objective: Objective, progress: float) -> Objective:
-    """What is ascended at `progress` of a run; a plain function ascends itself throughout."""
-    return objective.at(progress) if isinstance(objective, Labelled) else objective
+
+OBJECTIVES: Registry[type[Objective]] = Registry("objective")
 
 
 @OBJECTIVES.register("cross-entropy")
-class CrossEntropy(Labelled):
+class CrossEntropy(Objective):
     def __call__(self, logits: Tensor) -> Tensor:
         return F.cross_entropy(logits, self.labels, reduction="none")
 
 
 @OBJECTIVES.register("margin")
-class Margin(Labelled):
+class Margin(Objective):
     def __call__(self, logits: Tensor) -> Tensor:
         true = logits.gather(1, self.labels[:, None])[:, 0]
         wrong = logits.scatter(1, self.labels[:, None], -torch.inf).amax(1)
@@ -69,7 +71,7 @@ class Margin(Labelled):
 
 
 @OBJECTIVES.register("dlr")
-class DLR(Labelled):
+class DLR(Objective):
     def __call__(self, logits: Tensor) -> Tensor:
         if logits.shape[1] < 3:
             raise UsageError.of(
@@ -81,26 +83,35 @@ class DLR(Labelled):
 
 
 @OBJECTIVES.register("ce-then-margin")
-class CrossEntropyThenMargin(Labelled):
+class CrossEntropyThenMargin(Objective):
     def __call__(self, logits: Tensor) -> Tensor:
         return Margin(self.labels)(logits)
 
-    def at(self, progress: float) -> Labelled:
+    def at(self, progress: float) -> Objective:
         return (CrossEntropy if progress < 0.5 else Margin)(self.labels)
 
 
-class Targeted(Labelled):
+class Targeted(Objective):
     """Minus an objective whose labels are the classes to be reached."""
 
-    def __init__(self, objective: Labelled) -> None:
+    def __init__(self, objective: Objective) -> None:
         super().__init__(objective.labels)
         self.objective = objective
 
-    def select(self, index: Tensor) -> Targeted:
-        return Targeted(self.objective.select(index))
+    @property
+    def title(self) -> str:
+        return f"Targeted{self.objective.title}"
+
+    def take(self, rows: Tensor) -> Targeted:  # type: ignore[override]
+        return Targeted(self.objective.take(rows))
 
     def at(self, progress: float) -> Targeted:
-        return Targeted(self.objective.at(progress))
+        ascended = self.objective.at(progress)
+        return self if ascended is self.objective else Targeted(ascended)
 
     def __call__(self, logits: Tensor) -> Tensor:
         return -self.objective(logits)
+
+    def is_reached(self, logits: Tensor) -> Tensor:
+        """Samples of the wanted class."""
+        return logits.argmax(1) == self.labels

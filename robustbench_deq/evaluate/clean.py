@@ -1,0 +1,78 @@
+"""The clean equilibria of a batch: solved once by the judge, and where every attack on it starts.
+
+z*             to the judge's tolerance, with its verdict
+amplification  ||z* - z0|| / ||f(z0) - z0||: the error a unit of residual, on the way of a cold solve
+mu             (I - J^T) mu = dL/dz*, for each loss that an attack ascends first, solved when one first asks for it
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from robustbench_deq.adjoints import AdjointMap
+from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.evaluate.judge import Verdict, tight_solve, verdict_at
+from robustbench_deq.optimise import Objective, Settled
+from robustbench_deq.protocol import Clean
+from robustbench_deq.rows import per_sample
+from robustbench_deq.solvers import Anderson, Solve
+
+ADJOINT_SOLVE = Solve(Anderson(), rtol=1e-3, max_steps=100)
+
+
+@dataclass
+class CleanBatch:
+    """What the judge has found at the clean images; on the device of the images but for the verdict.
+
+    verdict        of the clean images
+    z              equilibria; rows first
+    amplification  `(batch,)`
+    adjoints       by the name of the loss
+    seconds        that all of it took
+    """
+
+    verdict: Verdict
+    z: Tensor
+    amplification: Tensor
+    adjoints: dict[str, Tensor] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def known(self, model: EquilibriumModel, x: Tensor, objective: Objective | None) -> Clean:
+        """What an attack is told that first ascends `objective`; None is one that has no use for an adjoint."""
+        mu = None
+        if objective is not None:
+            if objective.title not in self.adjoints:
+                start = time.perf_counter()
+                self.adjoints[objective.title] = solve_adjoint(model, x, self.z, objective)
+                self.seconds += time.perf_counter() - start
+            mu = self.adjoints[objective.title]
+        return Clean(Settled(self.z, mu, self.amplification), self.verdict.is_correct.to(x.device))
+
+
+@torch.no_grad()
+def judge_clean(model: EquilibriumModel, x: Tensor, y: Tensor) -> CleanBatch:
+    """Judge clean images `x` `(batch, channels, height, width)` of classes `y`, and keep what was solved."""
+    start = time.perf_counter()
+    u = model.inject(x)
+    solution = tight_solve(model, u)
+    z0 = model.initial_state(u)
+    first, whole = model.evaluate(z0, u) - z0, solution.value - z0
+    size, distance = (torch.linalg.vector_norm(part.flatten(1), dim=1) for part in (first, whole))
+    amplification = (distance / size.clamp_min(torch.finfo(size.dtype).tiny)).clamp_min(1.0)
+    clean = CleanBatch(verdict_at(model, solution, y), solution.value, amplification)
+    clean.seconds = time.perf_counter() - start
+    return clean
+
+
+@torch.no_grad()
+def solve_adjoint(model: EquilibriumModel, x: Tensor, z: Tensor, objective: Objective) -> Tensor:
+    """The adjoint of the loss at equilibria `z` of images `x`; the loss's own gradient where no solve finds it."""
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        v = torch.autograd.grad(objective(model.head(leaf)).sum(), leaf, materialize_grads=True)[0]
+    solution = ADJOINT_SOLVE(AdjointMap(model, z, model.inject(x), v), v)
+    return torch.where(per_sample(solution.is_converged, v), solution.value, v)

@@ -1,0 +1,48 @@
+"""The heart: one loop over inputs of equilibrium models, and its interchangeable parts."""
+
+from robustbench_deq.optimise.domains import NORMS, Ball, Box, Domain, Free, Norm
+from robustbench_deq.optimise.keep import HighestLoss, JIIORule, Keep, Last, SmallestNorm
+from robustbench_deq.optimise.loop import Optimum, optimise
+from robustbench_deq.optimise.objectives import OBJECTIVES, Objective, Targeted
+from robustbench_deq.optimise.pace import Pace
+from robustbench_deq.optimise.problem import Classification, Losses, Problem, Reconstruction, Shared
+from robustbench_deq.optimise.sources import Joint, Look, Mixing, Settled, Solved, Source
+from robustbench_deq.optimise.steps import APGD, Adam, Langevin, MinimalNorm, ProjectedAscent, Schedule, Step
+
+__all__ = [
+    "APGD",
+    "NORMS",
+    "OBJECTIVES",
+    "Adam",
+    "Ball",
+    "Box",
+    "Classification",
+    "Domain",
+    "Free",
+    "HighestLoss",
+    "JIIORule",
+    "Joint",
+    "Keep",
+    "Langevin",
+    "Last",
+    "Look",
+    "Losses",
+    "MinimalNorm",
+    "Mixing",
+    "Norm",
+    "Objective",
+    "Optimum",
+    "Pace",
+    "Problem",
+    "ProjectedAscent",
+    "Reconstruction",
+    "Schedule",
+    "Settled",
+    "Shared",
+    "SmallestNorm",
+    "Solved",
+    "Source",
+    "Step",
+    "Targeted",
+    "optimise",
+]

@@ -1,0 +1,35 @@
+"""The Euclidean norm. A ball's projection rescales, then clips to the pixel box."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustbench_deq.optimise.domains.norm import TINY, Norm, add_norm, into_box
+from robustbench_deq.rows import per_sample
+
+
+@add_norm
+class L2(Norm):
+    name = "l2"
+
+    def size(self, delta: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(delta.flatten(1), dim=1)
+
+    dual_size = size
+
+    def project(self, delta: Tensor, radius: Tensor | float, x: Tensor) -> Tensor:
+        factor = (radius / self.size(delta).clamp_min(TINY)).clamp_max(1.0)
+        return into_box(delta * per_sample(factor, delta), x)
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        # By the largest entry first: the squares of a confident classifier's tiny gradients would underflow.
+        largest = gradient.flatten(1).abs().amax(1).clamp_min(torch.finfo(gradient.dtype).tiny)
+        gradient = gradient / per_sample(largest, gradient)
+        return gradient.div_(per_sample(self.size(gradient).clamp_min(TINY), gradient))
+
+    def draw(self, stream: np.random.Generator, count: int) -> np.ndarray:
+        direction = stream.standard_normal(count)
+        radius = stream.random() ** (1.0 / count)
+        return radius * direction / max(float(np.linalg.norm(direction)), TINY)

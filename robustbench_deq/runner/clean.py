@@ -1,0 +1,89 @@
+"""The clean equilibria of a suite's folder: solved once a batch of a model, whichever attack or worker comes first.
+
+    DIR/clean/KEY.safetensors   what the judge has found on a batch (`evaluate.clean`), with the adjoints asked for
+    DIR/clean/KEY.lock          while a process solves, others that need the same batch wait for it
+
+The folder goes when all shards are done. A file that is missing or damaged is solved again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+
+from robustbench_deq.evaluate.clean import CleanBatch
+from robustbench_deq.evaluate.judge import Verdict
+from robustbench_deq.files import lock, replacing
+from robustbench_deq.runner.suite import Run
+
+FOLDER = "clean"
+
+
+class CleanStore:
+    """Clean batches of a suite's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder) / FOLDER
+
+    @contextlib.contextmanager
+    def batch(
+        self, run: Run, rows: slice, device: torch.device, solve: Callable[[], CleanBatch]
+    ) -> Iterator[CleanBatch]:
+        """The clean batch of the samples `rows` of a run, from `solve` if nobody has solved it. Adjoints that it gains
+        in the block are kept."""
+        content = json.dumps([run.model_digest, run.digest, rows.start, rows.stop, device.type])
+        path = self.folder / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.safetensors"
+        with self._alone(path):
+            clean = _read(path, device)
+            if clean is None:
+                clean = solve()
+                _write(path, clean)
+        known = set(clean.adjoints)
+        yield clean
+        if set(clean.adjoints) - known:
+            with self._alone(path):
+                others = _read(path, device)
+                clean.adjoints = {**clean.adjoints, **(others.adjoints if others is not None else {})}
+                _write(path, clean)
+
+    def clear(self) -> None:
+        """Remove all of it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _alone(self, path: Path) -> Iterator[None]:
+        """Waits until no other process has the batch."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".lock").open("w") as handle:
+            lock(handle.fileno())
+            yield
+
+
+def _write(path: Path, clean: CleanBatch) -> None:
+    tensors = {"z": clean.z, "amplification": clean.amplification}
+    tensors |= {f"verdict.{field.name}": getattr(clean.verdict, field.name) for field in fields(Verdict)}
+    tensors |= {f"adjoint.{name}": mu for name, mu in clean.adjoints.items()}
+    with replacing(path) as temporary:
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary)
+
+
+def _read(path: Path, device: torch.device) -> CleanBatch | None:
+    """None where there is none, or a damaged one."""
+    try:
+        found = load_file(path)
+        verdict = Verdict(*(found[f"verdict.{field.name}"] for field in fields(Verdict)))
+        adjoints = {
+            name.removeprefix("adjoint."): mu.to(device) for name, mu in found.items() if name.startswith("adjoint.")
+        }
+        return CleanBatch(verdict, found["z"].to(device), found["amplification"].to(device), adjoints)
+    except (OSError, safetensors.SafetensorError, KeyError):
+        return None
