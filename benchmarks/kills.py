@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 import click
 import torch
 
-import cli
 from benchmarks.timing import keep, say
+from robustbench_deq.commands import main as cli
 from robustbench_deq.files import write_text
 from robustbench_deq.records.records import SHARDS_FOLDER, RecordStore, load_records, without_circumstances
 
