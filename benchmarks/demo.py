@@ -19,10 +19,9 @@ from robustbench_deq.models import describe_model, load_model
 from robustbench_deq.protocol import Attack
 from robustbench_deq.records.images import choose_images, save_images
 from robustbench_deq.records.records import RecordStore
-from robustbench_deq.report.gallery import GalleryRow
-from robustbench_deq.report.page import write_report
-from robustbench_deq.report.supplements import read_supplements
-from robustbench_deq.report.tables import render, summary_table
+from robustbench_deq.report.pages.report import write_report
+from robustbench_deq.report.supplements import GalleryRow, read_supplements
+from robustbench_deq.report.tables.summary import render, summary_table
 from robustbench_deq.threats import Norm, Threat
 
 MODELS = ("deq-conv.digits-standard", "deq-conv.digits-joint-l2", "mondeq-fc.digits-joint-l2")

@@ -28,7 +28,7 @@ from robustbench_deq.files import write_text
 from robustbench_deq.memory import no_collection
 from robustbench_deq.records.images import Images, images_path, save_images
 from robustbench_deq.records.records import RECORDS_FILE, Record, RecordStore, load_records, to_json
-from robustbench_deq.report.page import write_report
+from robustbench_deq.report.pages.report import write_report
 from robustbench_deq.report.supplements import read_supplements
 
 NUM_SAMPLES = 64

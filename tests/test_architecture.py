@@ -118,15 +118,21 @@ def test_the_rules_allow_no_cycle() -> None:
 
 
 @pytest.mark.parametrize("folder", sorted({path.parent for path in MODULES}), ids=lambda path: path.name)
-def test_modules_of_a_part_import_each_other_one_way(folder: Path) -> None:
-    names = {path.stem: path for path in folder.glob("*.py") if path.stem != "__init__"}
+def test_modules_and_folders_of_a_folder_import_each_other_one_way(folder: Path) -> None:
+    children = {path.stem: [path] for path in folder.glob("*.py") if path.stem != "__init__"}
+    children |= {
+        inner.name: sorted(inner.rglob("*.py")) for inner in folder.iterdir() if (inner / "__init__.py").exists()
+    }
     package = package_of(folder / "__init__.py")
     rules = {}
-    for name, path in names.items():
+    for name, paths in children.items():
         inner = {
-            found.removeprefix(f"{package}.").split(".")[0] for found in imports(path) if found.startswith(package)
+            found.removeprefix(f"{package}.").split(".")[0]
+            for path in paths
+            for found in imports(path)
+            if found.startswith(f"{package}.")
         }
-        rules[name] = inner & set(names) - {name}
+        rules[name] = inner & set(children) - {name}
     tuple(graphlib.TopologicalSorter(rules).static_order())
 
 

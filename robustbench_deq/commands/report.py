@@ -13,10 +13,10 @@ from robustbench_deq.files import whole_folder, write_text
 from robustbench_deq.memory import no_collection
 from robustbench_deq.records.records import Record, load_folders, load_records
 from robustbench_deq.report.aside import aside
-from robustbench_deq.report.compare import compare_runs
-from robustbench_deq.report.compare_page import comparison_html, comparison_markdown, headline
-from robustbench_deq.report.page import write_report
+from robustbench_deq.report.pages.comparison import comparison_html, comparison_markdown, headline
+from robustbench_deq.report.pages.report import write_report
 from robustbench_deq.report.supplements import Card, read_supplements
+from robustbench_deq.report.tables.comparison import compare_runs
 
 
 @click.command()

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pyarrow
 
+from robustbench_deq.errors import UsageError
 from robustbench_deq.records.images import images_path, load_images
 from robustbench_deq.records.missing import Missing, read_missing
 from robustbench_deq.records.records import Record, RecordStore
-from robustbench_deq.report.gallery import GalleryRow
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,33 @@ class SampleVerdicts:
     is_robust: np.ndarray
     is_converged: np.ndarray
     is_failed: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class GalleryRow:
+    """One sample: three arrays of one shape `(channels, height, width)`, its true class and the two predictions.
+
+    Raises:
+        UsageError: for another number of channels or axes, or shapes that differ.
+    """
+
+    clean: np.ndarray
+    perturbation: np.ndarray
+    adversarial: np.ndarray
+    label: str
+    clean_prediction: str
+    adversarial_prediction: str
+
+    def __post_init__(self) -> None:
+        shapes = {np.shape(image) for image in (self.clean, self.perturbation, self.adversarial)}
+        shape = min(shapes)
+        if len(shapes) > 1 or len(shape) != 3 or shape[0] not in (1, 3):
+            raise UsageError.of(
+                "gallery",
+                expected="three images of one shape (1 or 3, height, width)",
+                got=" and ".join(map(str, sorted(shapes))),
+                fix="pass arrays of one sample, channels first",
+            )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from robustbench_deq.errors import UsageError
-from robustbench_deq.report import plots
+from robustbench_deq.report.figures import plots
 
 COST_PLOTS = [
     (plots.accuracy_against_solver_steps, "Solver steps per sample", 82.0),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from robustbench_deq.errors import UsageError
-from robustbench_deq.report import plots, spending
+from robustbench_deq.report.figures import plots, spending
 
 
 def cost(seconds: float, judge: float | None, evals: float = 10.0, vjps: float = 5.0) -> dict[str, float | None]:

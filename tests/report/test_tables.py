@@ -13,7 +13,8 @@ import pytest
 
 from robustbench_deq.errors import UsageError
 from robustbench_deq.report.settings import format_threat
-from robustbench_deq.report.tables import COLUMN_MEANINGS, ROWS_OF_A_PAGE, Format, readable, render, summary_table
+from robustbench_deq.report.tables.summary import COLUMN_MEANINGS, Format, readable, render, summary_table
+from robustbench_deq.report.tables.text import ROWS_OF_A_PAGE
 
 NASTY = "<script>alert('1')</script> a_b 50% | $x$ & \\cmd"
 

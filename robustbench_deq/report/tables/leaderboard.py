@@ -21,9 +21,8 @@ from scipy.stats import rankdata
 
 from robustbench_deq.proportions import wilson_interval
 from robustbench_deq.records.records import Record
-from robustbench_deq.report.gallery import GalleryRow
 from robustbench_deq.report.settings import Setting, SettingNames, format_threat, group_by_setting, setting_names
-from robustbench_deq.report.supplements import Card, SampleVerdicts, Supplements, num_robust
+from robustbench_deq.report.supplements import Card, GalleryRow, SampleVerdicts, Supplements, num_robust
 
 UNKNOWN = "unknown"
 

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from robustbench_deq.errors import UsageError
 from robustbench_deq.records.records import Record
-from robustbench_deq.report.plots import COLOURS, natural_order, new_figure, plain, style
+from robustbench_deq.report.figures.plots import COLOURS, natural_order, new_figure, plain, style
 
 MAX_BARS = 12
 BAR_HEIGHT = 0.36

@@ -25,24 +25,20 @@ from matplotlib.figure import Figure
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import write_text
 from robustbench_deq.records.records import Record
-from robustbench_deq.report import overview, plots
 from robustbench_deq.report.aside import aside
-from robustbench_deq.report.commands import command_of
-from robustbench_deq.report.gallery import GalleryRow, draw_gallery
-from robustbench_deq.report.leaderboard import Entry, make_leaderboard
-from robustbench_deq.report.leaderboard_page import leaderboard_html
+from robustbench_deq.report.figures import overview, plots
+from robustbench_deq.report.figures.gallery import draw_gallery
+from robustbench_deq.report.figures.spending import time_spent
+from robustbench_deq.report.figures.standings import choose_ranked, draw_standings
+from robustbench_deq.report.pages.commands import command_of
+from robustbench_deq.report.pages.leaderboard import leaderboard_html
+from robustbench_deq.report.pages.templates import definitions, render_template
 from robustbench_deq.report.settings import Setting, format_threat, group_by_setting, setting_names
-from robustbench_deq.report.spending import time_spent
-from robustbench_deq.report.standings import (
-    choose_ranked,
-    draw_standings,
-    standings_csv,
-    standings_latex,
-    standings_markdown,
-)
-from robustbench_deq.report.supplements import Supplements
-from robustbench_deq.report.tables import Format, markdown_text, meanings, render, summary_table
-from robustbench_deq.report.templates import definitions, render_template
+from robustbench_deq.report.supplements import GalleryRow, Supplements
+from robustbench_deq.report.tables.leaderboard import Entry, make_leaderboard
+from robustbench_deq.report.tables.standings import standings_csv, standings_latex, standings_markdown
+from robustbench_deq.report.tables.summary import Format, meanings, render, summary_table
+from robustbench_deq.report.tables.text import markdown_text
 
 TITLE = "Adversarial robustness of deep equilibrium models"
 CAPTIONS = {
@@ -125,7 +121,7 @@ def _write(
         shown, figure_paths = drawn()
     texts = {
         "report.md": _markdown(table, markdown, shown, warning),
-        "index.html": render_template("page.html.jinja", title=TITLE, warning=warning, plots=shown, **words),
+        "index.html": render_template("report.html.jinja", title=TITLE, warning=warning, plots=shown, **words),
     } | texts
     for name, text in texts.items():
         write_text(folder / name, text)
