@@ -7,9 +7,10 @@ their record, are left out with a warning in the log.
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,10 @@ logger = logging.getLogger(__name__)
 
 _ANSWERS = ("is_clean_correct", "is_robust", "is_converged", "is_failed")
 _SCHEMA = pyarrow.schema([("sample_id", pyarrow.int64()), *((name, pyarrow.bool_()) for name in _ANSWERS)])
-Card = Mapping[str, Any]
+MODEL_FILE = "model.json"
+_FACTS = {"name": str, "family": str, "config": dict, "sha256": str, "num_parameters": int, "card": dict}
+
+ModelFacts = Mapping[str, Any]
 """The content of a `model.json`: name, family, config, sha256, number of parameters, and the card itself."""
 
 
@@ -73,7 +77,7 @@ class Supplements:
 
     verdicts: Mapping[str, SampleVerdicts] = field(default_factory=dict)
     galleries: Mapping[str, Sequence[GalleryRow]] = field(default_factory=dict)
-    cards: Mapping[str, Card] = field(default_factory=dict)
+    cards: Mapping[str, ModelFacts] = field(default_factory=dict)
     missing: Missing = field(default_factory=lambda: Missing(Counter(), Counter()))
 
     @property
@@ -95,7 +99,9 @@ def _told(counts: Mapping[tuple[str, str], int], kind: str) -> str:
     )
 
 
-def read_supplements(folders: Mapping[Path, Sequence[Record]], cards: Mapping[str, Card] | None = None) -> Supplements:
+def read_supplements(
+    folders: Mapping[Path, Sequence[Record]], cards: Mapping[str, ModelFacts] | None = None
+) -> Supplements:
     """What lies in folders beside the records that were read from them.
 
     Args:
@@ -110,6 +116,34 @@ def read_supplements(folders: Mapping[Path, Sequence[Record]], cards: Mapping[st
         missing.append(read_missing(folder, {record.record_id for record in records}))
     failed, unfinished = (sum((found[i] for found in missing), Counter()) for i in (0, 1))
     return Supplements(verdicts, Galleries(images), cards or {}, Missing(failed, unfinished))
+
+
+def read_model_facts(models: Iterable[str], weights_folder: Path) -> dict[str, ModelFacts]:
+    """What is known of models by their names in records; nothing of those that are files or no longer there.
+
+    Read as plain JSON, since what loads models needs torch, which takes longer to import than a report to be made.
+
+    Args:
+        weights_folder: of the registered models, a folder each; any other name is that of a folder.
+    """
+    found = {}
+    for model in sorted(models):
+        registered = weights_folder / model / MODEL_FILE
+        path = registered if Path(model).name == model and registered.is_file() else Path(model) / MODEL_FILE
+        if path.is_file() and (facts := _read_facts(path)) is not None:
+            found[model] = facts
+    return found
+
+
+def _read_facts(path: Path) -> ModelFacts | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if isinstance(content, dict) and all(isinstance(content.get(key), kind) for key, kind in _FACTS.items()):
+        return content
+    logger.warning("%s: not the description of a model; its card was left out", path)
+    return None
 
 
 class Galleries(Mapping[str, Sequence[GalleryRow]]):

@@ -568,7 +568,7 @@ def test_every_command_is_there_and_no_other() -> None:
 
 
 def test_records_are_read_reported_and_checked_without_torch(tmp_path: Path) -> None:
-    """Torch takes longer to import than a report to be made; a second process may, which reads the models' cards."""
+    """Torch takes longer to import than a report to be made."""
     shutil.copy(ROOT / "tests" / "records" / "records_v1.jsonl", tmp_path / "records.jsonl")
     calls = (["report", str(tmp_path)], ["report", "--compare", str(tmp_path), str(tmp_path)], ["check", "--help"])
     for words in calls:
