@@ -1,8 +1,8 @@
 """Frames: folders of records as pandas frames in long form, to filter, group and plot.
 
-    from robustbench_deq.records import load
+    from robustbench_deq.records import read_frames
 
-    frames = load("results/runs/quick")
+    frames = read_frames("results/runs/quick")
     frames.records.groupby("label")["robust_accuracy"].mean()
     frames.curve.merge(frames.records[["record_id", "model", "label"]], on="record_id")
 
@@ -44,7 +44,7 @@ class Frames(NamedTuple):
     samples: pd.DataFrame
 
 
-def load(*folders: Path | str) -> Frames:
+def read_frames(*folders: Path | str) -> Frames:
     """The records of folders that `attack --out` or `bench` wrote, in the order in which they were written.
 
     A record whose samples are missing or unreadable has no rows in `samples`, which the log says.
@@ -53,7 +53,7 @@ def load(*folders: Path | str) -> Frames:
         UsageError: when no folder is named, for a folder without records, and for a damaged line.
     """
     if not folders:
-        raise UsageError.of("load", expected="a folder of records", got="none", fix="name one")
+        raise UsageError.of("read_frames", expected="a folder of records", got="none", fix="name one")
     stores = [RecordStore(Path(folder)) for folder in folders]
     found = [(store, record) for store in stores for record in load_records(store.folder)]
     records = to_frame([record for _, record in found])
