@@ -70,6 +70,7 @@ def _record(record_id: str, model: str, label: str, epsilon: float, seed: int) -
             "step": step,
             "cell_evals": step * steps,
             "cell_vjps": step * steps,
+            "solver_steps": step * steps,
             "wall_seconds": step,
             "robust_accuracy": 1 / (step + 1),
         }

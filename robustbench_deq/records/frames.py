@@ -63,7 +63,7 @@ def read_frames(*folders: Path | str) -> Frames:
     residuals = [(*key, *pair) for key, record in keyed for pair in enumerate(record.residuals, start=1)]
     return Frames(
         records,
-        pd.DataFrame(curve, columns=[*KEYS, *CurvePoint.model_fields]).astype({"solver_steps": float}),
+        pd.DataFrame(curve, columns=[*KEYS, *CurvePoint.model_fields]),
         pd.DataFrame(residuals, columns=[*KEYS, "step", "residual"]).astype({"residual": float}),
         _samples(found),
     )

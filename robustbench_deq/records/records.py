@@ -8,8 +8,9 @@ A record is written once and never changed. Its samples are in place before its 
 has its samples. A line counts only once its newline is there: a process that dies while writing leaves a torn last
 line, which readers skip and the next writer removes. Numbers that are not finite become null.
 
-Every field is described in `results/README.md`, which `benchmarks.schema` writes from the classes here. Lines of an
-older schema version are brought up to the present one as they are read (see `records.migrations`).
+Every field is described in `results/README.md`, which `benchmarks.schema` writes from the classes here. A field that
+may be null can be added within a schema version: lines without it are read as null. Any other change of the fields, of
+their meaning or of their unit is a new version, and lines of another version are refused.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from pydantic import BaseModel, Field, JsonValue, ValidationError, ValidationInf
 from robustbench_deq.configs import Config, validate
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.files import lock, replacing
-from robustbench_deq.records.migrations import SCHEMA_VERSION, migrate
 
 logger = logging.getLogger(__name__)
 
+SCHEMA_VERSION = 1
 RECORDS_FILE = "records.jsonl"
 SAMPLES_FOLDER = "samples"
 SHARDS_FOLDER = "shards"
@@ -104,7 +105,7 @@ class CurvePoint(Fields):
     step: Count = Field(description="of the attack's own steps")
     cell_evals: Amount = Field(description="until then, mean per sample")
     cell_vjps: Amount = Field(description="until then, mean per sample")
-    solver_steps: Amount | None = Field(None, description="until then, mean per sample")
+    solver_steps: Amount = Field(description="until then, mean per sample")
     wall_seconds: Amount = Field(description="until then, all samples together")
     robust_accuracy: Fraction = Field(description="as judged after the clock had stopped")
 
@@ -368,7 +369,19 @@ def _parse(line: bytes, where: str) -> Record:
         values = None
     if not isinstance(values, dict):
         raise UsageError.of(where, expected="a record as one JSON object", got=_excerpt(line), fix="remove the line")
-    return validate(Record, migrate(values, where), where)
+    _check_version(values.get("schema_version"), where)
+    return validate(Record, values, where)
+
+
+def _check_version(version: Any, where: str) -> None:
+    if type(version) is not int or version != SCHEMA_VERSION:
+        is_newer = type(version) is int and version > SCHEMA_VERSION
+        raise UsageError.of(
+            where,
+            expected=f"schema_version {SCHEMA_VERSION}",
+            got=repr(version),
+            fix="install the newer robustbench-deq that wrote it" if is_newer else "remove the line",
+        )
 
 
 def _refuse_constant(name: str) -> None:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.schema import README, schema_text
 from robustbench_deq.configs import validate
 from robustbench_deq.errors import UsageError
 from robustbench_deq.records import records
@@ -80,6 +81,10 @@ def store_with(folder: Path, *identifiers: str) -> RecordStore:
 
 def test_json_has_exactly_the_documented_fields() -> None:
     assert to_json(Record(**values())) == values()
+
+
+def test_the_readme_describes_these_very_fields() -> None:
+    assert schema_text() in README.read_text(encoding="utf-8"), "run 'python -m benchmarks.schema'"
 
 
 def test_round_trip_keeps_records_order_and_samples(tmp_path: Path) -> None:
@@ -171,7 +176,11 @@ def test_append_after_a_torn_line_leaves_a_whole_file(tmp_path: Path, caplog: py
         (b"\xff\xfe", "one JSON object"),
         (b"", "one JSON object"),
         (b'{"schema_version": NaN}', "one JSON object"),
-        (b'{"schema_version": 2}', "got 2; install the newer robustbench-deq"),
+        (b'{"schema_version": 2}', "expected schema_version 1, got 2; install the newer robustbench-deq"),
+        (b'{"schema_version": 0}', "expected schema_version 1, got 0; remove the line"),
+        (b'{"schema_version": true}', "expected schema_version 1, got True; remove the line"),
+        (b'{"schema_version": "1"}', "expected schema_version 1, got '1'; remove the line"),
+        (b'{"schema_version": 1.0}', "expected schema_version 1, got 1.0; remove the line"),
         (b"{}", "expected schema_version 1, got None"),
         (b'{"schema_version": 1}', "record_id: expected"),
     ],

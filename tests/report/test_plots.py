@@ -36,13 +36,6 @@ def test_accuracy_plots_show_curve_end_interval_and_clean_accuracy(make_record, 
     assert top == pytest.approx([end, 73.75])
 
 
-def test_curves_without_solver_steps_are_drawn_by_their_end(make_record) -> None:
-    old = make_record()
-    points = [point.model_copy(update={"solver_steps": None}) for point in old.curve]
-    (axes,) = plots.accuracy_against_solver_steps([old.model_copy(update={"curve": points})]).axes
-    assert list(axes.lines[1].get_xdata()) == [82.0]
-
-
 @pytest.mark.parametrize(
     ("low", "high", "ticks"),
     [

@@ -33,7 +33,7 @@ def test_seconds_add_up_and_calls_are_means(make_record) -> None:
     assert bars(right) == [[(0, 20), (0, 4)], [(20, 7), (4, 0)]]
 
 
-def test_records_from_before_the_judge_was_timed_are_drawn(make_record) -> None:
+def test_records_whose_judge_was_not_timed_are_drawn(make_record) -> None:
     left, _ = spending.time_spent([make_record("old", cost=cost(5.0, None))]).axes
     assert bars(left) == [[(0, 5)], [(5, 0)]]
 

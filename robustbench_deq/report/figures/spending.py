@@ -77,5 +77,5 @@ def _bars(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def _total(records: Sequence[Record], cost: str) -> float:
-    """Over records; those from before the judge was timed count nothing for it."""
+    """Over records; those whose judge was not timed count nothing for it."""
     return sum(getattr(record.cost, cost) or 0.0 for record in records)
