@@ -18,7 +18,7 @@ from robustbench_deq.files import output_folder, whole_folder
 from robustbench_deq.models import describe_model, load_model
 from robustbench_deq.protocol import Attack
 from robustbench_deq.records.images import choose_images, save_images
-from robustbench_deq.records.records import RecordStore
+from robustbench_deq.records.store import RecordStore
 from robustbench_deq.report.pages.report import write_report
 from robustbench_deq.report.supplements import GalleryRow, read_supplements
 from robustbench_deq.report.tables.summary import render, summary_table

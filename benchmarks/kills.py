@@ -32,7 +32,8 @@ import torch
 from benchmarks.timing import keep, say
 from robustbench_deq.commands import main as cli
 from robustbench_deq.files import write_text
-from robustbench_deq.records.records import SHARDS_FOLDER, RecordStore, load_records, without_circumstances
+from robustbench_deq.records.record import without_circumstances
+from robustbench_deq.records.store import SHARDS_FOLDER, RecordStore, load_records
 
 SUITE = {
     "name": "kills",

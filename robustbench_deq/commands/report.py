@@ -10,7 +10,7 @@ import robustbench_deq
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import whole_folder, write_text
 from robustbench_deq.memory import no_collection
-from robustbench_deq.records.records import load_folders, load_records
+from robustbench_deq.records.store import load_folders, load_records
 from robustbench_deq.report.pages.comparison import comparison_html, comparison_markdown, headline
 from robustbench_deq.report.pages.report import write_report
 from robustbench_deq.report.supplements import read_model_facts, read_supplements

@@ -12,7 +12,7 @@ In all of them `folder` and `record_id` say which record a row is of. `results/R
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,8 @@ import pandas as pd
 import pyarrow
 
 from robustbench_deq.errors import UsageError
-from robustbench_deq.records.records import CurvePoint, Record, RecordStore, load_records, to_frame
+from robustbench_deq.records.record import CurvePoint, Record, to_json
+from robustbench_deq.records.store import RecordStore, load_records
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,17 @@ def read_frames(*folders: Path | str) -> Frames:
         pd.DataFrame(residuals, columns=[*KEYS, "step", "residual"]).astype({"residual": float}),
         _samples(found),
     )
+
+
+def to_frame(records: Sequence[Record]) -> pd.DataFrame:
+    """One row a record; nested fields get dotted names such as `cost.cell_evals`. Curves and residuals are left out."""
+    rows = []
+    for record in records:
+        row = to_json(record)
+        row["robust_accuracy_low"], row["robust_accuracy_high"] = row.pop("robust_accuracy_ci")
+        del row["curve"], row["residuals"]
+        rows.append({key: value for key, value in row.items() if value != {}})
+    return pd.json_normalize(rows)
 
 
 def _samples(found: Iterable[tuple[RecordStore, Record]]) -> pd.DataFrame:

@@ -21,7 +21,8 @@ import pyarrow
 from robustbench_deq.errors import UsageError
 from robustbench_deq.records.images import images_path, load_images
 from robustbench_deq.records.missing import Missing, read_missing
-from robustbench_deq.records.records import Record, RecordStore
+from robustbench_deq.records.record import Record
+from robustbench_deq.records.store import RecordStore
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,8 @@ from pydantic import Field, JsonValue, model_validator
 from robustbench_deq.configs import Config, validate
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import write_json
-from robustbench_deq.records.records import Record, RecordStore, load_records
+from robustbench_deq.records.record import Record
+from robustbench_deq.records.store import RecordStore, load_records
 
 SCHEMA_VERSION = 2
 

@@ -15,7 +15,8 @@ from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate.evaluation import evaluate
 from robustbench_deq.models import load_model
 from robustbench_deq.records import read_frames
-from robustbench_deq.records.records import SAMPLE_COLUMNS, RecordStore
+from robustbench_deq.records.record import SAMPLE_COLUMNS
+from robustbench_deq.records.store import RecordStore
 
 NUM_SAMPLES = 24
 

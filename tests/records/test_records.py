@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from benchmarks.schema import README, schema_text
 from robustbench_deq.configs import validate
 from robustbench_deq.errors import UsageError
-from robustbench_deq.records import records
-from robustbench_deq.records.records import Record, RecordStore, load_folders, load_records, to_frame, to_json
+from robustbench_deq.records import store
+from robustbench_deq.records.frames import to_frame
+from robustbench_deq.records.record import Record, to_json
+from robustbench_deq.records.store import RecordStore, load_folders, load_records
 
 
 def values(**changes: Any) -> dict[str, Any]:
@@ -252,12 +254,12 @@ def test_writers_may_share_a_folder(tmp_path: Path) -> None:
 
 def test_appending_parses_every_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parsed: list[bytes] = []
-    read = records._parse
-    monkeypatch.setattr(records, "_parse", lambda line, where: parsed.append(line) or read(line, where))
+    read = store._parse
+    monkeypatch.setattr(store, "_parse", lambda line, where: parsed.append(line) or read(line, where))
     mine, other = RecordStore(tmp_path), RecordStore(tmp_path)
     for number in range(20):
-        store = other if number % 5 == 0 else mine
-        store.append(Record(**values(record_id=f"{number}")), samples())
+        writer = other if number % 5 == 0 else mine
+        writer.append(Record(**values(record_id=f"{number}")), samples())
     assert len(parsed) < 2 * 20  # each line once by either store
     with pytest.raises(UsageError, match="new identifier"):
         mine.append(Record(**values(record_id="15")), samples())

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from robustbench_deq.errors import UsageError
-from robustbench_deq.records.records import Record
+from robustbench_deq.records.record import Record
 from robustbench_deq.report.pages.comparison import comparison_html, comparison_markdown, headline
 from robustbench_deq.report.supplements import SampleVerdicts
 from robustbench_deq.report.tables.comparison import Change, RunComparison, compare_runs

@@ -15,7 +15,8 @@ import pytest
 
 from robustbench_deq.errors import UsageError
 from robustbench_deq.records.images import Images, choose_images, load_images, save_images
-from robustbench_deq.records.records import Record, RecordStore
+from robustbench_deq.records.record import Record
+from robustbench_deq.records.store import RecordStore
 from robustbench_deq.report.pages.commands import command_of
 from robustbench_deq.report.pages.leaderboard import leaderboard_html
 from robustbench_deq.report.supplements import Supplements, read_supplements

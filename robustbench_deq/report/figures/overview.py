@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from robustbench_deq.errors import UsageError
-from robustbench_deq.records.records import Record
+from robustbench_deq.records.record import Record
 from robustbench_deq.report.figures.plots import (
     Look,
     add_legend,

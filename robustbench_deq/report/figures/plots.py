@@ -22,7 +22,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import replacing
-from robustbench_deq.records.records import Record
+from robustbench_deq.records.record import Record
 from robustbench_deq.report.settings import Setting, SettingNames, group_by_setting, setting_names
 
 PNG_DPI = 200

@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from robustbench_deq.errors import UsageError
-from robustbench_deq.records.records import Record
+from robustbench_deq.records.record import Record
 from robustbench_deq.report.figures.plots import COLOURS, natural_order, new_figure, plain, style
 
 MAX_BARS = 12

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from robustbench_deq.records.records import Record
+from robustbench_deq.records.record import Record
 from robustbench_deq.report.pages.templates import render_template
 from robustbench_deq.report.settings import format_threat
 from robustbench_deq.report.tables.comparison import (

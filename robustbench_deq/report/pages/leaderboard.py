@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from robustbench_deq.records.records import Record
+from robustbench_deq.records.record import Record
 from robustbench_deq.report.figures.gallery import stretched
 from robustbench_deq.report.pages.commands import command_of, flatten
 from robustbench_deq.report.pages.templates import render_template

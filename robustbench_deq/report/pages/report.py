@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import write_text
-from robustbench_deq.records.records import Record
+from robustbench_deq.records.record import Record
 from robustbench_deq.report.figures import overview, plots
 from robustbench_deq.report.figures.gallery import draw_gallery
 from robustbench_deq.report.figures.spending import time_spent

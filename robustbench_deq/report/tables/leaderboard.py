@@ -20,7 +20,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from robustbench_deq.proportions import wilson_interval
-from robustbench_deq.records.records import Record
+from robustbench_deq.records.record import Record
 from robustbench_deq.report.settings import Setting, SettingNames, format_threat, group_by_setting, setting_names
 from robustbench_deq.report.supplements import GalleryRow, ModelFacts, SampleVerdicts, Supplements, num_robust
 

@@ -18,7 +18,7 @@ from scipy.stats import rankdata
 
 from robustbench_deq.errors import UsageError
 from robustbench_deq.proportions import wilson_interval
-from robustbench_deq.records.records import Record
+from robustbench_deq.records.record import Record
 from robustbench_deq.report.settings import Setting, group_by_setting, setting_names
 from robustbench_deq.report.tables.text import (
     amount,
