@@ -158,13 +158,3 @@ def _finite(value: Any) -> Any:
 def to_json(record: Record) -> dict[str, Any]:
     """The record as plain dictionaries, lists, strings and finite numbers."""
     return record.model_dump(mode="json")
-
-
-def without_circumstances(record: Record) -> dict[str, Any]:
-    """As `to_json`, without what differs between two runs of the same thing: times, memory, and where it was."""
-    values = to_json(record)
-    del values["created"], values["environment"]
-    for part in (values["cost"], *values["curve"]):
-        for key in ("wall_seconds", "judge_seconds", "peak_memory_mb"):
-            part.pop(key, None)
-    return values

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 import pandas as pd
 from scipy.stats import rankdata
 
-from robustbench_deq.errors import UsageError
 from robustbench_deq.proportions import wilson_interval
 from robustbench_deq.records.record import Record
 from robustbench_deq.report.settings import Setting, group_by_setting, setting_names
@@ -55,18 +54,10 @@ COLUMN_MEANINGS = {
 class Format(enum.Enum):
     """What a table can be written as."""
 
-    MARKDOWN = "md"
-    CSV = "csv"
-    LATEX = "latex"
-    HTML = "html"
-
-    @classmethod
-    def parse(cls, name: str) -> Format:
-        try:
-            return cls(name.lower())
-        except ValueError:
-            known = ", ".join(fmt.value for fmt in cls)
-            raise UsageError.of("table format", expected=f"one of {known}", got=repr(name), fix="name one") from None
+    MARKDOWN = enum.auto()
+    CSV = enum.auto()
+    LATEX = enum.auto()
+    HTML = enum.auto()
 
 
 def summary_table(records: Sequence[Record]) -> pd.DataFrame:
@@ -109,14 +100,14 @@ def _row(record: Record, rank: int) -> dict[str, object]:
     }
 
 
-def render(frame: pd.DataFrame, fmt: Format | str) -> str:
+def render(frame: pd.DataFrame, fmt: Format) -> str:
     """A summary table as text that ends with a newline.
 
     Args:
         frame: from `summary_table`.
-        fmt: md, csv, latex (needs the package booktabs, for many rows longtable too) or html (a `<table>`, not a page).
+        fmt: LaTeX needs the package booktabs, for many rows longtable too; HTML is a `<table>`, not a page.
     """
-    return _RENDERERS[Format.parse(fmt) if isinstance(fmt, str) else fmt](frame)
+    return _RENDERERS[fmt](frame)
 
 
 def readable(frame: pd.DataFrame) -> pd.DataFrame:
