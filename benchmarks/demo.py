@@ -18,11 +18,10 @@ from robustbench_deq.files import output_folder, whole_folder
 from robustbench_deq.models import describe_model, load_model
 from robustbench_deq.protocol import Attack
 from robustbench_deq.records.images import choose_images, save_images
-from robustbench_deq.records.records import RecordStore
-from robustbench_deq.report.gallery import GalleryRow
-from robustbench_deq.report.page import write_report
-from robustbench_deq.report.supplements import read_supplements
-from robustbench_deq.report.tables import render, summary_table
+from robustbench_deq.records.store import RecordStore
+from robustbench_deq.report.pages.report import write_report
+from robustbench_deq.report.supplements import GalleryRow, read_supplements
+from robustbench_deq.report.tables.summary import Format, render, summary_table
 from robustbench_deq.threats import Norm, Threat
 
 MODELS = ("deq-conv.digits-standard", "deq-conv.digits-joint-l2", "mondeq-fc.digits-joint-l2")
@@ -89,7 +88,7 @@ def run(out: Path, limit: int) -> None:
     with whole_folder(out / "report") as folder:
         cards = {name: describe_model(name).model_dump(mode="json") for name in MODELS}
         write_report(records, folder, gallery, read_supplements({store.folder: records}, cards))
-    print(render(summary_table(records), "md"))
+    print(render(summary_table(records), Format.MARKDOWN))
     print(f"The page: {out / 'report' / 'index.html'}")
 
 

@@ -29,10 +29,11 @@ from typing import Any, NamedTuple
 import click
 import torch
 
-import cli
 from benchmarks.timing import keep, say
+from robustbench_deq.commands import main as cli
 from robustbench_deq.files import write_text
-from robustbench_deq.records.records import SHARDS_FOLDER, RecordStore, load_records, without_circumstances
+from robustbench_deq.records.record import Record, to_json
+from robustbench_deq.records.store import SHARDS_FOLDER, RecordStore, load_records
 
 SUITE = {
     "name": "kills",
@@ -50,6 +51,16 @@ SUITE = {
 }
 WITH_WORKERS = 0.2
 """Share of the processes that have two workers."""
+
+
+def without_circumstances(record: Record) -> dict[str, Any]:
+    """As `to_json`, without what differs between two runs of the same thing: times, memory, and where it was."""
+    values = to_json(record)
+    del values["created"], values["environment"]
+    for part in (values["cost"], *values["curve"]):
+        for key in ("wall_seconds", "judge_seconds", "peak_memory_mb"):
+            part.pop(key, None)
+    return values
 
 
 def contents(folder: Path) -> list[tuple[dict[str, Any], str]]:

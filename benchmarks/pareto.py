@@ -25,7 +25,7 @@ from robustbench_deq.evaluate.evaluation import evaluate
 from robustbench_deq.files import replacing
 from robustbench_deq.models import MODELS, describe_model, load_model
 from robustbench_deq.protocol import Attack
-from robustbench_deq.report.plots import COLOURS, MARKERS, new_figure, save, style
+from robustbench_deq.report.figures.plots import COLOURS, MARKERS, new_figure, save, style
 from robustbench_deq.threats import Norm, Threat
 
 MARGIN = 0.005

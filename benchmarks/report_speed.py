@@ -27,8 +27,9 @@ from benchmarks.timing import keep
 from robustbench_deq.files import write_text
 from robustbench_deq.memory import no_collection
 from robustbench_deq.records.images import Images, images_path, save_images
-from robustbench_deq.records.records import RECORDS_FILE, Record, RecordStore, load_records, to_json
-from robustbench_deq.report.page import write_report
+from robustbench_deq.records.record import Record, to_json
+from robustbench_deq.records.store import RECORDS_FILE, RecordStore, load_records
+from robustbench_deq.report.pages.report import write_report
 from robustbench_deq.report.supplements import read_supplements
 
 NUM_SAMPLES = 64
@@ -70,6 +71,7 @@ def _record(record_id: str, model: str, label: str, epsilon: float, seed: int) -
             "step": step,
             "cell_evals": step * steps,
             "cell_vjps": step * steps,
+            "solver_steps": step * steps,
             "wall_seconds": step,
             "robust_accuracy": 1 / (step + 1),
         }

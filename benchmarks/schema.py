@@ -15,8 +15,8 @@ import pandas as pd
 from pydantic import BaseModel
 
 from benchmarks.marks import write_between
-from robustbench_deq.records.records import SAMPLE_COLUMNS, SCHEMA_VERSION, Record
-from robustbench_deq.report.tables import markdown_table
+from robustbench_deq.records.record import SAMPLE_COLUMNS, SCHEMA_VERSION, Record
+from robustbench_deq.report.tables.text import markdown_table
 
 README = Path(__file__).parents[1] / "results" / "README.md"
 BEGIN, END = "<!-- schema: python -m benchmarks.schema -->\n", "<!-- end of schema -->\n"

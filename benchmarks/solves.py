@@ -42,7 +42,7 @@ from robustbench_deq.files import replacing
 from robustbench_deq.meter import Meter
 from robustbench_deq.models import MODELS, describe_model, load_model
 from robustbench_deq.protocol import frozen
-from robustbench_deq.report.plots import COLOURS, MARKERS, new_figure, save, style
+from robustbench_deq.report.figures.plots import COLOURS, MARKERS, new_figure, save, style
 from robustbench_deq.solvers import SOLVERS, Anderson, Broyden, CellMap, FixedPointMap, Solution, Solve
 from robustbench_deq.solvers.base import residual_norms
 

@@ -24,7 +24,7 @@ from robustbench_deq.files import write_json, write_text
 from robustbench_deq.memory import keep_freed_memory
 from robustbench_deq.protocol import Attack
 from robustbench_deq.records.environment import describe_environment
-from robustbench_deq.report.tables import markdown_table
+from robustbench_deq.report.tables.text import markdown_table
 from robustbench_deq.threats import Threat
 
 RESULTS = Path("results")

@@ -22,8 +22,8 @@ from scipy.stats import false_discovery_control
 from benchmarks.timing import RESULTS, keep
 from robustbench_deq.models import ModelDescription, describe_model
 from robustbench_deq.proportions import mcnemar_p_value, wilson_interval
-from robustbench_deq.records.records import load_records
-from robustbench_deq.report.plots import COLOURS, add_legend, new_figure, save, style
+from robustbench_deq.records.store import load_records
+from robustbench_deq.report.figures.plots import COLOURS, add_legend, new_figure, save, style
 from robustbench_deq.report.settings import format_norm
 from robustbench_deq.report.supplements import read_supplements
 

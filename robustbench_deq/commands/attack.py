@@ -18,7 +18,8 @@ from robustbench_deq.evaluate.evaluation import Evaluation, check_data, evaluate
 from robustbench_deq.files import output_folder
 from robustbench_deq.models import Card, describe_model, load_model
 from robustbench_deq.records.images import choose_images, save_images
-from robustbench_deq.records.records import RecordStore, to_json
+from robustbench_deq.records.record import to_json
+from robustbench_deq.records.store import RecordStore
 from robustbench_deq.runner.suite import digest_of_model
 from robustbench_deq.threats import Norm, Threat
 

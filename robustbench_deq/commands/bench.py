@@ -18,7 +18,7 @@ from robustbench_deq.commands.shared import choose_device, named_device, tell_sp
 from robustbench_deq.configs import merge, parse_assignments, read_yaml, validate
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.files import output_folder
-from robustbench_deq.records.records import RECORDS_FILE, load_records
+from robustbench_deq.records.store import RECORDS_FILE, load_records
 from robustbench_deq.runner.executors import Executor, Processes, Ray, Serial
 from robustbench_deq.runner.progress import EarlierPaces, SuiteProgress
 from robustbench_deq.runner.run import SUITE_FILE, check_folder, claim_folder, missing_shards, run_suite

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 from pathlib import Path
 
 import click
 
+import robustbench_deq
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import whole_folder, write_text
 from robustbench_deq.memory import no_collection
-from robustbench_deq.records.records import Record, load_folders, load_records
-from robustbench_deq.report.aside import aside
-from robustbench_deq.report.compare import compare_runs
-from robustbench_deq.report.compare_page import comparison_html, comparison_markdown, headline
-from robustbench_deq.report.page import write_report
-from robustbench_deq.report.supplements import Card, read_supplements
+from robustbench_deq.records.store import load_folders, load_records
+from robustbench_deq.report.pages.comparison import comparison_html, comparison_markdown, headline
+from robustbench_deq.report.pages.report import write_report
+from robustbench_deq.report.supplements import read_model_facts, read_supplements
+from robustbench_deq.report.tables.comparison import compare_runs
+
+WEIGHTS_FOLDER = Path(robustbench_deq.__file__).parent / "models" / "weights"
+"""Of the registered models, as `models.zoo` has it, which would import torch: that takes longer than most reports."""
 
 
 @click.command()
@@ -46,8 +47,8 @@ def report(folders: tuple[Path, ...], out: Path | None, compared: tuple[Path, Pa
 def _report_on(folders: tuple[Path, ...], out: Path) -> None:
     found = load_folders(folders)
     records = [record for part in found.values() for record in part]
-    with aside(lambda: _cards_of(records)) as cards:
-        supplements = dataclasses.replace(read_supplements(found), cards=cards())
+    cards = read_model_facts({record.model for record in records}, WEIGHTS_FOLDER)
+    supplements = read_supplements(found, cards)
     with whole_folder(out) as folder:
         written = write_report(records, folder, supplements=supplements)
     click.echo(f"{len(records)} records, {len(written)} files in {out}; open {out / 'index.html'}")
@@ -64,17 +65,3 @@ def _compare_runs(before: Path, after: Path, out: Path | None) -> None:
         write_text(folder / "compare.md", comparison_markdown(found))
         write_text(folder / "compare.html", comparison_html(found))
     click.echo(f"{headline(found)} Open {out / 'compare.html'}")
-
-
-def _cards_of(records: list[Record]) -> dict[str, Card]:
-    """What is known of the records' models; nothing of those that are files or no longer there.
-
-    Models need torch, which takes seconds to import: it is imported here, where the work is done aside.
-    """
-    from robustbench_deq.models import describe_model
-
-    cards = {}
-    for model in dict.fromkeys(record.model for record in records):
-        with contextlib.suppress(UsageError):
-            cards[model] = describe_model(model).model_dump(mode="json")
-    return cards

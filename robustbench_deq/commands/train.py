@@ -15,7 +15,7 @@ from robustbench_deq.configs import merge, parse_assignments, read_yaml, validat
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.files import output_folder
 from robustbench_deq.protocol import Attack
-from robustbench_deq.report.history import plot_history
+from robustbench_deq.report.figures.history import plot_history
 from robustbench_deq.threats import Norm, Threat
 from robustbench_deq.training.config import AttackSpec, TrainingConfig
 from robustbench_deq.training.session import TrainingSession

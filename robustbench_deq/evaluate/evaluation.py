@@ -34,7 +34,7 @@ from robustbench_deq.memory import release_freed_memory
 from robustbench_deq.proportions import wilson_interval
 from robustbench_deq.protocol import Attack, frozen
 from robustbench_deq.records.environment import describe_environment
-from robustbench_deq.records.records import SCHEMA_VERSION, CostRecord, CurvePoint, DataRecord, Record, ThreatRecord
+from robustbench_deq.records.record import SCHEMA_VERSION, CostRecord, CurvePoint, DataRecord, Record, ThreatRecord
 
 Progress = Callable[[int, int, float], None]
 """Called after each batch with (samples done, samples, robust accuracy so far)."""

@@ -1,8 +1,8 @@
 """Frames: folders of records as pandas frames in long form, to filter, group and plot.
 
-    from robustbench_deq.records import load
+    from robustbench_deq.records import read_frames
 
-    frames = load("results/runs/quick")
+    frames = read_frames("results/runs/quick")
     frames.records.groupby("label")["robust_accuracy"].mean()
     frames.curve.merge(frames.records[["record_id", "model", "label"]], on="record_id")
 
@@ -12,7 +12,7 @@ In all of them `folder` and `record_id` say which record a row is of. `results/R
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,8 @@ import pandas as pd
 import pyarrow
 
 from robustbench_deq.errors import UsageError
-from robustbench_deq.records.records import CurvePoint, Record, RecordStore, load_records, to_frame
+from robustbench_deq.records.record import CurvePoint, Record, to_json
+from robustbench_deq.records.store import RecordStore, load_records
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class Frames(NamedTuple):
     samples: pd.DataFrame
 
 
-def load(*folders: Path | str) -> Frames:
+def read_frames(*folders: Path | str) -> Frames:
     """The records of folders that `attack --out` or `bench` wrote, in the order in which they were written.
 
     A record whose samples are missing or unreadable has no rows in `samples`, which the log says.
@@ -53,7 +54,7 @@ def load(*folders: Path | str) -> Frames:
         UsageError: when no folder is named, for a folder without records, and for a damaged line.
     """
     if not folders:
-        raise UsageError.of("load", expected="a folder of records", got="none", fix="name one")
+        raise UsageError.of("read_frames", expected="a folder of records", got="none", fix="name one")
     stores = [RecordStore(Path(folder)) for folder in folders]
     found = [(store, record) for store in stores for record in load_records(store.folder)]
     records = to_frame([record for _, record in found])
@@ -63,10 +64,21 @@ def load(*folders: Path | str) -> Frames:
     residuals = [(*key, *pair) for key, record in keyed for pair in enumerate(record.residuals, start=1)]
     return Frames(
         records,
-        pd.DataFrame(curve, columns=[*KEYS, *CurvePoint.model_fields]).astype({"solver_steps": float}),
+        pd.DataFrame(curve, columns=[*KEYS, *CurvePoint.model_fields]),
         pd.DataFrame(residuals, columns=[*KEYS, "step", "residual"]).astype({"residual": float}),
         _samples(found),
     )
+
+
+def to_frame(records: Sequence[Record]) -> pd.DataFrame:
+    """One row a record; nested fields get dotted names such as `cost.cell_evals`. Curves and residuals are left out."""
+    rows = []
+    for record in records:
+        row = to_json(record)
+        row["robust_accuracy_low"], row["robust_accuracy_high"] = row.pop("robust_accuracy_ci")
+        del row["curve"], row["residuals"]
+        rows.append({key: value for key, value in row.items() if value != {}})
+    return pd.json_normalize(rows)
 
 
 def _samples(found: Iterable[tuple[RecordStore, Record]]) -> pd.DataFrame:

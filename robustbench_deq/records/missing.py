@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from robustbench_deq.files import write_json
-from robustbench_deq.records.records import SHARDS_FOLDER
+from robustbench_deq.records.store import SHARDS_FOLDER
 
 PLAN_FILE = "plan.json"
 UNKNOWN = ("unknown", "unknown")

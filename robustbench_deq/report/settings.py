@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from robustbench_deq.errors import UsageError
-from robustbench_deq.records.records import Record
+from robustbench_deq.records.record import Record
 
 _NORMS = {"l2": "L2", "linf": "L∞"}
 

@@ -7,9 +7,10 @@ their record, are left out with a warning in the log.
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,20 @@ from typing import Any
 import numpy as np
 import pyarrow
 
+from robustbench_deq.errors import UsageError
 from robustbench_deq.records.images import images_path, load_images
 from robustbench_deq.records.missing import Missing, read_missing
-from robustbench_deq.records.records import Record, RecordStore
-from robustbench_deq.report.gallery import GalleryRow
+from robustbench_deq.records.record import Record
+from robustbench_deq.records.store import RecordStore
 
 logger = logging.getLogger(__name__)
 
 _ANSWERS = ("is_clean_correct", "is_robust", "is_converged", "is_failed")
 _SCHEMA = pyarrow.schema([("sample_id", pyarrow.int64()), *((name, pyarrow.bool_()) for name in _ANSWERS)])
-Card = Mapping[str, Any]
+MODEL_FILE = "model.json"
+_FACTS = {"name": str, "family": str, "config": dict, "sha256": str, "num_parameters": int, "card": dict}
+
+ModelFacts = Mapping[str, Any]
 """The content of a `model.json`: name, family, config, sha256, number of parameters, and the card itself."""
 
 
@@ -40,13 +45,40 @@ class SampleVerdicts:
     is_failed: np.ndarray
 
 
+@dataclass(frozen=True, eq=False)
+class GalleryRow:
+    """One sample: three arrays of one shape `(channels, height, width)`, its true class and the two predictions.
+
+    Raises:
+        UsageError: for another number of channels or axes, or shapes that differ.
+    """
+
+    clean: np.ndarray
+    perturbation: np.ndarray
+    adversarial: np.ndarray
+    label: str
+    clean_prediction: str
+    adversarial_prediction: str
+
+    def __post_init__(self) -> None:
+        shapes = {np.shape(image) for image in (self.clean, self.perturbation, self.adversarial)}
+        shape = min(shapes)
+        if len(shapes) > 1 or len(shape) != 3 or shape[0] not in (1, 3):
+            raise UsageError.of(
+                "gallery",
+                expected="three images of one shape (1 or 3, height, width)",
+                got=" and ".join(map(str, sorted(shapes))),
+                fix="pass arrays of one sample, channels first",
+            )
+
+
 @dataclass(frozen=True)
 class Supplements:
     """By record id: verdicts and a gallery. By model name: the card. By model and attack: what has no record."""
 
     verdicts: Mapping[str, SampleVerdicts] = field(default_factory=dict)
     galleries: Mapping[str, Sequence[GalleryRow]] = field(default_factory=dict)
-    cards: Mapping[str, Card] = field(default_factory=dict)
+    cards: Mapping[str, ModelFacts] = field(default_factory=dict)
     missing: Missing = field(default_factory=lambda: Missing(Counter(), Counter()))
 
     @property
@@ -68,7 +100,9 @@ def _told(counts: Mapping[tuple[str, str], int], kind: str) -> str:
     )
 
 
-def read_supplements(folders: Mapping[Path, Sequence[Record]], cards: Mapping[str, Card] | None = None) -> Supplements:
+def read_supplements(
+    folders: Mapping[Path, Sequence[Record]], cards: Mapping[str, ModelFacts] | None = None
+) -> Supplements:
     """What lies in folders beside the records that were read from them.
 
     Args:
@@ -83,6 +117,34 @@ def read_supplements(folders: Mapping[Path, Sequence[Record]], cards: Mapping[st
         missing.append(read_missing(folder, {record.record_id for record in records}))
     failed, unfinished = (sum((found[i] for found in missing), Counter()) for i in (0, 1))
     return Supplements(verdicts, Galleries(images), cards or {}, Missing(failed, unfinished))
+
+
+def read_model_facts(models: Iterable[str], weights_folder: Path) -> dict[str, ModelFacts]:
+    """What is known of models by their names in records; nothing of those that are files or no longer there.
+
+    Read as plain JSON, since what loads models needs torch, which takes longer to import than a report to be made.
+
+    Args:
+        weights_folder: of the registered models, a folder each; any other name is that of a folder.
+    """
+    found = {}
+    for model in sorted(models):
+        registered = weights_folder / model / MODEL_FILE
+        path = registered if Path(model).name == model and registered.is_file() else Path(model) / MODEL_FILE
+        if path.is_file() and (facts := _read_facts(path)) is not None:
+            found[model] = facts
+    return found
+
+
+def _read_facts(path: Path) -> ModelFacts | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if isinstance(content, dict) and all(isinstance(content.get(key), kind) for key, kind in _FACTS.items()):
+        return content
+    logger.warning("%s: not the description of a model; its card was left out", path)
+    return None
 
 
 class Galleries(Mapping[str, Sequence[GalleryRow]]):

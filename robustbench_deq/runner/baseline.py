@@ -5,12 +5,11 @@
     entries      one for each record: what it is of, its verdicts a bit a sample, its counts, its share of the seconds
                  that all attacks took on the same model in the same run
 
-It changes only by `update_baseline`, which asks for a reason. Digests of weights may be null: older files have none.
+It changes only by `update_baseline`, which asks for a reason.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
 from collections import Counter
@@ -25,7 +24,8 @@ from pydantic import Field, JsonValue, model_validator
 from robustbench_deq.configs import Config, validate
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import write_json
-from robustbench_deq.records.records import Record, RecordStore, load_records
+from robustbench_deq.records.record import Record
+from robustbench_deq.records.store import RecordStore, load_records
 
 SCHEMA_VERSION = 2
 
@@ -54,7 +54,7 @@ class BaselineEntry(Config):
     """One record as a baseline keeps it: what it is of, and what it says."""
 
     model: str
-    model_sha256: str | None = Field(None, description="of the weights; null: none were known")
+    model_sha256: str | None = Field(None, description="of the weights; null for a model without a file of them")
     attack: str
     label: str
     norm: str
@@ -173,19 +173,7 @@ def read_baseline(path: Path) -> Baseline:
         content = None
     if not isinstance(content, dict):
         raise UsageError.of(str(path), expected="a baseline", got="not one JSON object", fix="restore the file")
-    return validate(Baseline, _of_first_version(content) if content.get("schema_version") == 1 else content, str(path))
-
-
-def _of_first_version(content: dict[str, Any]) -> dict[str, Any]:
-    """As one of this version, without seconds, which were multiples of one attack's."""
-    kept = {key: value for key, value in content.items() if key != "reference"} | {"schema_version": SCHEMA_VERSION}
-    with contextlib.suppress(KeyError, TypeError, AttributeError):  # malformed: told of when it is validated
-        kept["tolerances"] = {key: value for key, value in content["tolerances"].items() if key != "seconds_of_one"}
-        kept["entries"] = [
-            {key: value for key, value in entry.items() if key != "relative_seconds"} | {"seconds": 0.0}
-            for entry in content["entries"]
-        ]
-    return kept
+    return validate(Baseline, content, str(path))
 
 
 def read_run(folder: Path) -> list[tuple[Record, pd.DataFrame]]:

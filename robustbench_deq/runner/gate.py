@@ -81,7 +81,7 @@ def _compare(old: BaselineEntry, new: BaselineEntry, baseline: Baseline) -> list
 
 
 def _weights(old: BaselineEntry, new: BaselineEntry) -> list[Check]:
-    """None where a baseline is from before digests were kept, or a model has no file of weights."""
+    """None where a model has no file of weights."""
     digests = old.model_sha256, new.model_sha256
     if None in digests:
         return []

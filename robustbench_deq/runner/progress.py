@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from robustbench_deq.errors import UsageError
-from robustbench_deq.records.records import RECORDS_FILE, load_records
+from robustbench_deq.records.store import RECORDS_FILE, load_records
 from robustbench_deq.runner.shards import ShardStore, Standing
 from robustbench_deq.runner.suite import Run, Shard
 

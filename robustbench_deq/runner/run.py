@@ -31,7 +31,8 @@ from robustbench_deq.protocol import Attack
 from robustbench_deq.records.environment import describe_environment, merge_environments
 from robustbench_deq.records.images import choose_images, save_images
 from robustbench_deq.records.missing import write_plan
-from robustbench_deq.records.records import DataRecord, RecordStore
+from robustbench_deq.records.record import DataRecord
+from robustbench_deq.records.store import RecordStore
 from robustbench_deq.runner.clean import CleanStore
 from robustbench_deq.runner.executors import Executor
 from robustbench_deq.runner.shards import Claim, ShardStore

@@ -24,7 +24,8 @@ from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate.evaluation import Part
 from robustbench_deq.files import lock, remove_temporaries, replacing, write_json
 from robustbench_deq.records.images import IMAGES_FOLDER
-from robustbench_deq.records.records import SAMPLES_FOLDER, SHARDS_FOLDER, CostRecord, CurvePoint
+from robustbench_deq.records.record import CostRecord, CurvePoint
+from robustbench_deq.records.store import SAMPLES_FOLDER, SHARDS_FOLDER
 from robustbench_deq.runner.suite import Shard
 
 LOCK_SUFFIX = ".lock"

@@ -25,7 +25,7 @@ from robustbench_deq.errors import UsageError
 from robustbench_deq.files import sha256_of
 from robustbench_deq.models import MODELS, ModelDescription, describe_model
 from robustbench_deq.protocol import ATTACKS, make_attack
-from robustbench_deq.records.records import SCHEMA_VERSION
+from robustbench_deq.records.record import SCHEMA_VERSION
 from robustbench_deq.solvers import SOLVERS
 from robustbench_deq.threats import Norm, Threat
 

@@ -17,7 +17,7 @@ from benchmarks.kills import contents
 from robustbench_deq.commands import bench as bench_command
 from robustbench_deq.commands import main as cli
 from robustbench_deq.records.missing import read_missing
-from robustbench_deq.records.records import load_records
+from robustbench_deq.records.store import load_records
 from robustbench_deq.report.settings import Setting, group_by_setting, setting_names
 from robustbench_deq.runner.executors import Ray
 from robustbench_deq.runner.shards import ShardStore

@@ -27,7 +27,7 @@ from robustbench_deq.evaluate.judge import judge
 from robustbench_deq.models import Linear, LinearConfig
 from robustbench_deq.objectives import CrossEntropy
 from robustbench_deq.protocol import Attack, Proposal, Recorder
-from robustbench_deq.records.records import CostRecord, CurvePoint, to_json
+from robustbench_deq.records.record import CostRecord, CurvePoint, to_json
 from robustbench_deq.threats import Norm, Threat, norm_of
 
 NUM = 14

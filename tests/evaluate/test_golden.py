@@ -18,7 +18,7 @@ from robustbench_deq.data import load
 from robustbench_deq.evaluate.evaluation import evaluate
 from robustbench_deq.files import write_json
 from robustbench_deq.models import load_model
-from robustbench_deq.records.records import Record
+from robustbench_deq.records.record import Record
 from robustbench_deq.threats import Norm, Threat
 
 GOLDEN = Path(__file__).parent / "golden.json"

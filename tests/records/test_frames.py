@@ -1,4 +1,4 @@
-"""`load` gives what was recorded, in long form; DuckDB and Polars read the files themselves to the same end."""
+"""`read_frames` gives what was recorded, in long form; DuckDB and Polars read the files themselves to the same end."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from robustbench_deq.attacks import JointPGD
 from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate.evaluation import evaluate
 from robustbench_deq.models import load_model
-from robustbench_deq.records import load
-from robustbench_deq.records.records import SAMPLE_COLUMNS, RecordStore
+from robustbench_deq.records import read_frames
+from robustbench_deq.records.record import SAMPLE_COLUMNS
+from robustbench_deq.records.store import RecordStore
 
 NUM_SAMPLES = 24
 
@@ -33,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_frames_hold_what_was_recorded(folder: Path) -> None:
-    frames = load(folder)
+    frames = read_frames(folder)
     assert frames.records["threat.epsilon"].tolist() == [0.25, 1.0]
     assert set(frames.records["folder"]) == {str(folder)}
     first, second = frames.records["record_id"]
@@ -50,7 +51,7 @@ def test_frames_hold_what_was_recorded(folder: Path) -> None:
 
 
 def test_several_folders_are_told_apart(folder: Path) -> None:
-    frames = load(folder, folder / ".." / folder.name)
+    frames = read_frames(folder, folder / ".." / folder.name)
     assert len(frames.records) == 4
     assert frames.samples.groupby(["folder", "record_id"], observed=True).size().tolist() == [NUM_SAMPLES] * 4
 
@@ -58,16 +59,16 @@ def test_several_folders_are_told_apart(folder: Path) -> None:
 def test_missing_samples_are_left_out_and_said(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "records.jsonl").write_bytes((folder / "records.jsonl").read_bytes())
     with caplog.at_level(logging.WARNING):
-        frames = load(tmp_path)
+        frames = read_frames(tmp_path)
     assert len(frames.records) == 2 and len(frames.samples) == 0
     assert caplog.text.count("were left out") == 2
 
 
 def test_nothing_to_load_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="name one"):
-        load()
+        read_frames()
     with pytest.raises(UsageError, match=r"no records\.jsonl"):
-        load(tmp_path)
+        read_frames(tmp_path)
 
 
 def test_duckdb_reads_the_files_as_they_lie(folder: Path) -> None:
@@ -78,7 +79,7 @@ def test_duckdb_reads_the_files_as_they_lie(folder: Path) -> None:
         f"FROM (SELECT *, parse_filename(filename, true) AS record_id FROM {files}) s "
         f"JOIN '{folder}/records.jsonl' r USING (record_id) GROUP BY ALL ORDER BY 1"
     ).fetchall()
-    records = load(folder).records
+    records = read_frames(folder).records
     assert found == list(
         zip(records["threat.epsilon"], records["robust_accuracy"], records["cost.cell_evals"], strict=True)
     )
@@ -86,7 +87,7 @@ def test_duckdb_reads_the_files_as_they_lie(folder: Path) -> None:
 
 def test_polars_reads_the_files_as_they_lie(folder: Path) -> None:
     polars = pytest.importorskip("polars")
-    frames = load(folder)
+    frames = read_frames(folder)
     records = polars.read_ndjson(folder / "records.jsonl", infer_schema_length=None).unnest("threat", "cost")
     assert records["epsilon"].to_list() == frames.records["threat.epsilon"].tolist()
     assert records["cell_evals"].to_list() == frames.records["cost.cell_evals"].tolist()

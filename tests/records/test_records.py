@@ -14,10 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.schema import README, schema_text
 from robustbench_deq.configs import validate
 from robustbench_deq.errors import UsageError
-from robustbench_deq.records import records
-from robustbench_deq.records.records import Record, RecordStore, load_folders, load_records, to_frame, to_json
+from robustbench_deq.records import store
+from robustbench_deq.records.frames import to_frame
+from robustbench_deq.records.record import Record, to_json
+from robustbench_deq.records.store import RecordStore, load_folders, load_records
 
 
 def values(**changes: Any) -> dict[str, Any]:
@@ -80,6 +83,10 @@ def store_with(folder: Path, *identifiers: str) -> RecordStore:
 
 def test_json_has_exactly_the_documented_fields() -> None:
     assert to_json(Record(**values())) == values()
+
+
+def test_the_readme_describes_these_very_fields() -> None:
+    assert schema_text() in README.read_text(encoding="utf-8"), "run 'python -m benchmarks.schema'"
 
 
 def test_round_trip_keeps_records_order_and_samples(tmp_path: Path) -> None:
@@ -171,7 +178,11 @@ def test_append_after_a_torn_line_leaves_a_whole_file(tmp_path: Path, caplog: py
         (b"\xff\xfe", "one JSON object"),
         (b"", "one JSON object"),
         (b'{"schema_version": NaN}', "one JSON object"),
-        (b'{"schema_version": 2}', "got 2; install the newer robustbench-deq"),
+        (b'{"schema_version": 2}', "expected schema_version 1, got 2; install the newer robustbench-deq"),
+        (b'{"schema_version": 0}', "expected schema_version 1, got 0; remove the line"),
+        (b'{"schema_version": true}', "expected schema_version 1, got True; remove the line"),
+        (b'{"schema_version": "1"}', "expected schema_version 1, got '1'; remove the line"),
+        (b'{"schema_version": 1.0}', "expected schema_version 1, got 1.0; remove the line"),
         (b"{}", "expected schema_version 1, got None"),
         (b'{"schema_version": 1}', "record_id: expected"),
     ],
@@ -243,12 +254,12 @@ def test_writers_may_share_a_folder(tmp_path: Path) -> None:
 
 def test_appending_parses_every_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parsed: list[bytes] = []
-    read = records._parse
-    monkeypatch.setattr(records, "_parse", lambda line, where: parsed.append(line) or read(line, where))
+    read = store._parse
+    monkeypatch.setattr(store, "_parse", lambda line, where: parsed.append(line) or read(line, where))
     mine, other = RecordStore(tmp_path), RecordStore(tmp_path)
     for number in range(20):
-        store = other if number % 5 == 0 else mine
-        store.append(Record(**values(record_id=f"{number}")), samples())
+        writer = other if number % 5 == 0 else mine
+        writer.append(Record(**values(record_id=f"{number}")), samples())
     assert len(parsed) < 2 * 20  # each line once by either store
     with pytest.raises(UsageError, match="new identifier"):
         mine.append(Record(**values(record_id="15")), samples())

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from robustbench_deq.records.records import Record
+from robustbench_deq.records.record import Record
 
 MakeRecord = Callable[..., Record]
 

@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 
 from robustbench_deq.errors import UsageError
-from robustbench_deq.records.records import Record
-from robustbench_deq.report.compare import Change, RunComparison, compare_runs
-from robustbench_deq.report.compare_page import comparison_html, comparison_markdown, headline
+from robustbench_deq.records.record import Record
+from robustbench_deq.report.pages.comparison import comparison_html, comparison_markdown, headline
 from robustbench_deq.report.supplements import SampleVerdicts
+from robustbench_deq.report.tables.comparison import Change, RunComparison, compare_runs
 
 Run = tuple[Record, pd.DataFrame]
 NASTY = "<script>alert('1')</script> a|b"

@@ -15,12 +15,13 @@ import pytest
 
 from robustbench_deq.errors import UsageError
 from robustbench_deq.records.images import Images, choose_images, load_images, save_images
-from robustbench_deq.records.records import Record, RecordStore
-from robustbench_deq.report.columns import COLUMNS
-from robustbench_deq.report.commands import command_of
-from robustbench_deq.report.leaderboard import make_leaderboard
-from robustbench_deq.report.leaderboard_page import leaderboard_html
+from robustbench_deq.records.record import Record
+from robustbench_deq.records.store import RecordStore
+from robustbench_deq.report.pages.commands import command_of
+from robustbench_deq.report.pages.leaderboard import leaderboard_html
 from robustbench_deq.report.supplements import Supplements, read_supplements
+from robustbench_deq.report.tables.columns import COLUMNS
+from robustbench_deq.report.tables.leaderboard import make_leaderboard
 
 Run = tuple[Record, pd.DataFrame]
 NASTY = "<script>alert(1)</script>'\"><img src=x onerror=alert(2)>"

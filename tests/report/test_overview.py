@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from robustbench_deq.errors import UsageError
-from robustbench_deq.report import overview, plots
-from robustbench_deq.report.page import write_report
+from robustbench_deq.report.figures import overview, plots
+from robustbench_deq.report.pages.report import write_report
 
 
 def ball(epsilon: float, norm: str = "l2") -> dict[str, object]:

@@ -13,9 +13,10 @@ import pandas as pd
 import pytest
 
 from robustbench_deq.errors import UsageError
-from robustbench_deq.report.commands import command_of
-from robustbench_deq.report.gallery import GalleryRow, draw_gallery
-from robustbench_deq.report.page import write_report
+from robustbench_deq.report.figures.gallery import draw_gallery
+from robustbench_deq.report.pages.commands import command_of
+from robustbench_deq.report.pages.report import write_report
+from robustbench_deq.report.supplements import GalleryRow
 
 FIGURES = [
     "standings",

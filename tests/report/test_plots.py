@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from robustbench_deq.errors import UsageError
-from robustbench_deq.report import plots
+from robustbench_deq.report.figures import plots
 
 COST_PLOTS = [
     (plots.accuracy_against_solver_steps, "Solver steps per sample", 82.0),
@@ -34,13 +34,6 @@ def test_accuracy_plots_show_curve_end_interval_and_clean_accuracy(make_record, 
     ((bottom, top),) = interval.lines[2][0].get_segments()
     assert bottom == pytest.approx([end, 63.75])
     assert top == pytest.approx([end, 73.75])
-
-
-def test_curves_without_solver_steps_are_drawn_by_their_end(make_record) -> None:
-    old = make_record()
-    points = [point.model_copy(update={"solver_steps": None}) for point in old.curve]
-    (axes,) = plots.accuracy_against_solver_steps([old.model_copy(update={"curve": points})]).axes
-    assert list(axes.lines[1].get_xdata()) == [82.0]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from robustbench_deq.errors import UsageError
-from robustbench_deq.report import plots, spending
+from robustbench_deq.report.figures import plots, spending
 
 
 def cost(seconds: float, judge: float | None, evals: float = 10.0, vjps: float = 5.0) -> dict[str, float | None]:
@@ -33,7 +33,7 @@ def test_seconds_add_up_and_calls_are_means(make_record) -> None:
     assert bars(right) == [[(0, 20), (0, 4)], [(20, 7), (4, 0)]]
 
 
-def test_records_from_before_the_judge_was_timed_are_drawn(make_record) -> None:
+def test_records_whose_judge_was_not_timed_are_drawn(make_record) -> None:
     left, _ = spending.time_spent([make_record("old", cost=cost(5.0, None))]).axes
     assert bars(left) == [[(0, 5)], [(5, 0)]]
 

@@ -13,11 +13,12 @@ import pytest
 
 from benchmarks.standings import LAST_RANK, README, TABLE, standings_text
 from robustbench_deq.records.missing import UNKNOWN, Missing, read_missing, write_plan
-from robustbench_deq.report import standings
-from robustbench_deq.report.columns import COLUMNS
-from robustbench_deq.report.leaderboard import Entry, make_leaderboard
-from robustbench_deq.report.page import write_report
+from robustbench_deq.report.figures import standings as drawing
+from robustbench_deq.report.pages.report import write_report
 from robustbench_deq.report.supplements import Supplements
+from robustbench_deq.report.tables import standings
+from robustbench_deq.report.tables.columns import COLUMNS
+from robustbench_deq.report.tables.leaderboard import Entry, make_leaderboard
 from tests.runner.small_suite import runs_of, suite
 
 NASTY = "<b> a|b_$x^$"
@@ -43,7 +44,7 @@ def entries(make_record) -> list[Entry]:
 
 
 def test_figure_has_a_row_a_model_by_threat_and_robustness(entries: list[Entry]) -> None:
-    first, second = standings.draw_standings(entries).axes
+    first, second = drawing.draw_standings(entries).axes
     assert [text.get_text() for text in first.get_yticklabels()] == ["hard", "as soft", "soft"]
     assert [text.get_text() for text in second.get_yticklabels()] == [NASTY.replace("$", r"\$")]
     assert first.get_title(loc="left").startswith("L2, ε = 1 ") and second.get_title(loc="left").startswith("L2, ε = 2")
@@ -54,7 +55,7 @@ def test_figure_has_a_row_a_model_by_threat_and_robustness(entries: list[Entry])
         line, _, (bars,) = container.lines
         for value, row, ((low, _), (high, _)) in zip(*line.get_data(), bars.get_segments(), strict=True):
             found[int(row)] = (line.get_color(), value, low, high)
-    colours = {name: look["color"] for name, look in standings.TRAININGS.items()}
+    colours = {name: look["color"] for name, look in drawing.TRAININGS.items()}
     assert found[0][:2] == (colours["adversarial"], 75.0)
     assert found[1][:2] == (colours["unknown"], 25.0) and found[2][:2] == (colours["standard"], 25.0)
     assert found[0][2:] == pytest.approx([100 * end for end in entries[0].robust_accuracy_ci])
@@ -63,21 +64,21 @@ def test_figure_has_a_row_a_model_by_threat_and_robustness(entries: list[Entry])
 
 
 def test_figure_keeps_the_best_of_each_board_where_room_ends(make_record) -> None:
-    models = range(standings.MAX_ROWS)
+    models = range(drawing.MAX_ROWS)
     records = [
         make_record("a", f"{k:03}", robust=0.8 - k / 256, threat=ball(epsilon))
         for k in models
         for epsilon in (0.5, 1.0)
     ]
     entries = make_leaderboard(records, Supplements())
-    drawn, note = standings.choose_ranked(entries)
-    assert len(drawn) == standings.MAX_ROWS
-    assert {entry.rank for entry in drawn} == set(range(1, standings.MAX_ROWS // 2 + 1))
-    assert note.startswith(f"Drawn are {standings.MAX_ROWS} of {2 * standings.MAX_ROWS} rows")
-    assert standings.choose_ranked(entries[: standings.MAX_ROWS]) == (entries[: standings.MAX_ROWS], "")
-    many = [make_record("a", "m", threat=ball(k)) for k in range(1, standings.MAX_PANELS + 3)]
-    drawn, _ = standings.choose_ranked(make_leaderboard([*many, make_record("a", "n", threat=ball(9))], Supplements()))
-    assert len(drawn) == standings.MAX_PANELS + 1
+    drawn, note = drawing.choose_ranked(entries)
+    assert len(drawn) == drawing.MAX_ROWS
+    assert {entry.rank for entry in drawn} == set(range(1, drawing.MAX_ROWS // 2 + 1))
+    assert note.startswith(f"Drawn are {drawing.MAX_ROWS} of {2 * drawing.MAX_ROWS} rows")
+    assert drawing.choose_ranked(entries[: drawing.MAX_ROWS]) == (entries[: drawing.MAX_ROWS], "")
+    many = [make_record("a", "m", threat=ball(k)) for k in range(1, drawing.MAX_PANELS + 3)]
+    drawn, _ = drawing.choose_ranked(make_leaderboard([*many, make_record("a", "n", threat=ball(9))], Supplements()))
+    assert len(drawn) == drawing.MAX_PANELS + 1
     assert {entry.setting.epsilon for entry in drawn} > {9.0}
 
 

@@ -410,8 +410,9 @@ DAMAGED = small_baseline().model_dump(mode="json")
         ("[]", "JSON"),
         ('{"schema_version": 2}', "updates"),
         (json.dumps(DAMAGED | {"schema_version": 3}), "schema_version"),
-        (json.dumps(DAMAGED | {"schema_version": 1, "entries": 3}), "entries"),
-        (json.dumps(DAMAGED | {"schema_version": 1, "entries": [None]}), "entries"),
+        (json.dumps(DAMAGED | {"schema_version": 1}), "schema_version"),
+        (json.dumps(DAMAGED | {"entries": 3}), "entries"),
+        (json.dumps(DAMAGED | {"entries": [None]}), "entries"),
         (json.dumps(DAMAGED | {"updates": []}), "updates"),
         (json.dumps(DAMAGED).replace(bits(200), "xy"), "is_robust"),
         (json.dumps(DAMAGED).replace(bits(200), "ff"), "400 samples"),
@@ -423,20 +424,6 @@ def test_damaged_baselines_are_refused(text: str | None, message: str, tmp_path:
         path.write_text(text)
     with pytest.raises(UsageError, match=message):
         read_baseline(path)
-
-
-def test_baseline_of_the_first_version_is_read_without_seconds(tmp_path: Path) -> None:
-    content = small_baseline(entry(), entry(label="r")).model_dump(mode="json")
-    for one, seconds in zip(content["entries"], (4.0, None), strict=True):
-        del one["seconds"]
-        one["relative_seconds"] = seconds
-    content["tolerances"]["seconds_of_one"] = 30.0
-    path = tmp_path / "old.json"
-    path.write_text(json.dumps(content | {"schema_version": 1, "reference": "r"}))
-    found = read_baseline(path)
-    assert [one.model_copy(update={"seconds": 0.04}) for one in found.entries] == [entry(), entry(label="r")]
-    rows = [row for row in compare(found, [entry(), entry(label="r")]) if row.field == "seconds"]
-    assert [row.now for row in rows] == ["-", "-"] and all(row.is_good for row in rows)
 
 
 # ---------------------------------------------------------------- the command

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from robustbench_deq.commands import display
 from robustbench_deq.commands import main as cli
-from robustbench_deq.records.records import load_records
+from robustbench_deq.records.store import load_records
 from robustbench_deq.runner import progress as progress_module
 from robustbench_deq.runner.progress import EarlierPaces, SuiteProgress
 from robustbench_deq.runner.run import claim_folder

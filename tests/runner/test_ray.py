@@ -19,7 +19,7 @@ from robustbench_deq.attacks import build_attack
 from robustbench_deq.commands import main as cli
 from robustbench_deq.errors import RunError
 from robustbench_deq.protocol import Attack
-from robustbench_deq.records.records import load_records
+from robustbench_deq.records.store import load_records
 from robustbench_deq.runner.executors import WORKER_DIED, Ray
 from robustbench_deq.runner.shards import ShardStore
 from robustbench_deq.runner.suite import Resources

@@ -34,7 +34,7 @@ from robustbench_deq.models import MODELS, load_model, save_model
 from robustbench_deq.protocol import ATTACKS, Attack
 from robustbench_deq.records.environment import describe_environment
 from robustbench_deq.records.images import load_images
-from robustbench_deq.records.records import RecordStore, load_records
+from robustbench_deq.records.store import RecordStore, load_records
 from robustbench_deq.runner import run as runner
 from robustbench_deq.runner import shards as shards_module
 from robustbench_deq.runner.executors import WORKER_DIED, Processes, Ray

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from robustbench_deq.report.leaderboard import Entry
-from robustbench_deq.report.tables import COLUMN_MEANINGS, amount, percent, percent_interval
+from robustbench_deq.report.tables.leaderboard import Entry
+from robustbench_deq.report.tables.summary import COLUMN_MEANINGS
+from robustbench_deq.report.tables.text import amount, percent, percent_interval
 
 
 @dataclass(frozen=True)

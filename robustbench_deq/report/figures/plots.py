@@ -22,7 +22,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import replacing
-from robustbench_deq.records.records import Record
+from robustbench_deq.records.record import Record
 from robustbench_deq.report.settings import Setting, SettingNames, group_by_setting, setting_names
 
 PNG_DPI = 200
@@ -97,10 +97,7 @@ def accuracy_against_cell_evals(records: Sequence[Record]) -> Figure:
 
 
 def accuracy_against_solver_steps(records: Sequence[Record]) -> Figure:
-    """Robust accuracy against solver steps per sample. Raises `UsageError` when there are no records.
-
-    Records from before curves knew their solver steps have their end only.
-    """
+    """Robust accuracy against solver steps per sample. Raises `UsageError` when there are no records."""
     return _accuracy(records, "Solver steps per sample", "solver_steps")
 
 
@@ -169,7 +166,7 @@ def _draw_accuracy(axes: Axes, record: Record, cost: str, look: Look) -> None:
     """The curve with a small marker at each judged step; the end with the large marker and the interval."""
     end = (getattr(record.cost, cost), 100 * record.robust_accuracy)
     points = [(getattr(point, cost), 100 * point.robust_accuracy) for point in record.curve]
-    points = sorted((x, y) for x, y in points if x is not None and 0 < x < end[0])
+    points = sorted((x, y) for x, y in points if 0 < x < end[0])
     if end[0] <= 0:
         return
     axes.plot(*zip(*points, end, strict=True), **{**look, "markersize": 3.5, "markeredgewidth": 0}, zorder=2)

@@ -20,10 +20,9 @@ import numpy as np
 from scipy.stats import rankdata
 
 from robustbench_deq.proportions import wilson_interval
-from robustbench_deq.records.records import Record
-from robustbench_deq.report.gallery import GalleryRow
+from robustbench_deq.records.record import Record
 from robustbench_deq.report.settings import Setting, SettingNames, format_threat, group_by_setting, setting_names
-from robustbench_deq.report.supplements import Card, SampleVerdicts, Supplements, num_robust
+from robustbench_deq.report.supplements import GalleryRow, ModelFacts, SampleVerdicts, Supplements, num_robust
 
 UNKNOWN = "unknown"
 
@@ -66,7 +65,7 @@ class Entry:
     sole_breaks: tuple[int | None, ...]
     num_unconverged: int
     num_failed: int
-    card: Card | None
+    card: ModelFacts | None
     gallery: Sequence[GalleryRow]
 
     @property
@@ -171,7 +170,7 @@ def _under_any(flags: Sequence[np.ndarray], counts: Sequence[int]) -> int:
     return max([*counts, int(np.logical_or.reduce(flags).sum())] if flags else counts)
 
 
-def _card_of(setting: Setting, cards: Mapping[str, Card]) -> Card | None:
+def _card_of(setting: Setting, cards: Mapping[str, ModelFacts]) -> ModelFacts | None:
     """The card by the model's name, unless it is that of other weights."""
     card = cards.get(setting.model)
     return card if card is not None and (card["sha256"] or "") == setting.sha256 else None

@@ -1,4 +1,4 @@
-"""Tables: one row a record, as a frame of plain numbers and as Markdown, CSV, LaTeX or HTML.
+"""Summary: one row a record, as a frame of plain numbers and as Markdown, CSV, LaTeX or HTML.
 
 `summary_table` keeps raw values (fractions, counts, means per sample), and CSV writes them as they are. The other
 formats are for reading: percentages with their interval, "68.4 [64.3, 72.3]", and few digits.
@@ -11,18 +11,23 @@ import html
 import io
 import itertools
 import math
-import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pandas as pd
 from scipy.stats import rankdata
 
-from robustbench_deq.errors import UsageError
 from robustbench_deq.proportions import wilson_interval
-from robustbench_deq.records.records import Record
+from robustbench_deq.records.record import Record
 from robustbench_deq.report.settings import Setting, group_by_setting, setting_names
+from robustbench_deq.report.tables.text import (
+    amount,
+    decimals,
+    latex_table,
+    markdown_table,
+    markdown_text,
+    percent_interval,
+)
 
-MISSING = "–"
 SETTING_COLUMNS = ["Model", "Threat", "Data"]
 TEXT_COLUMNS = [*SETTING_COLUMNS, "Attack"]
 
@@ -49,18 +54,10 @@ COLUMN_MEANINGS = {
 class Format(enum.Enum):
     """What a table can be written as."""
 
-    MARKDOWN = "md"
-    CSV = "csv"
-    LATEX = "latex"
-    HTML = "html"
-
-    @classmethod
-    def parse(cls, name: str) -> Format:
-        try:
-            return cls(name.lower())
-        except ValueError:
-            known = ", ".join(fmt.value for fmt in cls)
-            raise UsageError.of("table format", expected=f"one of {known}", got=repr(name), fix="name one") from None
+    MARKDOWN = enum.auto()
+    CSV = enum.auto()
+    LATEX = enum.auto()
+    HTML = enum.auto()
 
 
 def summary_table(records: Sequence[Record]) -> pd.DataFrame:
@@ -103,14 +100,14 @@ def _row(record: Record, rank: int) -> dict[str, object]:
     }
 
 
-def render(frame: pd.DataFrame, fmt: Format | str) -> str:
+def render(frame: pd.DataFrame, fmt: Format) -> str:
     """A summary table as text that ends with a newline.
 
     Args:
         frame: from `summary_table`.
-        fmt: md, csv, latex (needs the package booktabs, for many rows longtable too) or html (a `<table>`, not a page).
+        fmt: LaTeX needs the package booktabs, for many rows longtable too; HTML is a `<table>`, not a page.
     """
-    return _RENDERERS[Format.parse(fmt) if isinstance(fmt, str) else fmt](frame)
+    return _RENDERERS[fmt](frame)
 
 
 def readable(frame: pd.DataFrame) -> pd.DataFrame:
@@ -151,32 +148,8 @@ def _each(frame: pd.DataFrame, write: Callable[..., str], *names: str) -> list[s
     return [write(*values) for values in zip(*(frame[name] for name in names), strict=True)]
 
 
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f}"
-
-
-def percent_interval(value: float, low: float, high: float) -> str:
-    return f"{percent(value)} [{percent(low)}, {percent(high)}]"
-
-
-def decimals(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else MISSING
-
-
-def amount(value: float) -> str:
-    """Three digits or all before the point: 0.0123, 1.70, 41.0, 1,234."""
-    if value == 0:
-        return "0"
-    return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f}"
-
-
 def _csv(frame: pd.DataFrame) -> str:
     return frame.to_csv(index=False, lineterminator="\n")
-
-
-def markdown_text(text: str) -> str:
-    """`text` such that Markdown shows it literally and on one line."""
-    return re.sub(r"([\\`*|<>\[\]])", r"\\\1", " ".join(text.split()))
 
 
 def _markdown(frame: pd.DataFrame) -> str:
@@ -186,51 +159,8 @@ def _markdown(frame: pd.DataFrame) -> str:
     return markdown_table(table, TEXT_COLUMNS)
 
 
-def markdown_table(frame: pd.DataFrame, text_columns: Collection[str] = ()) -> str:
-    """Any table as aligned Markdown; columns other than the first and `text_columns` are set to the right."""
-    rows = [[str(name) for name in frame.columns], *([str(cell) for cell in row] for row in frame.to_numpy(object))]
-    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
-    is_text = [index == 0 or name in text_columns for index, name in enumerate(frame.columns)]
-    lines = [
-        [
-            cell.ljust(width) if left else cell.rjust(width)
-            for cell, width, left in zip(row, widths, is_text, strict=True)
-        ]
-        for row in rows
-    ]
-    rule = ["-" * width if left else "-" * (width - 1) + ":" for width, left in zip(widths, is_text, strict=True)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], rule, *lines[1:]])
-
-
-ROWS_OF_A_PAGE = 45
-"""In print, at most; a LaTeX table of more is broken over pages."""
-_LATEX_SYMBOLS = str.maketrans(
-    {character: f"\\{character}" for character in "&%$#_{}"}
-    | {"~": r"\textasciitilde ", "^": r"\textasciicircum ", "\\": r"\textbackslash "}
-    | {"ε": r"$\varepsilon$", "≤": r"$\le$", "∞": r"$_\infty$", "·": r"$\cdot$", MISSING: "--"}
-)
-
-
 def _latex(frame: pd.DataFrame) -> str:
     return latex_table(readable(frame), TEXT_COLUMNS)
-
-
-def latex_table(frame: pd.DataFrame, text_columns: Collection[str] = ()) -> str:
-    """Any table of texts with booktabs; columns other than these are set to the right.
-
-    One that is longer than a page needs the package longtable too, and repeats its head. Written here, as pandas takes
-    a millisecond for each row.
-    """
-    column_format = "".join("l" if name in text_columns else "r" for name in frame.columns)
-    head, *rows = [
-        " & ".join(" ".join(cell.split()).translate(_LATEX_SYMBOLS) for cell in row) + r" \\"
-        for row in [list(frame.columns), *frame.to_numpy().tolist()]
-    ]
-    is_long = len(rows) > ROWS_OF_A_PAGE
-    kind = "longtable" if is_long else "tabular"
-    top = [r"\toprule", head, r"\midrule", *([r"\endhead"] if is_long else [])]
-    lines = [rf"\begin{{{kind}}}{{{column_format}}}", *top, *rows, r"\bottomrule", rf"\end{{{kind}}}"]
-    return "\n".join(lines) + "\n"
 
 
 def _html(frame: pd.DataFrame) -> str:

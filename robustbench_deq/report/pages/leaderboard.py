@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from robustbench_deq.records.records import Record
-from robustbench_deq.report.columns import COLUMNS
-from robustbench_deq.report.commands import command_of, flatten
-from robustbench_deq.report.gallery import GalleryRow, stretched
-from robustbench_deq.report.leaderboard import UNKNOWN, Entry
+from robustbench_deq.records.record import Record
+from robustbench_deq.report.figures.gallery import stretched
+from robustbench_deq.report.pages.commands import command_of, flatten
+from robustbench_deq.report.pages.templates import render_template
 from robustbench_deq.report.settings import format_threat
-from robustbench_deq.report.supplements import Card
-from robustbench_deq.report.tables import MISSING, amount, decimals, percent, percent_interval
-from robustbench_deq.report.templates import render_template
+from robustbench_deq.report.supplements import GalleryRow, ModelFacts
+from robustbench_deq.report.tables.columns import COLUMNS
+from robustbench_deq.report.tables.leaderboard import UNKNOWN, Entry
+from robustbench_deq.report.tables.text import MISSING, amount, decimals, percent, percent_interval
 
 TITLE = "Leaderboard: adversarial robustness of deep equilibrium models"
 FILTERS = {"family": "Family", "training": "Training", "data": "Data", "threat": "Threat", "attack": "Attack"}
@@ -110,7 +110,7 @@ def _attack(record: Record, sole_breaks: int | None) -> dict[str, Any]:
     }
 
 
-def _card_facts(described: Card | None) -> dict[str, str]:
+def _card_facts(described: ModelFacts | None) -> dict[str, str]:
     """What the card says, in words; what it leaves open is left out."""
     if described is None:
         return {}

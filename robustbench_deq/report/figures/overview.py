@@ -15,9 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from robustbench_deq.errors import UsageError
-from robustbench_deq.records.records import Record
-from robustbench_deq.report.leaderboard import Board
-from robustbench_deq.report.plots import (
+from robustbench_deq.records.record import Record
+from robustbench_deq.report.figures.plots import (
     Look,
     add_legend,
     draw_results,
@@ -32,6 +31,7 @@ from robustbench_deq.report.plots import (
     use_log_costs,
 )
 from robustbench_deq.report.settings import Setting, format_norm, group_by_setting, setting_names
+from robustbench_deq.report.tables.leaderboard import Board
 
 MAX_SETTINGS = 24
 NUM_EXAMPLES = 3

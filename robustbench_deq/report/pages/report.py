@@ -12,7 +12,6 @@ The folder is a pure function of the records (and of the gallery and the supplem
 from __future__ import annotations
 
 import base64
-import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,25 +23,20 @@ from matplotlib.figure import Figure
 
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import write_text
-from robustbench_deq.records.records import Record
-from robustbench_deq.report import overview, plots
-from robustbench_deq.report.aside import aside
-from robustbench_deq.report.commands import command_of
-from robustbench_deq.report.gallery import GalleryRow, draw_gallery
-from robustbench_deq.report.leaderboard import Entry, make_leaderboard
-from robustbench_deq.report.leaderboard_page import leaderboard_html
+from robustbench_deq.records.record import Record
+from robustbench_deq.report.figures import overview, plots
+from robustbench_deq.report.figures.gallery import draw_gallery
+from robustbench_deq.report.figures.spending import time_spent
+from robustbench_deq.report.figures.standings import choose_ranked, draw_standings
+from robustbench_deq.report.pages.commands import command_of
+from robustbench_deq.report.pages.leaderboard import leaderboard_html
+from robustbench_deq.report.pages.templates import definitions, render_template
 from robustbench_deq.report.settings import Setting, format_threat, group_by_setting, setting_names
-from robustbench_deq.report.spending import time_spent
-from robustbench_deq.report.standings import (
-    choose_ranked,
-    draw_standings,
-    standings_csv,
-    standings_latex,
-    standings_markdown,
-)
-from robustbench_deq.report.supplements import Supplements
-from robustbench_deq.report.tables import Format, markdown_text, meanings, render, summary_table
-from robustbench_deq.report.templates import definitions, render_template
+from robustbench_deq.report.supplements import GalleryRow, Supplements
+from robustbench_deq.report.tables.leaderboard import Entry, make_leaderboard
+from robustbench_deq.report.tables.standings import standings_csv, standings_latex, standings_markdown
+from robustbench_deq.report.tables.summary import Format, meanings, render, summary_table
+from robustbench_deq.report.tables.text import markdown_text
 
 TITLE = "Adversarial robustness of deep equilibrium models"
 CAPTIONS = {
@@ -112,21 +106,18 @@ def _write(
     supplements: Supplements,
 ) -> list[Path]:
     entries, warning = make_leaderboard(records, supplements), supplements.warning
-    with aside(functools.partial(_draw, records, entries, gallery, folder / "figures")) as drawn:
-        texts = {
-            "report.csv": render(table, Format.CSV),
-            "report.tex": render(table, Format.LATEX),
-            "leaderboard.html": leaderboard_html(entries, warning),
-            "leaderboard.md": standings_markdown(entries, warning),
-            "leaderboard.csv": standings_csv(entries),
-            "leaderboard.tex": standings_latex(entries),
-        }
-        markdown, words = render(table, Format.MARKDOWN), _words(records, table)
-        shown, figure_paths = drawn()
+    shown, figure_paths = _draw(records, entries, gallery, folder / "figures")
+    words = _words(records, table)
     texts = {
-        "report.md": _markdown(table, markdown, shown, warning),
-        "index.html": render_template("page.html.jinja", title=TITLE, warning=warning, plots=shown, **words),
-    } | texts
+        "report.md": _markdown(table, shown, warning),
+        "index.html": render_template("report.html.jinja", title=TITLE, warning=warning, plots=shown, **words),
+        "report.csv": render(table, Format.CSV),
+        "report.tex": render(table, Format.LATEX),
+        "leaderboard.html": leaderboard_html(entries, warning),
+        "leaderboard.md": standings_markdown(entries, warning),
+        "leaderboard.csv": standings_csv(entries),
+        "leaderboard.tex": standings_latex(entries),
+    }
     for name, text in texts.items():
         write_text(folder / name, text)
     return [*(folder / name for name in texts), *figure_paths]
@@ -169,10 +160,10 @@ def _figures(
     return figures
 
 
-def _markdown(table: pd.DataFrame, rendered: str, shown: Sequence[_Plot], warning: str) -> str:
+def _markdown(table: pd.DataFrame, shown: Sequence[_Plot], warning: str) -> str:
     parts = [f"# {TITLE}", *([f"**{markdown_text(warning)}**"] if warning else [])]
     parts += [_image(plot) for plot in shown[:1]]
-    parts += [rendered.rstrip()]
+    parts += [render(table, Format.MARKDOWN).rstrip()]
     parts.append("\n".join(f"- **{markdown_text(name)}**: {text}" for name, text in meanings(table).items()))
     parts += [_image(plot) for plot in shown[1:]]
     return "\n\n".join(parts) + "\n"

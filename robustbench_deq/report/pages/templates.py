@@ -12,7 +12,7 @@ from markupsafe import Markup
 def render_template(name: str, **values: object) -> str:
     """The page that the template `name` of this package makes of `values`; ends with a newline."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("robustbench_deq", "report"),
+        loader=jinja2.PackageLoader("robustbench_deq.report", "pages"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,

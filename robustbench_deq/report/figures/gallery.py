@@ -8,44 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from robustbench_deq.errors import UsageError
-from robustbench_deq.report.plots import new_figure, plain, style
+from robustbench_deq.report.figures.plots import new_figure, plain, style
+from robustbench_deq.report.supplements import GalleryRow
 
 ROWS_BESIDE = 2
 TINY = 1e-12
-
-
-@dataclass(frozen=True, eq=False)
-class GalleryRow:
-    """One sample: three arrays of one shape `(channels, height, width)`, its true class and the two predictions.
-
-    Raises:
-        UsageError: for another number of channels or axes, or shapes that differ.
-    """
-
-    clean: np.ndarray
-    perturbation: np.ndarray
-    adversarial: np.ndarray
-    label: str
-    clean_prediction: str
-    adversarial_prediction: str
-
-    def __post_init__(self) -> None:
-        shapes = {np.shape(image) for image in (self.clean, self.perturbation, self.adversarial)}
-        shape = min(shapes)
-        if len(shapes) > 1 or len(shape) != 3 or shape[0] not in (1, 3):
-            raise UsageError.of(
-                "gallery",
-                expected="three images of one shape (1 or 3, height, width)",
-                got=" and ".join(map(str, sorted(shapes))),
-                fix="pass arrays of one sample, channels first",
-            )
 
 
 def stretched(perturbation: np.ndarray) -> np.ndarray:

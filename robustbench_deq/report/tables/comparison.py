@@ -27,7 +27,7 @@ from scipy.stats import false_discovery_control
 
 from robustbench_deq.errors import UsageError
 from robustbench_deq.proportions import fisher_p_value, mcnemar_p_value, newcombe_interval
-from robustbench_deq.records.records import Record
+from robustbench_deq.records.record import Record
 from robustbench_deq.report.supplements import SampleVerdicts
 
 SIGNIFICANCE = 0.05

@@ -14,8 +14,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from robustbench_deq.errors import UsageError
-from robustbench_deq.records.records import Record
-from robustbench_deq.report.plots import COLOURS, natural_order, new_figure, plain, style
+from robustbench_deq.records.record import Record
+from robustbench_deq.report.figures.plots import COLOURS, natural_order, new_figure, plain, style
 
 MAX_BARS = 12
 BAR_HEIGHT = 0.36
@@ -77,5 +77,5 @@ def _bars(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def _total(records: Sequence[Record], cost: str) -> float:
-    """Over records; those from before the judge was timed count nothing for it."""
+    """Over records; those whose judge was not timed count nothing for it."""
     return sum(getattr(record.cost, cost) or 0.0 for record in records)

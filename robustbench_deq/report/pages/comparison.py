@@ -8,11 +8,18 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from robustbench_deq.records.records import Record
-from robustbench_deq.report.compare import COST_TOLERANCE, SIGNIFICANCE, Change, Comparison, Difference, RunComparison
+from robustbench_deq.records.record import Record
+from robustbench_deq.report.pages.templates import render_template
 from robustbench_deq.report.settings import format_threat
-from robustbench_deq.report.tables import MISSING, markdown_table, markdown_text, percent
-from robustbench_deq.report.templates import render_template
+from robustbench_deq.report.tables.comparison import (
+    COST_TOLERANCE,
+    SIGNIFICANCE,
+    Change,
+    Comparison,
+    Difference,
+    RunComparison,
+)
+from robustbench_deq.report.tables.text import MISSING, markdown_table, markdown_text, percent
 
 TITLE = "Comparison of two runs"
 TEXTS = ("Model", "Threat", "Data", "Attack", "Verdict", "Clean verdict", "Notes")
@@ -46,7 +53,7 @@ def comparison_html(found: RunComparison) -> str:
     """The page."""
     rows = [(row.is_changed, _row(row)) for row in found.rows]
     return render_template(
-        "compare.html.jinja",
+        "comparison.html.jinja",
         title=TITLE,
         headline=headline(found),
         rows=rows,

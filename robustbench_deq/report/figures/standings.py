@@ -1,28 +1,21 @@
-"""Standings: the leaderboard in print, as one figure and as tables.
+"""Standings: the leaderboard as one figure.
 
-draw_standings       a row a model: what all attacks together leave of its accuracy, with the interval, and the clean
-                     accuracy; a panel a board, best first, coloured by how the model was trained
-standings_markdown   a table a board; columns that say the same in all its rows are one sentence above it
-standings_csv        every number as it is
-standings_latex      booktabs, all boards in one
+A row a model: what all attacks together leave of its accuracy, with the interval, and the clean accuracy; a panel a
+board, best first, coloured by how the model was trained.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from robustbench_deq.report.columns import COLUMNS
-from robustbench_deq.report.leaderboard import UNKNOWN, Board, Entry
-from robustbench_deq.report.plots import COLOURS, add_legend, new_figure, plain, style
-from robustbench_deq.report.tables import latex_table, markdown_table, markdown_text
+from robustbench_deq.report.figures.plots import COLOURS, add_legend, new_figure, plain, style
+from robustbench_deq.report.tables.leaderboard import UNKNOWN, Entry
+from robustbench_deq.report.tables.standings import by_board
 
-TITLE = "Leaderboard"
 MAX_ROWS = 60
 MAX_PANELS = 8
 ROW_HEIGHT = 0.21
@@ -33,13 +26,6 @@ TRAININGS = {
     UNKNOWN: {"color": "#777777", "marker": "D"},
 }
 _CLEAN = {"color": "#444444", "marker": "|", "markersize": 8, "markeredgewidth": 1.6, "linestyle": "none"}
-_TEXTS = [column.title for column in COLUMNS if column.number is None]
-
-
-def by_board(entries: Sequence[Entry]) -> dict[Board, list[Entry]]:
-    """Entries of `make_leaderboard` by board, in its order."""
-    groups = itertools.groupby(entries, key=lambda entry: Board.of(entry.setting))
-    return {board: list(group) for board, group in groups}
 
 
 def choose_ranked(entries: Sequence[Entry]) -> tuple[list[Entry], str]:
@@ -96,58 +82,3 @@ def _draw_board(axes: Axes, group: Sequence[Entry]) -> None:
 def _name(entry: Entry) -> str:
     name = entry.names.model
     return plain(name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}")
-
-
-def standings_markdown(entries: Sequence[Entry], warning: str = "") -> str:
-    """Ends with a newline.
-
-    Args:
-        warning: a sentence about what the entries lack.
-    """
-    parts = [f"# {TITLE}", *([f"**{markdown_text(warning)}**"] if warning else [])]
-    for group in by_board(entries).values():
-        names = group[0].names
-        table = _texts(group)
-        shared = [name for name in table if len(group) > 1 and table[name].nunique() == 1]
-        parts.append(f"## {markdown_text(f'{names.data}, {names.threat}')}")
-        if shared:
-            facts = (f"{name} {markdown_text(table[name].iloc[0])}" for name in shared)
-            parts.append(f"The same in all {len(group)} rows: {'; '.join(facts)}.")
-        for name in _TEXTS:
-            table[name] = [markdown_text(text) for text in table[name]]
-        parts.append(markdown_table(table.drop(columns=shared), _TEXTS).rstrip())
-    parts.append("\n".join(f"- **{column.title}**: {markdown_text(column.meaning)}" for column in COLUMNS))
-    return "\n\n".join(parts) + "\n"
-
-
-def standings_latex(entries: Sequence[Entry]) -> str:
-    return latex_table(_texts(entries), _TEXTS)
-
-
-def standings_csv(entries: Sequence[Entry]) -> str:
-    return pd.DataFrame([_numbers(entry) for entry in entries]).to_csv(index=False, lineterminator="\n")
-
-
-def _texts(entries: Sequence[Entry]) -> pd.DataFrame:
-    return pd.DataFrame({column.title: [column.text(entry) for entry in entries] for column in COLUMNS})
-
-
-def _numbers(entry: Entry) -> dict[str, object]:
-    low, high = entry.robust_accuracy_ci
-    return {
-        **entry.setting._asdict(),
-        "family": entry.family,
-        "training": entry.training,
-        "rank": entry.rank,
-        "clean_accuracy": entry.clean_accuracy,
-        "robust_accuracy": entry.robust_accuracy,
-        "robust_accuracy_low": low,
-        "robust_accuracy_high": high,
-        "num_attacks": len(entry.records),
-        "num_in_union": entry.num_in_union,
-        "cell_evals": entry.total("cell_evals"),
-        "cell_vjps": entry.total("cell_vjps"),
-        "wall_seconds": entry.total("wall_seconds"),
-        "num_unconverged": entry.num_unconverged,
-        "num_failed": entry.num_failed,
-    }

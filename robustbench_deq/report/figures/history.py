@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from robustbench_deq.report.plots import COLOURS, MARKERS, new_figure, save, style
+from robustbench_deq.report.figures.plots import COLOURS, MARKERS, new_figure, save, style
 
 
 def plot_history(history: pd.DataFrame, folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from robustbench_deq.records.records import Record
+from robustbench_deq.records.record import Record
 
 
 def command_of(record: Record) -> str:

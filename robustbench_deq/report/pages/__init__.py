@@ -1,0 +1,1 @@
+"""Pages: tables and figures put together as files that load nothing else."""
