@@ -12,8 +12,9 @@ from robustbench_deq.adjoints import Implicit, Neumann, Phantom, Unrolled, jacob
 from robustbench_deq.configs import validate
 from robustbench_deq.errors import UsageError
 from robustbench_deq.models import FAMILIES, MODELS, describe_model, load_folder, load_model, save_model
-from robustbench_deq.models.base import AdjointSpec, SizedConfig, SolveSpec
+from robustbench_deq.models.base import SizedConfig
 from robustbench_deq.solvers import SOLVERS, Anderson, Broyden, CellMap, Picard, Solve
+from robustbench_deq.specs import AdjointSpec, SolveSpec
 from robustbench_deq.training.config import TrainingConfig
 from robustbench_deq.training.session import TrainingSession
 
@@ -325,15 +326,6 @@ def test_solves_and_adjoints_that_are_none_are_refused(values: dict, said: str) 
     with pytest.raises(UsageError) as caught:
         config_of("deq-fc", **values)
     assert said in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_adjoints_are_built_as_they_are_named() -> None:
-    solve = SolveSpec(solver="broyden", tolerance=1e-3, max_steps=9)
-    assert AdjointSpec(solve=solve).build() == Implicit(solve.build())
-    assert AdjointSpec(name="neumann", num_steps=4).build() == Neumann(4)
-    assert AdjointSpec(name="unrolled", num_steps=4).build() == Unrolled(4)
-    assert AdjointSpec(name="unrolled", damping=0.7).build() == Unrolled(damping=0.7)
-    assert AdjointSpec(name="phantom", num_steps=2, damping=0.25).build() == Phantom(2, 0.25)
 
 
 def test_a_config_sets_its_solver_up(make_model, tmp_path: Path) -> None:
