@@ -13,18 +13,9 @@ A family's config, a training config or a suite nests these, and adds nothing to
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    JsonValue,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, field_validator, model_validator
 
 from robustbench_deq.adjoints import ADJOINTS, DEFAULT_ADJOINT_SOLVE, Adjoint
 from robustbench_deq.configs import Config, named_in, parse_fraction
@@ -87,21 +78,8 @@ class AttackSpec(Config):
         return make_attack(self.name, self.threat.build(), self.config, where)
 
 
-class _Spec(Config):
-    """A config whose fields `later`, which came after it was first saved, are written only where they are set: a saved
-    run or model that does not use them reads as it did."""
-
-    later: ClassVar[frozenset[str]]
-
-    @model_serializer(mode="wrap")
-    def _leave_out(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in write(self).items() if value or name not in self.later}
-
-
-class SolveSpec(_Spec):
+class SolveSpec(Config):
     """A solver by name, its own settings, and when it stops."""
-
-    later = frozenset({"settings"})
 
     solver: Annotated[str, named_in(SOLVERS)] = Field("anderson", description="a registered solver")
     tolerance: float = Field(1e-4, gt=0, description="relative residual at which a sample is done")
@@ -129,10 +107,8 @@ class SolveSpec(_Spec):
         return Solve(solver, rtol=self.tolerance, max_steps=self.max_steps)
 
 
-class AdjointSpec(_Spec):
+class AdjointSpec(Config):
     """An adjoint by name. A setting that its kind does not use is refused."""
-
-    later = frozenset({"damping"})
 
     name: Annotated[str, named_in(ADJOINTS)] = Field("implicit", description="a registered adjoint")
     solve: SolveSpec | None = Field(None, description="of implicit; null: Anderson to 1e-4")
