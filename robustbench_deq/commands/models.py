@@ -12,7 +12,7 @@ import click
 from robustbench_deq.commands.shared import echo_listing
 from robustbench_deq.data import SplitName, load
 from robustbench_deq.errors import UsageError
-from robustbench_deq.evaluate.doctor import Verdict, examine
+from robustbench_deq.evaluate.doctor import examine
 from robustbench_deq.models import MODELS, ModelDescription, describe_model, list_models, load_model
 from robustbench_deq.proportions import wilson_interval
 from robustbench_deq.specs import ThreatSpec
@@ -129,11 +129,14 @@ def _check_model(model: str, data: str, is_json: bool) -> None:
         raise UsageError.of("models --check", expected="a MODEL", got="none", fix="name one: models MODEL --check DATA")
     findings = examine(load_model(model), load(data, SplitName.VALIDATION))
     if is_json:
-        rows = [{**finding._asdict(), "verdict": finding.verdict.value} for finding in findings]
+        rows = [
+            {"check": found.check, "verdict": found.grade.value, "found": found.found, "fix": found.fix}
+            for found in findings
+        ]
         click.echo(json.dumps({"schema_version": 1, "model": model, "findings": rows}))
     else:
         for finding in findings:
             fix = f"  ->  {finding.fix}" if finding.fix else ""
-            click.echo(f"{finding.check:<15}{finding.verdict.value:<6}{finding.found}{fix}")
-    if any(finding.verdict is Verdict.BAD for finding in findings):
+            click.echo(f"{finding.check:<15}{finding.grade.value:<6}{finding.found}{fix}")
+    if any(finding.is_bad for finding in findings):
         sys.exit(1)
