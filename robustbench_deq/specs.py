@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, field_va
 from robustbench_deq.adjoints import ADJOINTS, DEFAULT_ADJOINT_SOLVE, Adjoint
 from robustbench_deq.configs import Config, named_in, parse_fraction
 from robustbench_deq.protocol import Attack, make_attack
-from robustbench_deq.solvers import SOLVERS, Solve
+from robustbench_deq.solvers import SOLVERS, Solve, Solver
 from robustbench_deq.threats import Norm, Threat
 
 
@@ -66,7 +66,7 @@ class AttackSpec(Config):
     threat: ThreatSpec = Field(ThreatSpec(), description="norm and radius")
     config: dict[str, Any] = Field(default_factory=dict, description="the attack's own settings")
 
-    def build(self, where: str | None = None) -> Attack:
+    def build(self, where: str | None = None) -> Attack[Any]:
         """The attack. Importing `robustbench_deq.attacks` registers those that come with the package.
 
         Args:
@@ -76,6 +76,14 @@ class AttackSpec(Config):
             UsageError: for an unknown name, or settings or a threat that the attack refuses.
         """
         return make_attack(self.name, self.threat.build(), self.config, where)
+
+
+def _settings_of(solver: Solver) -> dict[str, Any]:
+    """The settings of a solver with their defaults; one that is not a dataclass has none."""
+    if not dataclasses.is_dataclass(solver):
+        return {}
+    names = (field.name for field in dataclasses.fields(solver))
+    return {name: getattr(solver, name) for name in names if name != "kind"}  # Anderson's: the solver's name says it
 
 
 class SolveSpec(Config):
@@ -90,20 +98,25 @@ class SolveSpec(Config):
 
     @model_validator(mode="after")
     def _check_settings(self) -> SolveSpec:
-        solver = SOLVERS.get(self.solver)()
-        defaults = {field.name: getattr(solver, field.name) for field in dataclasses.fields(solver)}
-        defaults.pop("kind", None)  # Anderson's: the solver's name says it
+        defaults = _settings_of(SOLVERS.get(self.solver)())
         for name, value in self.settings.items():
             if name not in defaults:
-                raise ValueError(f"settings of {self.solver} among {', '.join(defaults)}, and no {name!r}")
+                raise ValueError(f"settings of {self.solver} among {', '.join(defaults) or 'none'}, and no {name!r}")
             is_count = isinstance(defaults[name], int)
             number, least = ("an integer >= 1", 1) if is_count else ("a number >= 0", 0)
-            if type(value) not in ((int,) if is_count else (int, float)) or value < least:
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or (is_count and not isinstance(value, int))
+                or value < least
+            ):
                 raise ValueError(f"{number} as the setting {name}, and not {value!r}")
         return self
 
     def build(self) -> Solve:
-        solver = dataclasses.replace(SOLVERS.get(self.solver)(), **self.settings)
+        solver = SOLVERS.get(self.solver)()
+        if self.settings and dataclasses.is_dataclass(solver):
+            solver = dataclasses.replace(solver, **self.settings)
         return Solve(solver, rtol=self.tolerance, max_steps=self.max_steps)
 
 

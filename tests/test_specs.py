@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from robustbench_deq.adjoints import Implicit, Neumann, Phantom, Unrolled
 from robustbench_deq.attacks import ATTACKS, JointPGD
@@ -12,6 +13,7 @@ from robustbench_deq.configs import validate
 from robustbench_deq.errors import UsageError
 from robustbench_deq.runner.suite import ThreatGrid
 from robustbench_deq.solvers import SOLVERS, Anderson, Broyden, Solve
+from robustbench_deq.solvers.base import FixedPointMap, Iterate, Solver, State
 from robustbench_deq.specs import AdjointSpec, AttackSpec, SolveSpec, ThreatSpec
 from robustbench_deq.threats import Norm, Threat
 
@@ -105,3 +107,20 @@ def test_adjoints_are_built_as_they_are_named() -> None:
     assert AdjointSpec(name="unrolled", num_steps=4).build() == Unrolled(4)
     assert AdjointSpec(name="unrolled", damping=0.7).build() == Unrolled(damping=0.7)
     assert AdjointSpec(name="phantom", num_steps=2, damping=0.25).build() == Phantom(2, 0.25)
+
+
+def test_a_solver_that_is_no_dataclass_has_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plain(Solver):
+        def __init__(self) -> None:
+            self.pace = 1.0
+
+        def init(self, z: Tensor) -> State:
+            return ()
+
+        def step(self, fn: FixedPointMap, at: Iterate, state: State) -> tuple[Tensor, State]:
+            return at.f, state
+
+    monkeypatch.setitem(SOLVERS._entries, "plain", Plain)
+    assert isinstance(SolveSpec(solver="plain").build().solver, Plain)
+    with pytest.raises(UsageError, match="settings of plain among none, and no 'pace'"):
+        validate(SolveSpec, {"solver": "plain", "settings": {"pace": 2}}, "here")
