@@ -7,6 +7,7 @@ UV := $(shell command -v uv 2>/dev/null)
 WORKERS := 2
 ARGS :=
 GATE := results/runs/gate
+TYPES := build/types
 
 .PHONY: demo test gate lint lock clean
 
@@ -22,9 +23,14 @@ gate: $(VENV)/.ready
 	$(PYTHON) cli.py bench configs/suites/quick.yaml --workers $(WORKERS) --out $(GATE)
 	$(PYTHON) cli.py check --baseline results/baselines/quick.json $(GATE) --junit $(GATE)/junit.xml $(ARGS)
 
+# The type checker looks at a tree of links in which attacks/ is part of the package, as it is once installed.
 lint: $(VENV)/.ready
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	rm -rf $(TYPES)/robustbench_deq
+	mkdir -p $(TYPES)/robustbench_deq
+	ln -s $(CURDIR)/robustbench_deq/* $(CURDIR)/attacks $(TYPES)/robustbench_deq
+	cd $(TYPES) && $(CURDIR)/$(PYTHON) -m mypy --config-file $(CURDIR)/pyproject.toml
 
 # Keeps the present pins where they still fit; `make lock ARGS=--upgrade` moves them all.
 lock:

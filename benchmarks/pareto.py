@@ -26,7 +26,7 @@ from robustbench_deq.files import replacing
 from robustbench_deq.models import MODELS, describe_model, load_model
 from robustbench_deq.protocol import Attack
 from robustbench_deq.report.figures.plots import COLOURS, MARKERS, new_figure, save, style
-from robustbench_deq.threats import Norm, Threat
+from robustbench_deq.threats import Threat
 
 MARGIN = 0.005
 """Equal robust accuracy: within half a point."""
@@ -92,7 +92,7 @@ def run_model(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """All points of one model, and the row of its summary."""
     card = describe_model(name).card
-    threat = Threat(Norm.parse(card.evaluation["norm"]), card.evaluation["epsilon"])
+    threat = card.evaluated_under.build()
     model, data = load_model(name), load(card.data, split, limit=limit)
     evaluate(model, make_attack("joint-pgd", threat, steps=2), data, batch_size=batch_size)  # warms up
     families = {"warm PGD": warm_grid(threat), "joint": joint_grid(threat)}

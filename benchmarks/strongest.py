@@ -16,7 +16,7 @@ from robustbench_deq.evaluate.evaluation import evaluate
 from robustbench_deq.models import MODELS, describe_model, load_model
 from robustbench_deq.proportions import wilson_interval
 from robustbench_deq.protocol import Attack
-from robustbench_deq.threats import Norm, Threat
+from robustbench_deq.threats import Threat
 
 
 def ensemble(threat: Threat) -> dict[str, Attack]:
@@ -44,7 +44,7 @@ def main(pattern: str, limit: int, batch_size: int) -> None:
     rows = []
     for name in MODELS.list(pattern):
         card = describe_model(name).card
-        threat = Threat(Norm.parse(card.evaluation["norm"]), card.evaluation["epsilon"])
+        threat = card.evaluated_under.build()
         model, data = load_model(name), load(card.data, limit=limit)
         survives = np.ones(len(data), dtype=bool)
         row: dict[str, object] = {"model": name, "threat": f"{threat.norm.name} {threat.epsilon:g}"}

@@ -20,6 +20,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,9 @@ class AdjointTrace:
 class AdjointMap(FixedPointMap):
     """`mu -> J^T mu + v` on one graph of the cell at `(z, u)`; one vector-Jacobian product a call."""
 
-    def __init__(self, model: Cell, z: Tensor, u: Tensor, v: Tensor, graph: tuple | None = None) -> None:
+    def __init__(
+        self, model: Cell, z: Tensor, u: Tensor, v: Tensor, graph: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         self.model, self.z, self.u, self.v = model, z, u, v
         if graph is None:
             with torch.enable_grad():
@@ -60,7 +63,8 @@ class AdjointMap(FixedPointMap):
         return self.transpose(mu) + self.v
 
     def restrict(self, index: Tensor) -> AdjointMap:
-        return AdjointMap(self.model, *(part.index_select(0, index) for part in (self.z, self.u, self.v)))
+        z, u, v = (part.index_select(0, index) for part in (self.z, self.u, self.v))
+        return AdjointMap(self.model, z, u, v)
 
     def jvp(self, z: Tensor, tangent: Tensor) -> Tensor:
         return self.transpose(tangent)
@@ -70,13 +74,13 @@ class _AttachAdjoint(torch.autograd.Function):
     """Identity on `f(z*, u)` whose backward replaces the incoming `v` by the adjoint `mu`."""
 
     @staticmethod
-    def forward(ctx, f: Tensor, adjoint_of: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, f: Tensor, adjoint_of: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.adjoint_of = adjoint_of
         return f.view_as(f)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, v: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None]:
         return ctx.adjoint_of(v), None
 
 

@@ -25,6 +25,7 @@ class Config(pydantic.BaseModel):
     @pydantic.field_validator("*", mode="before")
     @classmethod
     def _refuse_coercion(cls, value: object, info: pydantic.ValidationInfo) -> object:
+        assert info.field_name is not None  # it is a validator of fields
         annotation = cls.model_fields[info.field_name].annotation
         kinds = set(typing.get_args(annotation)) or {annotation}
         number = "a valid number" if float in kinds else "a valid integer"

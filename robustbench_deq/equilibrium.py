@@ -82,7 +82,7 @@ class EquilibriumModel(nn.Module, abc.ABC):
             UsageError: for a part that cannot be called, or for sizes that `check_sizes` refuses.
         """
         start = torch.zeros_like if initial_state is None else initial_state
-        parts = {"inject": inject, "cell": cell, "head": head, "initial_state": start}
+        parts: dict[str, Callable[..., Tensor]] = {"inject": inject, "cell": cell, "head": head, "initial_state": start}
         for name, part in parts.items():
             if not callable(part):
                 raise UsageError.of(
@@ -216,7 +216,8 @@ class _FromCallables(EquilibriumModel):
         self.parts = parts
         owners = (getattr(part, "__self__", part) for part in parts.values())
         self.owners = nn.ModuleList(dict.fromkeys(owner for owner in owners if isinstance(owner, nn.Module)))
-        self.input_shape, self.num_classes = tuple(input_shape), num_classes
+        channels, height, width = input_shape
+        self.input_shape, self.num_classes = (channels, height, width), num_classes
 
     def inject(self, x: Tensor) -> Tensor:
         return self.parts["inject"](x)
@@ -252,7 +253,7 @@ def check_sizes(what: str, input_shape: Sequence[int], num_classes: int) -> None
 
 
 def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def check_model(model: object, what: str = "model") -> None:

@@ -33,14 +33,16 @@ MAY_IMPORT = {
     "equilibrium": "errors adjoints meter solvers",
     "joint": "equilibrium objectives rows solvers threats",
     "protocol": "configs equilibrium errors joint meter objectives registry rows threats",
-    "models": "adjoints configs equilibrium errors files registry rows solvers threats",
+    "specs": "adjoints configs protocol solvers threats",
+    "models": "adjoints configs equilibrium errors files registry rows solvers specs threats",
     "data": "configs errors files registry",
     "records": "configs errors files",
     "evaluate": "adjoints data equilibrium errors memory meter models proportions protocol records rows solvers "
     "threats",
     "runner": "configs data equilibrium errors evaluate files memory models proportions protocol quiet records "
-    "solvers threats",
-    "training": "adjoints configs data equilibrium errors evaluate files models protocol registry rows solvers threats",
+    "solvers specs threats",
+    "training": "adjoints configs data equilibrium errors evaluate files models protocol registry rows solvers specs "
+    "threats",
     "report": "configs errors files proportions records",
     "attacks": "adjoints configs equilibrium errors joint meter objectives protocol registry rows solvers threats",
     "commands": "*",

@@ -21,6 +21,7 @@ from robustbench_deq.records.images import choose_images, save_images
 from robustbench_deq.records.record import to_json
 from robustbench_deq.records.store import RecordStore
 from robustbench_deq.runner.suite import digest_of_model
+from robustbench_deq.specs import ThreatSpec
 from robustbench_deq.threats import Norm, Threat
 
 DEFAULT_LIMIT = 1000
@@ -78,11 +79,12 @@ def attack(
     if steps is not None:
         settings["steps"] = steps
     loaded, card, digests = _load(model)
-    known = card.evaluation if card else {}
-    if epsilon is None and "epsilon" not in known:
+    known = card.evaluated_under if card else None
+    if epsilon is None and known is None:
         raise UsageError.of("--epsilon", expected="a radius", got="none", fix="this model's card names none: pass one")
-    radius = parse_fraction(epsilon, "--epsilon") if epsilon is not None else float(known["epsilon"])
-    threat = Threat(Norm.parse(norm or known.get("norm", "l2")), radius)
+    known = known or ThreatSpec()
+    radius = parse_fraction(epsilon, "--epsilon") if epsilon is not None else known.epsilon
+    threat = Threat(Norm.parse(norm or known.norm), radius)
     chosen = build_attack(attack_name, threat, settings)
     name = data or (card.data if card and card.data else "digits")
     samples = load(name, SplitName(split), limit)

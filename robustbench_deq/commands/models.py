@@ -12,9 +12,10 @@ import click
 from robustbench_deq.commands.shared import echo_listing
 from robustbench_deq.data import SplitName, load
 from robustbench_deq.errors import UsageError
-from robustbench_deq.evaluate.doctor import Verdict, examine
+from robustbench_deq.evaluate.doctor import examine
 from robustbench_deq.models import MODELS, ModelDescription, describe_model, list_models, load_model
 from robustbench_deq.proportions import wilson_interval
+from robustbench_deq.specs import ThreatSpec
 
 
 @click.command()
@@ -70,7 +71,7 @@ def _model_facts(described: ModelDescription) -> dict[str, Any]:
         "name": described.name,
         "family": described.family,
         "data": card.data or None,
-        "trained_against": _threat_text(card.threat and card.threat.model_dump()),
+        "trained_against": _text_of(card.threat),
         "parameters": described.num_parameters,
         "seed": card.seed,
         "command": card.command or None,
@@ -81,7 +82,7 @@ def _model_facts(described: ModelDescription) -> dict[str, Any]:
         "clean_ci": clean_ci and [round(end, 4) for end in clean_ci],
         "robust": _rounded(card.robust_accuracy, 3),
         "robust_ci": card.robust_accuracy_ci,
-        "robust_at": _threat_text(card.evaluation),
+        "robust_at": _text_of(card.evaluated_under),
         "spectral_radius": _rounded(card.spectral_radius, 2),
         "picard_steps": card.mean_solver_steps,
         "monotonicity": card.monotonicity,
@@ -111,8 +112,8 @@ def _rounded(value: float | None, digits: int) -> float | None:
     return None if value is None else round(value, digits)
 
 
-def _threat_text(threat: dict[str, Any] | None) -> str | None:
-    return f"{threat['norm']} {threat['epsilon']:g}" if threat else None
+def _text_of(threat: ThreatSpec | None) -> str | None:
+    return None if threat is None else str(threat)
 
 
 def _accuracy_text(accuracy: float | None, interval: tuple[float, float] | None) -> str | None:
@@ -128,11 +129,14 @@ def _check_model(model: str, data: str, is_json: bool) -> None:
         raise UsageError.of("models --check", expected="a MODEL", got="none", fix="name one: models MODEL --check DATA")
     findings = examine(load_model(model), load(data, SplitName.VALIDATION))
     if is_json:
-        rows = [{**finding._asdict(), "verdict": finding.verdict.value} for finding in findings]
+        rows = [
+            {"check": found.check, "verdict": found.grade.value, "found": found.found, "fix": found.fix}
+            for found in findings
+        ]
         click.echo(json.dumps({"schema_version": 1, "model": model, "findings": rows}))
     else:
         for finding in findings:
             fix = f"  ->  {finding.fix}" if finding.fix else ""
-            click.echo(f"{finding.check:<15}{finding.verdict.value:<6}{finding.found}{fix}")
-    if any(finding.verdict is Verdict.BAD for finding in findings):
+            click.echo(f"{finding.check:<15}{finding.grade.value:<6}{finding.found}{fix}")
+    if any(finding.is_bad for finding in findings):
         sys.exit(1)

@@ -8,16 +8,14 @@ from pathlib import Path
 
 import click
 
-from robustbench_deq.attacks import build_attack
+import robustbench_deq.attacks  # noqa: F401  registers the attacks that the config may name
 from robustbench_deq.commands.display import bar
 from robustbench_deq.commands.shared import choose_device
 from robustbench_deq.configs import merge, parse_assignments, read_yaml, validate
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.files import output_folder
-from robustbench_deq.protocol import Attack
 from robustbench_deq.report.figures.history import plot_history
-from robustbench_deq.threats import Norm, Threat
-from robustbench_deq.training.config import AttackSpec, TrainingConfig
+from robustbench_deq.training.config import TrainingConfig
 from robustbench_deq.training.session import TrainingSession
 
 
@@ -39,12 +37,16 @@ def train(
     command = "robustbench-deq train " + " ".join(
         [shlex.quote(config.as_posix())] + [f"--set {shlex.quote(text)}" for text in assignments]
     )
+    specs = [parsed.attack]  # whoever names none takes the one before
+    for own in (parsed.validation.attack, parsed.evaluation.attack):
+        specs.append(own or specs[-1])
+    attack, validation_attack, evaluation_attack = (spec.build() if spec else None for spec in specs)
     session = TrainingSession(
         config=parsed,
         command=command,
-        attack=_attack_of(parsed.attack),
-        validation_attack=_attack_of(parsed.validation.attack or parsed.attack),
-        evaluation_attack=_attack_of(parsed.evaluation.attack or parsed.validation.attack or parsed.attack),
+        attack=attack,
+        validation_attack=validation_attack,
+        evaluation_attack=evaluation_attack,
         device=target,
         plot_history=plot_history,
     )
@@ -62,11 +64,5 @@ def train(
     click.echo(f"clean accuracy    {card.clean_accuracy:.1%} on {card.test_samples} test images")
     if card.robust_accuracy is not None:
         low, high = card.robust_accuracy_ci
-        at = f"{card.evaluation['norm']} {card.evaluation['epsilon']:g}, {card.evaluation['attack']}"
+        at = f"{card.evaluated_under}, {card.evaluation['attack']}"
         click.echo(f"robust accuracy   {card.robust_accuracy:.1%}  [{low:.1%}, {high:.1%}]  {at}")
-
-
-def _attack_of(spec: AttackSpec | None) -> Attack | None:
-    if spec is None:
-        return None
-    return build_attack(spec.name, Threat(Norm.parse(spec.threat.norm), spec.threat.epsilon), spec.config)

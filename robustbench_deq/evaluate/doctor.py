@@ -63,23 +63,23 @@ HOW_SOLVES_END = {
 }
 
 
-class Verdict(enum.Enum):
+class Grade(enum.Enum):
     GOOD = "good"
     NOTE = "note"
     BAD = "bad"
 
 
-class Outcome(NamedTuple):
-    verdict: Verdict
+class Finding(NamedTuple):
+    """What a check found, how well that is, and how to fix it. `check`, its name, is filled in by `examine`."""
+
+    grade: Grade
     found: str
     fix: str = ""
+    check: str = ""
 
-
-class Finding(NamedTuple):
-    check: str
-    verdict: Verdict
-    found: str
-    fix: str
+    @property
+    def is_bad(self) -> bool:
+        return self.grade is Grade.BAD
 
 
 class Case(NamedTuple):
@@ -106,14 +106,14 @@ def examine(model: EquilibriumModel, data: Split) -> list[Finding]:
     rest = (*NEAR_THE_START, "equilibrium", *AT_EQUILIBRIA)
     missing = [name for name in ("input_shape", "num_classes") if not hasattr(model, name)]
     if missing:
-        found = Finding("parts", Verdict.BAD, f"no {' and no '.join(missing)}", "set them in the model's __init__")
+        found = Finding(Grade.BAD, f"no {' and no '.join(missing)}", "set them in the model's __init__", "parts")
         return [found, *(_left_out(check, "parts") for check in rest)]
     x, y = data.x[:NUM_IMAGES], data.y[:NUM_IMAGES]
     model.check_images(x)
     check_labels(y, len(x), model.num_classes)
     with frozen(model), torch.random.fork_rng(devices=[]), torch.no_grad():
-        findings = [Finding("parts", *_parts(model, x))]
-        if findings[0].verdict is Verdict.BAD:
+        findings = [_parts(model, x)._replace(check="parts")]
+        if findings[0].is_bad:
             return [*findings, *(_left_out(check, "parts") for check in rest)]
         u = model.inject(x)
         case = Case(model, x, y, u, model.cell(model.initial_state(u), u))
@@ -131,22 +131,22 @@ def examine(model: EquilibriumModel, data: Split) -> list[Finding]:
 
 def _ground(check: str, findings: Sequence[Finding]) -> str | None:
     """The first bad one that `check` rests on."""
-    bad = {finding.check for finding in findings if finding.verdict is Verdict.BAD}
+    bad = {finding.check for finding in findings if finding.is_bad}
     return next((name for name in RESTS_ON.get(check, ()) if name in bad), None)
 
 
 def _left_out(check: str, ground: str) -> Finding:
-    return Finding(check, Verdict.NOTE, "not examined", f"mend {ground} first")
+    return Finding(Grade.NOTE, "not examined", f"mend {ground} first", check)
 
 
-def _finding(check: str, look: Callable[[Case], Outcome], case: Case, before: Sequence[Finding]) -> Finding:
+def _finding(check: str, look: Callable[[Case], Finding], case: Case, before: Sequence[Finding]) -> Finding:
     ground = _ground(check, before)
     if ground is not None:
         return _left_out(check, ground)
     try:
-        return Finding(check, *look(case))
+        return look(case)._replace(check=check)
     except Exception as error:  # whatever a foreign model raises
-        return Finding(check, Verdict.BAD, f"raises {_reason(error)}", "correct the model")
+        return Finding(Grade.BAD, f"raises {_reason(error)}", "correct the model", check)
 
 
 def _reason(error: Exception) -> str:
@@ -154,7 +154,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:150] if lines else 'no message'}"
 
 
-def _parts(model: EquilibriumModel, x: Tensor) -> Outcome:
+def _parts(model: EquilibriumModel, x: Tensor) -> Finding:
     """Each part fed with what those before it gave, up to the first that is not well."""
     made: dict[str, Tensor] = {}
     calls = {
@@ -167,21 +167,21 @@ def _parts(model: EquilibriumModel, x: Tensor) -> Outcome:
         try:
             output = call()
         except Exception as error:  # whatever a foreign model raises
-            return Outcome(Verdict.BAD, f"{name} raises {_reason(error)}", f"correct {name}")
+            return Finding(Grade.BAD, f"{name} raises {_reason(error)}", f"correct {name}")
         if not isinstance(output, Tensor) or output.dim() < 2:
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            return Outcome(Verdict.BAD, f"{name} gives {got}", "return one tensor (batch, ...)")
+            return Finding(Grade.BAD, f"{name} gives {got}", "return one tensor (batch, ...)")
         expected = (len(x), *output.shape[1:])
         if name == "cell":
             expected = tuple(made["initial_state"].shape)
         elif name == "head":
             expected = (len(x), model.num_classes)
         if tuple(output.shape) != expected:
-            return Outcome(Verdict.BAD, f"{name} gives {tuple(output.shape)}", f"return {expected} from {name}")
+            return Finding(Grade.BAD, f"{name} gives {tuple(output.shape)}", f"return {expected} from {name}")
         if not bool(torch.isfinite(output).all()):
-            return Outcome(Verdict.BAD, f"{name} gives NaN or infinity", f"look at {name} and at the weights")
+            return Finding(Grade.BAD, f"{name} gives NaN or infinity", f"look at {name} and at the weights")
         made[name] = output
-    return Outcome(Verdict.GOOD, f"state {tuple(made['cell'].shape)}, logits {expected}")
+    return Finding(Grade.GOOD, f"state {tuple(made['cell'].shape)}, logits {expected}")
 
 
 def _outputs(case: Case) -> dict[str, Tensor]:
@@ -210,7 +210,7 @@ def _gap(one: Tensor, other: Tensor) -> float:
     return float(gap.nan_to_num(nan=torch.inf))
 
 
-def _deterministic(case: Case) -> Outcome:
+def _deterministic(case: Case) -> Finding:
     parts, forward_gap = _outputs(case), 0.0
     with contextlib.suppress(Exception):  # forward has a check of its own
         logits = case.model(case.x)
@@ -220,53 +220,53 @@ def _deterministic(case: Case) -> Outcome:
     if gap == 0.0:
         name, gap = "forward", forward_gap
     if gap == 0.0:
-        return Outcome(Verdict.GOOD, "a second call agrees to the bit")
+        return Finding(Grade.GOOD, "a second call agrees to the bit")
     if gap < 1e-4:
-        return Outcome(Verdict.NOTE, f"{name} differs by {gap:.0e} in a second call", "harmless, if it is rounding")
+        return Finding(Grade.NOTE, f"{name} differs by {gap:.0e} in a second call", "harmless, if it is rounding")
     fix = f"draw nothing at random and keep nothing between calls in {name}"
-    return Outcome(Verdict.BAD, f"{name} differs by {_percent(gap)} in a second call", fix)
+    return Finding(Grade.BAD, f"{name} differs by {_percent(gap)} in a second call", fix)
 
 
-def _modes(case: Case) -> Outcome:
+def _modes(case: Case) -> Finding:
     plain = _outputs(case)
     with frozen(case.model):
         case.model.train()
         name, gap = _worst(plain, _outputs(case))
     if gap < 1e-4:
-        return Outcome(Verdict.GOOD, "train and eval mode agree")
+        return Finding(Grade.GOOD, "train and eval mode agree")
     fix = "attacks use eval mode; better group norm than batch norm, and one dropout mask for a whole solve"
-    return Outcome(Verdict.NOTE, f"train mode changes {name} by {_percent(gap)}", fix)
+    return Finding(Grade.NOTE, f"train mode changes {name} by {_percent(gap)}", fix)
 
 
-def _batch(case: Case) -> Outcome:
+def _batch(case: Case) -> Finding:
     if len(case.x) == 1:
-        return Outcome(Verdict.NOTE, "one image has no batch mates", "check on more data")
+        return Finding(Grade.NOTE, "one image has no batch mates", "check on more data")
     rows = torch.arange(len(case.x)).flip(0)[: len(case.x) // 2]
     whole = {name: output[rows] for name, output in _outputs(case).items()}
     name, gap = _worst(whole, _outputs(case.at(rows)))
     if gap < 1e-4:
-        return Outcome(Verdict.GOOD, "rows do not interact")
-    return Outcome(
-        Verdict.BAD, f"batch mates change {name} by {_percent(gap)}", f"normalise within each sample in {name}"
+        return Finding(Grade.GOOD, "rows do not interact")
+    return Finding(
+        Grade.BAD, f"batch mates change {name} by {_percent(gap)}", f"normalise within each sample in {name}"
     )
 
 
-def _equilibrium(case: Case, settled: list[Case]) -> Outcome:
+def _equilibrium(case: Case, settled: list[Case]) -> Finding:
     """Appends to `settled` the case of the images that have an equilibrium, at it, if there are any."""
     try:
         solution = tight_solve(case.model, case.u)
     except Exception as error:  # whatever a foreign cell raises
         found = f"the judge's solve raises {_reason(error)}"
-        return Outcome(Verdict.BAD, found, "allow any batch and torch.func.jvp in cell")
+        return Finding(Grade.BAD, found, "allow any batch and torch.func.jvp in cell")
     num_images, num_found = len(solution.status), int(solution.is_converged.sum())
     if num_found:
         settled.append(case._replace(z=solution.value).at(solution.is_converged))
     if num_found == num_images:
-        return Outcome(Verdict.GOOD, f"the judge finds one for all {num_images} images")
+        return Finding(Grade.GOOD, f"the judge finds one for all {num_images} images")
     counts = collections.Counter(Status(int(code)) for code in solution.status[~solution.is_converged])
     ends = ", ".join(f"{HOW_SOLVES_END[status]} on {count}" for status, count in counts.items())
-    return Outcome(
-        Verdict.BAD,
+    return Finding(
+        Grade.BAD,
         f"the judge finds one for {num_found} of {num_images} images (its solvers {ends})",
         "the others are never robust: make the cell contract (normalise its output, shrink or regularise its Jacobian)",
     )
@@ -300,7 +300,7 @@ def _gradient_of(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return torch.autograd.grad(total, leaf, materialize_grads=True)[0]
 
 
-def _gradient(case: Case) -> Outcome:
+def _gradient(case: Case) -> Finding:
     case = case.at(torch.arange(len(case.x))[:NUM_DIFFERENTIATED])
     x = case.x.clamp(STEP, 1 - STEP)  # the pixels that are compared stay in [0, 1]
     solves: list[Solution] = []
@@ -308,7 +308,7 @@ def _gradient(case: Case) -> Outcome:
     gradient = _gradient_of(lambda images: _implicit_score(case, images, solves, trace), x)
     fix = "use differentiable operations alone in inject, cell and head: no detach, no_grad, rounding or .data"
     if not bool(gradient.any()):
-        return Outcome(Verdict.BAD, "none reaches the image", fix)
+        return Finding(Grade.BAD, "none reaches the image", fix)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     direction = _unit(_unit(gradient) + _unit(noise))
     ahead, behind = (_implicit_score(case, x + sign * STEP * direction, solves) for sign in (1, -1))
@@ -321,29 +321,29 @@ def _gradient(case: Case) -> Outcome:
     where = "" if num_found == len(x) else f" on the {num_found} of {len(x)} images whose solves reach {JUDGE_RTOL:g}"
     slow = f"{FINE.max_steps} steps of Anderson are too few elsewhere: make the cell contract more"
     if not num_found:
-        return Outcome(Verdict.NOTE, f"not judged: its solves reach {JUDGE_RTOL:g} on none of {len(x)} images", slow)
+        return Finding(Grade.NOTE, f"not judged: its solves reach {JUDGE_RTOL:g} on none of {len(x)} images", slow)
     gaps = (product - slope).abs() / torch.maximum(product.abs(), slope.abs()).clamp_min(1e-12)
     gap = float(gaps[is_found].median())
     if gap >= 0.05:
-        return Outcome(Verdict.BAD, f"finite differences differ by {gap:.0%}{where}", fix)
+        return Finding(Grade.BAD, f"finite differences differ by {gap:.0%}{where}", fix)
     if where:
-        return Outcome(Verdict.NOTE, f"finite differences agree to {gap:.1%}{where}", slow)
-    return Outcome(Verdict.GOOD, f"finite differences agree to {gap:.1%}")
+        return Finding(Grade.NOTE, f"finite differences agree to {gap:.1%}{where}", slow)
+    return Finding(Grade.GOOD, f"finite differences agree to {gap:.1%}")
 
 
 def _unit(v: Tensor) -> Tensor:
     return v / per_sample(torch.linalg.vector_norm(v.flatten(1), dim=1).clamp_min(1e-30), v)
 
 
-def _forward(case: Case) -> Outcome:
+def _forward(case: Case) -> Finding:
     logits = case.model(case.x)
     if not bool(torch.isfinite(logits).all()):
-        return Outcome(Verdict.BAD, "forward gives NaN or infinity", "look at model.solve")
+        return Finding(Grade.BAD, "forward gives NaN or infinity", "look at model.solve")
     few = case.at(torch.arange(len(case.x))[:NUM_DIFFERENTIATED])
     gradient = _gradient_of(lambda x: _score(case.model(x)), few.x)
     if not bool(gradient.any()):
         fix = "do not detach the state in eval mode: leave forward to EquilibriumModel"
-        return Outcome(Verdict.BAD, "no gradient in eval mode", fix)
+        return Finding(Grade.BAD, "no gradient in eval mode", fix)
     expected = case.model.head(case.z)
     gap = _gap(expected, logits)
     num_other = int((expected.argmax(1) != logits.argmax(1)).sum())
@@ -351,15 +351,15 @@ def _forward(case: Case) -> Outcome:
     cosine = float(F.cosine_similarity(gradient.flatten(1), exact.flatten(1)).median())
     found = f"logits {_percent(gap)} off the equilibrium's, gradients at a cosine of {cosine:.2f}"
     if gap < 0.05 and cosine > 0.9:
-        return Outcome(Verdict.GOOD, found)
+        return Finding(Grade.GOOD, found)
     if gap > 1.0 or num_other > len(case.x) / 2:
         found = f"another model: {num_other} of {len(case.x)} predictions are not the equilibrium's; {found}"
         fix = "leave forward to EquilibriumModel; give model.solve another solver or more steps, or make cell contract"
-        return Outcome(Verdict.BAD, found, fix)
-    return Outcome(Verdict.NOTE, found, "what calls forward sees another model: tighten model.solve and model.adjoint")
+        return Finding(Grade.BAD, found, fix)
+    return Finding(Grade.NOTE, found, "what calls forward sees another model: tighten model.solve and model.adjoint")
 
 
-def _accuracy(case: Case) -> Outcome:
+def _accuracy(case: Case) -> Finding:
     num_images = len(case.y)
     share = _share(case.model.head(case.z), case.y)
     commonest = float(case.y.bincount().max()) / num_images
@@ -373,18 +373,18 @@ def _accuracy(case: Case) -> Outcome:
     if best > max(chance, share + 0.2):
         names = " or ".join(name for name, other in others.items() if other == best)
         fix = f"images come in [0, 1]: let inject bring them to pixels {names}"
-        return Outcome(Verdict.BAD, f"{found}, but {best:.0%} for pixels {names}", fix)
+        return Finding(Grade.BAD, f"{found}, but {best:.0%} for pixels {names}", fix)
     if share > chance:
-        return Outcome(Verdict.GOOD, found)
+        return Finding(Grade.GOOD, found)
     found += f"; the commonest class has {commonest:.0%}"
-    return Outcome(Verdict.NOTE, found, "train it, normalise as in training, or check on more images")
+    return Finding(Grade.NOTE, found, "train it, normalise as in training, or check on more images")
 
 
 def _share(logits: Tensor, y: Tensor) -> float:
     return float((logits.argmax(1) == y).double().mean())
 
 
-def _contraction(case: Case) -> Outcome:
+def _contraction(case: Case) -> Finding:
     radius = spectral_radius(case.model, case.z, case.u)
     plain = picard_solution(case.model, case.x, rtol=QUICK_RTOL, max_steps=QUICK_STEPS)
     share = float(plain.is_converged.double().mean())
@@ -394,12 +394,12 @@ def _contraction(case: Case) -> Outcome:
     else:
         found += f"reaches {QUICK_RTOL:g} in {QUICK_STEPS} steps on {share:.0%} of the images"
     if share == 1.0 and float(radius.max()) < 1.0:
-        return Outcome(Verdict.GOOD, found)
+        return Finding(Grade.GOOD, found)
     fix = "joint-pgd will fall back to damping, acceleration and full solves; Jacobian regularisation helps"
-    return Outcome(Verdict.NOTE, found, fix)
+    return Finding(Grade.NOTE, found, fix)
 
 
-def _solver(case: Case) -> Outcome:
+def _solver(case: Case) -> Finding:
     ranking, raising = [], {}
     for name in SOLVERS:
         solver = SOLVERS.get(name)()
@@ -414,21 +414,21 @@ def _solver(case: Case) -> Outcome:
         num_left = int((~solution.is_converged).sum())
         ranking.append((num_left, meter.eval_rows / len(case.u), name))
     if not ranking:
-        return Outcome(Verdict.BAD, f"every solver raises; {next(iter(raising.values()))}", "correct cell")
+        return Finding(Grade.BAD, f"every solver raises; {next(iter(raising.values()))}", "correct cell")
     ranking.sort()
     num_left, _, best = ranking[0]
     if num_left:
         missed = ", ".join(f"{name} {left}" for left, _, name in ranking)
         found = f"none reaches {QUICK_RTOL:g} in {QUICK_STEPS} evaluations on every image (missed: {missed}); "
         fix = "allow as many steps in --set max_steps=... of pgd and in model.solve, or make the cell contract more"
-        return Outcome(Verdict.NOTE, f"{found}the judge needs {_rungs_needed(case)}", fix)
+        return Finding(Grade.NOTE, f"{found}the judge needs {_rungs_needed(case)}", fix)
     listed = ", ".join(f"{name} {count:.0f}" for left, count, name in ranking if not left)
     found = f"use {best}; cell evaluations an image to {QUICK_RTOL:g}: {listed}"
     if raising:
         fix = "the judge's last solver needs torch.func.jvp of cell: avoid autograd functions without a jvp"
-        return Outcome(Verdict.NOTE, f"{found}; {', '.join(raising)} raises", fix)
+        return Finding(Grade.NOTE, f"{found}; {', '.join(raising)} raises", fix)
     fix = f"choose it by --set solver={best} of pgd, and by model.solve = Solve(SOLVERS.get({best!r})())"
-    return Outcome(Verdict.GOOD, found, fix)
+    return Finding(Grade.GOOD, found, fix)
 
 
 def _rungs_needed(case: Case) -> str:

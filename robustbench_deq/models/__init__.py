@@ -1,12 +1,11 @@
 """One DEQ family a file; saved models and the zoo of registered ones."""
 
-from robustbench_deq.models.base import FAMILIES, AdjointSpec, Family, FamilyModel, ModelConfig, SizedConfig, SolveSpec
+from robustbench_deq.models.base import FAMILIES, Family, FamilyModel, ModelConfig, SizedConfig
 from robustbench_deq.models.deq_conv import DEQConv, DEQConvConfig
 from robustbench_deq.models.deq_fc import DEQFC, DEQFCConfig
 from robustbench_deq.models.explicit import ResNet, ResNetConfig, UnrolledConfig, UnrolledNetwork
 from robustbench_deq.models.io import (
     Card,
-    CardThreat,
     ModelDescription,
     describe_model,
     list_models,
@@ -29,9 +28,7 @@ __all__ = [
     "LBEN",
     "MDEQ",
     "MODELS",
-    "AdjointSpec",
     "Card",
-    "CardThreat",
     "DEQConv",
     "DEQConvConfig",
     "DEQFCConfig",
@@ -52,7 +49,6 @@ __all__ = [
     "ResNet",
     "ResNetConfig",
     "SizedConfig",
-    "SolveSpec",
     "UnrolledConfig",
     "UnrolledNetwork",
     "describe_model",

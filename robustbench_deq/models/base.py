@@ -6,95 +6,16 @@ A config says all that a saved model needs but its weights: the shape of the dat
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from pydantic import (
-    Field,
-    JsonValue,
-    PositiveInt,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, PositiveInt, field_validator, model_validator
 from torch import Tensor, nn
 
-from robustbench_deq.adjoints import ADJOINTS, DEFAULT_ADJOINT_SOLVE, Adjoint
-from robustbench_deq.configs import Config, named_in
+from robustbench_deq.configs import Config
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.registry import Registry
-from robustbench_deq.solvers import SOLVERS, Solve
-
-
-class _Spec(Config):
-    """A config whose fields `later`, which came after it was first saved, are written only where they are set: a saved
-    run or model that does not use them reads as it did."""
-
-    later: ClassVar[frozenset[str]]
-
-    @model_serializer(mode="wrap")
-    def _leave_out(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in write(self).items() if value or name not in self.later}
-
-
-class SolveSpec(_Spec):
-    """A solver by name, its own settings, and when it stops."""
-
-    later = frozenset({"settings"})
-
-    solver: Annotated[str, named_in(SOLVERS)] = Field("anderson", description="a registered solver")
-    tolerance: float = Field(1e-4, gt=0, description="relative residual at which a sample is done")
-    max_steps: int = Field(100, ge=1, description="most steps of a solve")
-    settings: dict[str, JsonValue] = Field(
-        default_factory=dict, description="the solver's own: history_size, damping, ridge, ..."
-    )
-
-    @model_validator(mode="after")
-    def _check_settings(self) -> SolveSpec:
-        solver = SOLVERS.get(self.solver)()
-        defaults = {field.name: getattr(solver, field.name) for field in dataclasses.fields(solver)}
-        defaults.pop("kind", None)  # Anderson's: the solver's name says it
-        for name, value in self.settings.items():
-            if name not in defaults:
-                raise ValueError(f"settings of {self.solver} among {', '.join(defaults)}, and no {name!r}")
-            is_count = isinstance(defaults[name], int)
-            number, least = ("an integer >= 1", 1) if is_count else ("a number >= 0", 0)
-            if type(value) not in ((int,) if is_count else (int, float)) or value < least:
-                raise ValueError(f"{number} as the setting {name}, and not {value!r}")
-        return self
-
-    def build(self) -> Solve:
-        solver = dataclasses.replace(SOLVERS.get(self.solver)(), **self.settings)
-        return Solve(solver, rtol=self.tolerance, max_steps=self.max_steps)
-
-
-class AdjointSpec(_Spec):
-    """An adjoint by name. A setting that its kind does not use is refused."""
-
-    later = frozenset({"damping"})
-
-    name: Annotated[str, named_in(ADJOINTS)] = Field("implicit", description="a registered adjoint")
-    solve: SolveSpec | None = Field(None, description="of implicit; null: Anderson to 1e-4")
-    num_steps: int | None = Field(None, ge=1, description="terms or steps of neumann, phantom, unrolled")
-    damping: float | None = Field(None, gt=0, le=1, description="of the steps of phantom and unrolled")
-
-    @model_validator(mode="after")
-    def _check_used(self) -> AdjointSpec:
-        unused = {
-            "implicit": ("num_steps", "damping"),
-            "jacobian-free": ("solve", "num_steps", "damping"),
-            "neumann": ("solve", "damping"),
-        }.get(self.name, ("solve",))
-        for name in unused:
-            if getattr(self, name) is not None:
-                raise ValueError(f"no {name} with the adjoint {self.name}, which does not use it")
-        return self
-
-    def build(self) -> Adjoint:
-        solve = self.solve.build() if self.solve else DEFAULT_ADJOINT_SOLVE
-        return ADJOINTS.get(self.name)(solve, self.num_steps, self.damping)
+from robustbench_deq.specs import AdjointSpec, SolveSpec
 
 
 class ModelConfig(Config):

@@ -16,15 +16,8 @@ from pydantic import Field, JsonValue, PositiveInt, field_validator, model_valid
 from torch import Tensor, nn
 
 from robustbench_deq.configs import validate
-from robustbench_deq.models.base import (
-    FAMILIES,
-    AdjointSpec,
-    FamilyModel,
-    ModelConfig,
-    SolveSpec,
-    add_family,
-    iterates,
-)
+from robustbench_deq.models.base import FAMILIES, FamilyModel, ModelConfig, add_family, iterates
+from robustbench_deq.specs import AdjointSpec, SolveSpec
 
 
 class ExplicitConfig(ModelConfig):

@@ -30,6 +30,7 @@ from robustbench_deq.models.base import FAMILIES, Family, FamilyModel
 from robustbench_deq.models.user_file import model_from_file
 from robustbench_deq.models.zoo import MODELS, ModelEntry
 from robustbench_deq.optimise import NORMS
+from robustbench_deq.specs import ThreatSpec
 
 DESCRIPTION_NAME = "model.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -38,16 +39,11 @@ SCHEMA_VERSION = 1
 """Of `model.json`; rises when a reader of this version would misread the file."""
 
 
-class CardThreat(Config):
-    norm: str
-    epsilon: float
-
-
 class Card(Config):
     """What a reader should know of the weights. Accuracies are fractions on the test split, judged."""
 
     data: str = ""
-    threat: CardThreat | None = Field(None, description="the threat trained against; null is standard training")
+    threat: ThreatSpec | None = Field(None, description="the threat trained against; null is standard training")
     command: str = ""
     seed: int = 0
     train_minutes: float | None = None
@@ -68,6 +64,12 @@ class Card(Config):
     def trained_against(self) -> str:
         """The norm of the threat trained against, or "none"."""
         return self.threat.norm if self.threat else "none"
+
+    @property
+    def evaluated_under(self) -> ThreatSpec | None:
+        """The threat behind `robust_accuracy`; None where the card has none."""
+        known = {key: self.evaluation[key] for key in ThreatSpec.model_fields if key in self.evaluation}
+        return validate(ThreatSpec, known, "the card's evaluation") if "epsilon" in known else None
 
 
 class ModelDescription(Config):

@@ -17,23 +17,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from robustbench_deq.configs import Config, merge, named_in, parse_fraction, read_yaml, validate
+from robustbench_deq.configs import Config, merge, named_in, read_yaml, validate
 from robustbench_deq.data import Split, SplitName, load
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import sha256_of
 from robustbench_deq.models import MODELS, ModelDescription, describe_model
-from robustbench_deq.protocol import ATTACKS, make_attack
+from robustbench_deq.protocol import ATTACKS
 from robustbench_deq.records.record import SCHEMA_VERSION
 from robustbench_deq.solvers import SOLVERS
-from robustbench_deq.threats import Norm, Threat
+from robustbench_deq.specs import AttackSpec, NormName, Radius, ThreatSpec
 
 Axis = list[dict[str, Any]]
 """Points of an axis of the suite, each as settings of an attack."""
 
 
-class AttackPlan(Config):
+class AttackGrid(Config):
+    """An attack with settings to combine: a list of `AttackSpec`."""
+
     name: str = Field("joint-pgd", description="a registered attack")
     label: str | None = Field(None, description="its name in tables; the settings of the grid are added to it")
     config: dict[str, Any] = Field(default_factory=dict, description="the attack's own settings")
@@ -84,16 +86,14 @@ class Budget(Config):
         return {key: value for key, value in values.items() if value is not None}
 
 
-class ThreatPlan(Config):
-    norm: str = Field("l2", description="l2 or linf")
-    epsilons: list[float] = Field(min_length=1, description="radii in pixel units of [0, 1]; may be written 8/255")
+class ThreatGrid(Config):
+    """A norm with several radii: a list of `ThreatSpec`."""
 
-    @field_validator("epsilons", mode="before")
-    @classmethod
-    def _fractions(cls, values: object) -> object:
-        if not isinstance(values, list):
-            return values
-        return [parse_fraction(value) if isinstance(value, str) else value for value in values]
+    norm: NormName = Field("l2", description="l2 or linf")
+    epsilons: list[Radius] = Field(min_length=1, description="radii in pixel units of [0, 1]; may be written 8/255")
+
+    def specs(self) -> list[ThreatSpec]:
+        return [ThreatSpec(norm=self.norm, epsilon=epsilon) for epsilon in self.epsilons]
 
 
 class Resources(Config):
@@ -108,8 +108,8 @@ class SuiteConfig(Config):
 
     name: str = Field(description="of the suite and its default output folder")
     models: list[str] = Field(min_length=1, description="names, wildcards, folders or file.py:function")
-    attacks: list[AttackPlan] = Field(min_length=1)
-    threats: list[ThreatPlan] | None = Field(None, description="null: the threat of each model's card")
+    attacks: list[AttackGrid] = Field(min_length=1)
+    threats: list[ThreatGrid] | None = Field(None, description="null: the threat of each model's card")
     data: str | Annotated[list[str], Field(min_length=1)] | None = Field(
         None, description="a dataset or npz:FILE, or several; null: that of each model's card"
     )
@@ -211,18 +211,19 @@ def plan(suite: SuiteConfig) -> list[Run]:
         for name in _data(suite, model, described):
             split = splits[name] = splits.get(name) or _load(name, suite)
             _check_shape(model, described, split)
-            for threat, spec, seed in itertools.product(_threats(suite, model, described), attacks, suite.seeds):
-                for label, config in spec.variants(axes):
-                    attack = make_attack(spec.name, threat, config, f"suite: attack {label}")
+            for threat, grid, seed in itertools.product(_threats(suite, model, described), attacks, suite.seeds):
+                for label, config in grid.variants(axes):
+                    chosen = AttackSpec(name=grid.name, threat=threat, config=config)
+                    attack = chosen.build(f"suite: attack {label}")
                     run = Run(
                         model=model,
                         model_digest=model_digest,
                         model_sha256=(described.sha256 or None) if described else None,
                         file_sha256=None if described else model_digest,
-                        attack=spec.name,
+                        attack=grid.name,
                         label=label,
                         config=attack.config.model_dump(mode="json"),
-                        norm=threat.norm.name,
+                        norm=threat.norm,
                         epsilon=threat.epsilon,
                         data=name,
                         split=suite.split,
@@ -232,7 +233,7 @@ def plan(suite: SuiteConfig) -> list[Run]:
                         batch_size=suite.batch_size,
                         num_snapshots=suite.num_snapshots,
                     )
-                    name_of_run = (model, name, threat, label, seed)
+                    name_of_run = (model, name, threat.norm, threat.epsilon, label, seed)
                     if name_of_run in runs:
                         raise UsageError.of(
                             "suite", expected="different labels", got=f"{label} twice", fix="give the attacks labels"
@@ -306,10 +307,10 @@ def _check_shape(model: str, described: ModelDescription | None, split: Split) -
         )
 
 
-def _threats(suite: SuiteConfig, model: str, described: ModelDescription | None) -> list[Threat]:
+def _threats(suite: SuiteConfig, model: str, described: ModelDescription | None) -> list[ThreatSpec]:
     if suite.threats is not None:
-        return [Threat(Norm.parse(plan.norm), epsilon) for plan in suite.threats for epsilon in plan.epsilons]
-    known = described.card.evaluation if described else {}
-    if "epsilon" not in known:
+        return [threat for grid in suite.threats for threat in grid.specs()]
+    known = described.card.evaluated_under if described else None
+    if known is None:
         raise UsageError.of(f"suite: model {model}", expected="a threat", got="none in its card", fix="set threats")
-    return [Threat(Norm.parse(known.get("norm", "l2")), float(known["epsilon"]))]
+    return [known]

@@ -82,7 +82,7 @@ class Anderson(Solver):
 
     def step(self, fn: FixedPointMap, at: Iterate, state: State) -> tuple[Tensor, State]:
         z_prev, x, y, is_empty, is_fresh, best, stale = state
-        flat, g, column = at.z.flatten(1), at.g, at.count % self.history_size
+        flat, g, column = at.z.flatten(1), at.g, at.num_steps % self.history_size
         last, dz, dg = y.select(1, -1), x.select(1, column), y.select(1, column)
         torch.sub(g, last, out=dg)
         torch.sub(flat, z_prev, out=dz)
@@ -103,7 +103,7 @@ class Anderson(Solver):
         stale.add_(1).masked_fill_(at.size < best, 0)
         best = torch.minimum(at.size, best)
         is_fresh = stale >= self.patience
-        if at.count + 1 >= self.patience:  # before, no sample can have been stale for so long
+        if at.num_steps + 1 >= self.patience:  # before, no sample can have been stale for so long
             best.masked_fill_(is_fresh, torch.inf)
             stale.masked_fill_(is_fresh, 0)
             is_empty.logical_or_(is_fresh[:, None])

@@ -21,7 +21,7 @@ import abc
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,26 +81,27 @@ class Iterate(NamedTuple):
     z, f        the state and its image, `(batch, ...)`
     g           f - z, `(batch, n)`
     size        `||g||_2`, `(batch,)`
-    count       steps before this one, the same for all samples
+    num_steps   steps before this one, the same for all samples
     """
 
     z: Tensor
     f: Tensor
     g: Tensor
     size: Tensor
-    count: int
+    num_steps: int
 
     @classmethod
-    def measure(cls, z: Tensor, f: Tensor, count: int) -> Iterate:
+    def measure(cls, z: Tensor, f: Tensor, num_steps: int) -> Iterate:
         g = (f - z).flatten(1)
-        return cls(z, f, g, torch.linalg.vector_norm(g, dim=1), count)
+        return cls(z, f, g, torch.linalg.vector_norm(g, dim=1), num_steps)
 
     def relative_residual(self) -> Tensor:
         """`||f - z|| / (||f|| + 1e-8)`, `(batch,)`."""
         return self.size / (torch.linalg.vector_norm(self.f.flatten(1), dim=1) + 1e-8)
 
     def restrict(self, index: Tensor) -> Iterate:
-        return Iterate(*(part.index_select(0, index) for part in self[:-1]), self.count)
+        z, f, g, size = (part.index_select(0, index) for part in (self.z, self.f, self.g, self.size))
+        return Iterate(z, f, g, size, self.num_steps)
 
 
 class Solution(NamedTuple):
@@ -191,7 +192,7 @@ class Solve:
         if self.max_steps < 1:
             raise UsageError.of("max_steps", expected="an integer >= 1", got=self.max_steps, fix="try 50")
 
-    def with_(self, **changes: object) -> Solve:
+    def with_(self, **changes: Any) -> Solve:
         return replace(self, **changes)
 
     def __call__(self, fn: FixedPointMap, z0: Tensor) -> Solution:
@@ -238,10 +239,10 @@ class Solve:
                 rows = keep if rows is None else rows.index_select(0, keep)
                 fn, at = fn.restrict(keep), at.restrict(keep)
                 kept = (limit, best, best_residual, last_residual, steps, is_active, *state)
-                limit, best, best_residual, last_residual, steps, is_active, *state = (
+                limit, best, best_residual, last_residual, steps, is_active, *kept_state = (
                     part.index_select(0, keep) for part in kept
                 )
-                state, is_whole = tuple(state), True
+                state, is_whole = tuple(kept_state), True
             z, state = self.solver.step(fn, at, state)
 
         if rows is not None:

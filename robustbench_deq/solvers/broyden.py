@@ -81,7 +81,7 @@ class Broyden(Solver):
         z_prev, g_prev, step_prev, u, v, is_empty, has_prev, column, best, stale = state
         flat, g = at.z.flatten(1), at.g
         dz, dg = flat - z_prev, g - g_prev
-        num_used = min(at.count, self.history_size)
+        num_used = min(at.num_steps, self.history_size)
         used = (u[:, :num_used], v[:, :num_used], is_empty[:, :num_used])
         step = g - _sum_of_terms(*used, g)  # -B g before the update, so that B dg = step_prev - step
         row = _sum_of_terms(used[1], used[0], used[2], dz).sub_(dz)  # dz^T B

@@ -4,33 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from robustbench_deq.configs import Config, parse_fraction
-from robustbench_deq.models.base import SolveSpec
+from robustbench_deq.configs import Config
+from robustbench_deq.specs import AttackSpec, SolveSpec
 
 
 class ModelSpec(Config):
     family: str = Field(description="a registered model family")
     config: dict[str, Any] = Field(default_factory=dict, description="the family's own settings")
-
-
-class ThreatSpec(Config):
-    norm: str = Field("l2", description="l2 or linf")
-    epsilon: float = Field(1.0, ge=0, description="radius in pixel units of [0, 1]; may be written 8/255")
-
-    @field_validator("epsilon", mode="before")
-    @classmethod
-    def _fraction(cls, value: object) -> object:
-        return parse_fraction(value) if isinstance(value, str) else value
-
-
-class AttackSpec(Config):
-    """An attack by name, with its own settings."""
-
-    name: str = Field("joint-pgd", description="a registered attack")
-    threat: ThreatSpec = Field(ThreatSpec(), description="norm and radius")
-    config: dict[str, Any] = Field(default_factory=dict, description="the attack's own settings")
 
 
 class TrainingSolveSpec(SolveSpec):

@@ -27,7 +27,6 @@ from robustbench_deq.files import check_json, replacing, write_json
 from robustbench_deq.models import (
     FAMILIES,
     Card,
-    CardThreat,
     FamilyModel,
     ModelDescription,
     describe_model,
@@ -158,7 +157,7 @@ class TrainingSession:
             command = " && ".join(filter(None, (earlier.command, command)))
         card = Card(
             data=config.data,
-            threat=CardThreat(**config.attack.threat.model_dump()) if config.attack else None,
+            threat=config.attack.threat if config.attack else None,
             command=command,
             seed=config.seed,
             train_minutes=round(minutes, 1),

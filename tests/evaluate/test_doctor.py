@@ -14,12 +14,12 @@ from robustbench_deq.data import Split, SplitName
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate import doctor
-from robustbench_deq.evaluate.doctor import Finding, Verdict, examine
+from robustbench_deq.evaluate.doctor import Finding, Grade, examine
 from robustbench_deq.models import FAMILIES
 from robustbench_deq.solvers import SOLVERS, Anderson, Picard, Solve
 
 CHECKS = ["parts", *doctor.NEAR_THE_START, "equilibrium", *doctor.AT_EQUILIBRIA]
-GOOD, NOTE, BAD = Verdict.GOOD, Verdict.NOTE, Verdict.BAD
+GOOD, NOTE, BAD = Grade.GOOD, Grade.NOTE, Grade.BAD
 
 
 class Sound(EquilibriumModel):
@@ -73,19 +73,19 @@ def found_in(model: EquilibriumModel, data: Split = SAMPLES) -> dict[str, Findin
 
 def bad_in(model: EquilibriumModel) -> list[str]:
     findings = found_in(model)
-    assert all(finding.fix for finding in findings.values() if finding.verdict is not GOOD)
-    return [check for check, finding in findings.items() if finding.verdict is BAD]
+    assert all(finding.fix for finding in findings.values() if finding.grade is not GOOD)
+    return [check for check, finding in findings.items() if finding.is_bad]
 
 
-def assert_all_but_these_left_out(findings: list[Finding], verdicts: dict[str, Verdict]) -> None:
-    """Every check is listed, those in `verdicts` with these, the others with what to mend first: the only bad one."""
-    (cause,) = [finding.check for finding in findings if finding.verdict is BAD]
+def assert_all_but_these_left_out(findings: list[Finding], grades: dict[str, Grade]) -> None:
+    """Every check is listed, those in `grades` with these, the others with what to mend first: the only bad one."""
+    (cause,) = [finding.check for finding in findings if finding.is_bad]
     assert [finding.check for finding in findings] == CHECKS
     for finding in findings:
-        if finding.check in verdicts:
-            assert finding.verdict is verdicts[finding.check] and finding.found != "not examined"
+        if finding.check in grades:
+            assert finding.grade is grades[finding.check] and finding.found != "not examined"
         else:
-            assert finding[1:] == (NOTE, "not examined", f"mend {cause} first")
+            assert finding[:3] == (NOTE, "not examined", f"mend {cause} first")
 
 
 # ---------------------------------------------------------------- sound models
@@ -94,7 +94,7 @@ def assert_all_but_these_left_out(findings: list[Finding], verdicts: dict[str, V
 def test_a_sound_model_gets_one_good_finding_a_check() -> None:
     findings = examine(Sound(), SAMPLES)
     assert [finding.check for finding in findings] == CHECKS
-    assert {finding.verdict for finding in findings} == {GOOD}
+    assert {finding.grade for finding in findings} == {GOOD}
     by_check = {finding.check: finding.found for finding in findings}
     assert by_check["accuracy"] == f"100% of {doctor.NUM_IMAGES} images"
     assert "spectral radius 0.50, at most 0.50" in by_check["contraction"]
@@ -105,7 +105,7 @@ def test_no_registered_family_has_a_bad_finding(family: str, make_model) -> None
     model = make_model(family, torch.float32, rtol=1e-5)
     findings = examine(model, labelled(model, 8))
     assert [finding.check for finding in findings] == CHECKS
-    assert [finding for finding in findings if finding.verdict is BAD] == []
+    assert [finding for finding in findings if finding.is_bad] == []
 
 
 def test_the_model_and_the_global_state_are_left_as_they_were() -> None:
@@ -198,9 +198,9 @@ def test_dropout_that_eval_mode_does_not_stop_is_caught_and_the_only_cause() -> 
     assert "inject" in findings[1].fix
 
 
-@pytest.mark.parametrize(("size", "verdict"), [(0.1, BAD), (1e-6, NOTE), (0.0, GOOD)])
-def test_what_is_kept_between_calls_is_caught(size: float, verdict: Verdict) -> None:
-    assert found_in(having(inject=remembers, size=size))["deterministic"].verdict is verdict
+@pytest.mark.parametrize(("size", "grade"), [(0.1, BAD), (1e-6, NOTE), (0.0, GOOD)])
+def test_what_is_kept_between_calls_is_caught(size: float, grade: Grade) -> None:
+    assert found_in(having(inject=remembers, size=size))["deterministic"].grade is grade
 
 
 def test_a_state_that_forward_keeps_is_caught() -> None:
@@ -209,7 +209,7 @@ def test_a_state_that_forward_keeps_is_caught() -> None:
         return self.head(self.kept)
 
     finding = found_in(having(forward=forward))["deterministic"]
-    assert finding.verdict is not GOOD and finding.found.startswith("forward")
+    assert finding.grade is not GOOD and finding.found.startswith("forward")
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_what_only_train_mode_does_is_a_note(cell: Callable, is_noted: bool) -> 
     model = having(cell=cell)
     assert bad_in(model) == []
     finding = found_in(model)["modes"]
-    assert (finding.verdict is NOTE) == is_noted
+    assert (finding.grade is NOTE) == is_noted
     assert ("train mode changes cell" in finding.found) == is_noted
 
 
@@ -247,7 +247,7 @@ def batch_norm(self: Sound, z: Tensor) -> Tensor:
 def test_rows_that_interact_are_caught_and_the_part_is_named(name: str, spoiled: Callable) -> None:
     findings = examine(having(**{name: spoiled}), SAMPLES)
     finding = findings[CHECKS.index("batch")]
-    modes = findings[CHECKS.index("modes")].verdict
+    modes = findings[CHECKS.index("modes")].grade
     assert_all_but_these_left_out(findings, {"parts": GOOD, "deterministic": GOOD, "modes": modes, "batch": BAD})
     assert f"batch mates change {name} by" in finding.found and name in finding.fix
 
@@ -259,8 +259,8 @@ def test_a_part_that_only_takes_one_size_of_batch_is_caught() -> None:
 def test_one_image_has_no_batch_mates() -> None:
     data = Split(**{**vars(SAMPLES), "x": SAMPLES.x[:1], "y": SAMPLES.y[:1]})
     findings = found_in(Sound(), data)
-    assert findings["batch"].verdict is NOTE
-    assert not [finding for finding in findings.values() if finding.verdict is BAD]
+    assert findings["batch"].grade is NOTE
+    assert not [finding for finding in findings.values() if finding.is_bad]
 
 
 # ---------------------------------------------------------------- at equilibria
@@ -308,10 +308,10 @@ class NoJVP(torch.autograd.Function):
 
 def test_a_cell_that_the_judge_cannot_differentiate_is_caught() -> None:
     sound = found_in(having(cell=lambda self, z, u: NoJVP.apply(z / 2) @ self.a + u))
-    assert sound["gradient"].verdict is GOOD
-    assert sound["solver"].verdict is NOTE and "newton-krylov raises" in sound["solver"].found
+    assert sound["gradient"].grade is GOOD
+    assert sound["solver"].grade is NOTE and "newton-krylov raises" in sound["solver"].found
     unsound = found_in(having(cell=lambda self, z, u: flips(NoJVP.apply(z))))
-    assert unsound["equilibrium"].verdict is BAD and "the judge's solve raises" in unsound["equilibrium"].found
+    assert unsound["equilibrium"].is_bad and "the judge's solve raises" in unsound["equilibrium"].found
     assert unsound["solver"].fix == "mend equilibrium first"
 
 
@@ -326,7 +326,7 @@ def test_a_forward_that_detaches_in_eval_mode_is_caught() -> None:
 
 
 @pytest.mark.parametrize(
-    ("forward", "verdict", "said"),
+    ("forward", "grade", "said"),
     [
         (lambda self, x: Sound.forward(self, x).detach() + 0 * x.sum(), BAD, "no gradient"),
         (lambda self, x: Sound.forward(self, x) / 0, BAD, "NaN or infinity"),
@@ -339,21 +339,19 @@ def test_a_forward_that_detaches_in_eval_mode_is_caught() -> None:
     ],
     ids=["zero", "nan", "shape", "raises", "other logits", "far logits", "other classes", "other gradient"],
 )
-def test_a_forward_that_is_not_the_models_is_caught(forward: Callable, verdict: Verdict, said: str) -> None:
+def test_a_forward_that_is_not_the_models_is_caught(forward: Callable, grade: Grade, said: str) -> None:
     finding = found_in(having(forward=forward))["forward"]
-    assert finding.verdict is verdict and said in finding.found
+    assert finding.grade is grade and said in finding.found
 
 
-@pytest.mark.parametrize(("max_steps", "verdict"), [(1, BAD), (5, NOTE), (30, GOOD)])
-def test_a_forward_solved_loosely_is_noted_and_one_that_is_hardly_solved_is_bad(
-    max_steps: int, verdict: Verdict
-) -> None:
+@pytest.mark.parametrize(("max_steps", "grade"), [(1, BAD), (5, NOTE), (30, GOOD)])
+def test_a_forward_solved_loosely_is_noted_and_one_that_is_hardly_solved_is_bad(max_steps: int, grade: Grade) -> None:
     model = Sound()
     model.solve = Solve(Picard(), rtol=1e-5, max_steps=max_steps)
     finding = found_in(model)["forward"]
-    assert finding.verdict is verdict
-    assert ("model.solve" in finding.fix) == (verdict is not GOOD)
-    assert bad_in(model) == (["forward"] if verdict is BAD else [])
+    assert finding.grade is grade
+    assert ("model.solve" in finding.fix) == (grade is not GOOD)
+    assert bad_in(model) == (["forward"] if grade is BAD else [])
 
 
 class Expansive(Sound):
@@ -368,7 +366,7 @@ class Expansive(Sound):
 def test_a_forward_that_does_not_reach_the_judges_equilibrium_is_another_model() -> None:
     data = labelled(having(cell=Expansive.cell))
     findings = found_in(Expansive(), data)
-    assert [check for check, finding in findings.items() if finding.verdict is BAD] == ["forward"]
+    assert [check for check, finding in findings.items() if finding.is_bad] == ["forward"]
     assert findings["forward"].found.startswith("another model: ")
     assert "model.solve" in findings["forward"].fix
     assert findings["accuracy"].fix == "mend forward first"
@@ -378,7 +376,7 @@ def test_a_forward_that_does_not_reach_the_judges_equilibrium_is_another_model()
 def test_a_part_that_gives_no_gradient_is_told_once(name: str) -> None:
     whole = getattr(Sound, name)
     findings = found_in(having(**{name: lambda self, *parts: whole(self, *parts).detach()}))
-    assert [check for check, finding in findings.items() if finding.verdict is BAD] == ["gradient"]
+    assert [check for check, finding in findings.items() if finding.is_bad] == ["gradient"]
     assert findings["forward"].fix == "mend gradient first"
 
 
@@ -406,7 +404,7 @@ class StraightThrough(torch.autograd.Function):
 )
 def test_a_part_without_its_gradient_is_caught(methods: dict, said: str) -> None:
     finding = found_in(having(**methods))["gradient"]
-    assert finding.verdict is BAD and said in finding.found
+    assert finding.is_bad and said in finding.found
 
 
 SEEN = SAMPLES.x[: doctor.NUM_IMAGES]
@@ -427,9 +425,9 @@ def test_a_model_for_pixels_of_another_range_is_caught(name: str, change: Callab
 
     sound = having(inject=lambda self, x: Sound.inject(self, wave(x)))
     data = labelled(sound)
-    assert found_in(sound, data)["accuracy"].verdict is GOOD
+    assert found_in(sound, data)["accuracy"].grade is GOOD
     finding = found_in(having(inject=lambda self, x: Sound.inject(self, wave(change(x)))), data)["accuracy"]
-    assert finding.verdict is BAD and name in finding.fix
+    assert finding.is_bad and name in finding.fix
     assert finding.found.endswith(f"but 100% for pixels {name}")
 
 
@@ -439,16 +437,16 @@ def test_chance_is_a_note_and_a_model_may_refuse_other_pixels() -> None:
         return Sound.inject(self, x)
 
     model = having(inject=inject)
-    assert found_in(model)["accuracy"].verdict is GOOD
+    assert found_in(model)["accuracy"].grade is GOOD
     shuffled = Split(**{**vars(SAMPLES), "y": (SAMPLES.y + 1) % 3})
     finding = found_in(model, shuffled)["accuracy"]
-    assert finding.verdict is NOTE and finding.found.startswith("0% of 32 images")
+    assert finding.grade is NOTE and finding.found.startswith("0% of 32 images")
 
 
 def test_a_cell_that_does_not_contract_is_a_note_with_its_radius() -> None:
     findings = found_in(having(cell=lambda self, z, u: u - 1.5 * z))
-    assert findings["equilibrium"].verdict is GOOD
-    assert findings["contraction"].verdict is NOTE
+    assert findings["equilibrium"].grade is GOOD
+    assert findings["contraction"].grade is NOTE
     assert "spectral radius 1.50, at most 1.50" in findings["contraction"].found
     assert "on 0% of the images" in findings["contraction"].found
     assert "picard" not in findings["solver"].found.replace("damped-picard", "")
@@ -456,7 +454,7 @@ def test_a_cell_that_does_not_contract_is_a_note_with_its_radius() -> None:
 
 def test_a_cell_that_ignores_its_state_contracts() -> None:
     findings = found_in(having(cell=lambda self, z, u: u))
-    assert {finding.verdict for finding in findings.values()} <= {GOOD, NOTE}
+    assert {finding.grade for finding in findings.values()} <= {GOOD, NOTE}
     assert "spectral radius 0.00" in findings["contraction"].found
     assert "takes 2 steps" in findings["contraction"].found
 
@@ -499,7 +497,7 @@ def slow_findings() -> dict[str, Finding]:
 
 def test_no_quick_solver_is_a_note_that_names_the_judges(slow_findings: dict[str, Finding]) -> None:
     finding = slow_findings["solver"]
-    assert finding.verdict is NOTE and "max_steps" in finding.fix
+    assert finding.grade is NOTE and "max_steps" in finding.fix
     missed = finding.found.split("(missed: ")[1].split(")")[0].split(", ")
     assert sorted(missed) == sorted(f"{name} 32" for name in SOLVERS)
     assert "; the judge needs Broyden on 32 images (up to 3" in finding.found  # of 400 steps
@@ -507,7 +505,7 @@ def test_no_quick_solver_is_a_note_that_names_the_judges(slow_findings: dict[str
 
 def test_a_gradient_whose_adjoint_is_not_found_is_not_judged(slow_findings: dict[str, Finding]) -> None:
     finding = slow_findings["gradient"]
-    assert (finding.verdict, finding.found) == (NOTE, "not judged: its solves reach 1e-05 on none of 8 images")
+    assert (finding.grade, finding.found) == (NOTE, "not judged: its solves reach 1e-05 on none of 8 images")
     assert "contract" in finding.fix
 
 
@@ -524,10 +522,10 @@ def test_a_gradient_is_judged_where_its_adjoint_is_found() -> None:
         num_slow = int((model.inject(data.x[: doctor.NUM_DIFFERENTIATED])[:, 0] > 0).sum())
     assert 0 < num_slow < doctor.NUM_DIFFERENTIATED
     finding = found_in(model, data)["gradient"]
-    assert finding.verdict is NOTE and finding.found.startswith("finite differences agree to 0.")
+    assert finding.grade is NOTE and finding.found.startswith("finite differences agree to 0.")
     assert finding.found.endswith(f"on the {8 - num_slow} of 8 images whose solves reach 1e-05")
     finding = found_in(having(Slow, radius=radius, head=half), data)["gradient"]
-    assert finding.verdict is BAD and f"differ by 50% on the {8 - num_slow} of 8 images" in finding.found
+    assert finding.is_bad and f"differ by 50% on the {8 - num_slow} of 8 images" in finding.found
 
 
 def test_no_solver_that_runs_is_a_finding() -> None:
@@ -546,18 +544,18 @@ def test_no_solver_that_runs_is_a_finding() -> None:
     with torch.no_grad():
         case = doctor.Case(model, x, SAMPLES.y[:4], model.inject(x), model.equilibrium(x).value)
     model.is_settled = True
-    verdict, found, fix = doctor._solver(case)
-    assert verdict is BAD and found == "every solver raises; RuntimeError: not again" and fix
+    grade, found, fix, _ = doctor._solver(case)
+    assert grade is BAD and found == "every solver raises; RuntimeError: not again" and fix
 
 
 def test_ranges_that_do_equally_well_are_all_named(monkeypatch: pytest.MonkeyPatch) -> None:
     unseen = having(inject=lambda self, x: Sound.inject(self, torch.where((x < 0) | (x > 1), x - 3, 0.5)))
     monkeypatch.setattr(doctor, "RANGES", {"one": lambda x: x + 3, "none": lambda x: 0 * x, "other": lambda x: x + 3})
     finding = found_in(unseen)["accuracy"]
-    assert finding.verdict is BAD and finding.fix.endswith("pixels one or other")
+    assert finding.is_bad and finding.fix.endswith("pixels one or other")
 
 
 def test_the_models_own_solver_and_adjoint_are_not_needed_for_the_gradient_of_the_parts() -> None:
     model = Sound()
     model.adjoint = Implicit(Solve(Anderson(), rtol=1.0, max_steps=1))
-    assert found_in(model)["gradient"].verdict is GOOD
+    assert found_in(model)["gradient"].grade is GOOD

@@ -11,9 +11,10 @@ from torch import Tensor
 from robustbench_deq.adjoints import Implicit, Neumann, Phantom, Unrolled, jacobian_free
 from robustbench_deq.configs import validate
 from robustbench_deq.errors import UsageError
-from robustbench_deq.models import FAMILIES, MODELS, describe_model, load_folder, load_model, save_model
-from robustbench_deq.models.base import AdjointSpec, SizedConfig, SolveSpec
+from robustbench_deq.models import FAMILIES, MODELS, load_folder, load_model, save_model
+from robustbench_deq.models.base import SizedConfig
 from robustbench_deq.solvers import SOLVERS, Anderson, Broyden, CellMap, Picard, Solve
+from robustbench_deq.specs import AdjointSpec, SolveSpec
 from robustbench_deq.training.config import TrainingConfig
 from robustbench_deq.training.session import TrainingSession
 
@@ -327,15 +328,6 @@ def test_solves_and_adjoints_that_are_none_are_refused(values: dict, said: str) 
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_adjoints_are_built_as_they_are_named() -> None:
-    solve = SolveSpec(solver="broyden", tolerance=1e-3, max_steps=9)
-    assert AdjointSpec(solve=solve).build() == Implicit(solve.build())
-    assert AdjointSpec(name="neumann", num_steps=4).build() == Neumann(4)
-    assert AdjointSpec(name="unrolled", num_steps=4).build() == Unrolled(4)
-    assert AdjointSpec(name="unrolled", damping=0.7).build() == Unrolled(damping=0.7)
-    assert AdjointSpec(name="phantom", num_steps=2, damping=0.25).build() == Phantom(2, 0.25)
-
-
 def test_a_config_sets_its_solver_up(make_model, tmp_path: Path) -> None:
     values = {"solver": "anderson-1", "settings": {"history_size": 3, "damping": 0.8, "ridge": 0}}
     backward = {"solver": "broyden", "settings": {"history_size": 4}}
@@ -346,18 +338,8 @@ def test_a_config_sets_its_solver_up(make_model, tmp_path: Path) -> None:
     assert model.adjoint == Implicit(Solve(Broyden(history_size=4)))
 
 
-def test_what_was_written_before_settings_were_there_is_written_alike() -> None:
-    """A run that was begun then is resumed: its folder's config must equal ours."""
-    assert SolveSpec().model_dump() == {"solver": "anderson", "tolerance": 1e-4, "max_steps": 100}
-    assert AdjointSpec().model_dump(mode="json") == {"name": "implicit", "solve": None, "num_steps": None}
-    for name in MODELS:
-        described = describe_model(name)
-        config = validate(FAMILIES.get(described.family).config_type, described.config, name).model_dump(mode="json")
-        assert all(config[key] == described.config[key] for key in {"solve", "adjoint"} & described.config.keys())
-
-
 @pytest.mark.parametrize("name", [name for name in MODELS if MODELS.get(name).folder])
-def test_shipped_models_solve_as_before(name: str) -> None:
+def test_shipped_models_that_name_no_solve_have_the_default_one(name: str) -> None:
     model = load_model(name)
     if not model.is_explicit:
         assert (model.solve, model.adjoint) == (Solve(Anderson(), rtol=1e-4, max_steps=100), Implicit())

@@ -24,7 +24,7 @@ from robustbench_deq.solvers import Anderson, Solve
 from robustbench_deq.threats import Norm, Threat
 from robustbench_deq.training import checkpoint as checkpoint_module
 from robustbench_deq.training import loop
-from robustbench_deq.training.config import ThreatSpec, TrainingConfig
+from robustbench_deq.training.config import TrainingConfig
 from robustbench_deq.training.loop import Trainer, random_flip, random_shift
 from robustbench_deq.training.loss import batch_loss, jacobian_norm
 
@@ -515,9 +515,3 @@ def test_training_sees_mirrored_images_only_when_asked(is_on: bool, make_trainer
 
 
 # The config
-
-
-def test_radius_may_be_written_as_a_fraction() -> None:
-    assert ThreatSpec.model_validate({"norm": "linf", "epsilon": "8/255"}).epsilon == 8 / 255
-    with pytest.raises(ValueError, match="expected a number or a fraction"):
-        ThreatSpec.model_validate({"epsilon": "8/0"})
