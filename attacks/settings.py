@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from robustbench_deq.adjoints import ADJOINTS
 from robustbench_deq.configs import named_in
 from robustbench_deq.errors import UsageError
-from robustbench_deq.optimise import HighestLoss, Joint, Mixing, Pace, Solved
+from robustbench_deq.optimise import AdaptivePace, HighestLoss, Joint, Mixing, Solved
 from robustbench_deq.protocol import ObjectiveConfig
 from robustbench_deq.solvers import SOLVERS, Picard, Solve, Solver
 
@@ -92,7 +92,7 @@ class JointConfig(ObjectiveConfig):
                 accelerator = replace(accelerator, history_size=self.history_size)
         return Joint(
             inner_steps=self.inner_steps,
-            pace=Pace(self.max_lag, self.max_inner_steps),
+            pace=AdaptivePace(self.max_lag, self.max_inner_steps),
             damping_z=self.damping_z,
             damping_mu=self.damping_mu,
             accelerator=accelerator,
@@ -131,7 +131,9 @@ class SolvedConfig(ObjectiveConfig):
     @model_validator(mode="after")
     def _check_adjoint(self) -> SolvedConfig:
         solves = self.adjoint == "implicit"
-        unused = ("adjoint_steps",) if solves else ("adjoint_solver", "adjoint_tolerance", "adjoint_max_steps")
+        unused: tuple[str, ...] = ("adjoint_solver", "adjoint_tolerance", "adjoint_max_steps")
+        if solves:
+            unused = ("adjoint_steps",)
         if self.adjoint == "jacobian-free":
             unused += ("adjoint_steps",)
         for name in unused:

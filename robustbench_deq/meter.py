@@ -128,8 +128,9 @@ class Meter:
     @property
     def num_steps(self) -> int:
         """Iterations of all solves up to now, summed over samples. Waits for the device."""
-        self._step_counts = [sum(int(count) for count in self._step_counts)]
-        return self._step_counts[0]
+        total = sum(int(count) for count in self._step_counts)
+        self._step_counts = [total]
+        return total
 
     def _elapsed_on_the_host(self) -> float:
         """Without waiting for the device."""
@@ -139,7 +140,7 @@ class Meter:
         """Called by the model for every evaluation of its cell."""
         self.eval_rows += len(output)
         if output.requires_grad:
-            output.register_hook(self._count_vjp)
+            output.register_hook(self._count_vjp)  # type: ignore[no-untyped-call]  # torch has no type for it
         if self._outer is not None:
             self._outer.count_cell(output)
 

@@ -25,33 +25,30 @@ MAY_IMPORT = {
     "files": "errors",
     "registry": "errors",
     "configs": "errors registry",
-    "threats": "errors rows",
-    "objectives": "errors registry",
     "solvers": "errors registry rows",
     "meter": "errors peak_memory solvers",
     "adjoints": "errors registry solvers",
     "equilibrium": "errors adjoints meter solvers",
-    "joint": "equilibrium objectives rows solvers threats",
-    "protocol": "configs equilibrium errors joint meter objectives registry rows threats",
+    "randomness": "",
+    "optimise": "adjoints equilibrium errors meter randomness registry rows solvers",
+    "threats": "errors optimise",
+    "protocol": "configs equilibrium errors meter optimise registry rows threats",
     "specs": "adjoints configs protocol solvers threats",
-    "models": "adjoints configs equilibrium errors files registry rows solvers specs threats",
+    "models": "adjoints configs equilibrium errors files optimise registry rows solvers specs",
     "data": "configs errors files registry",
     "records": "configs errors files",
-    "evaluate": "adjoints data equilibrium errors memory meter models proportions protocol records rows solvers "
-    "threats",
+    "evaluate": "adjoints data equilibrium errors memory meter models optimise proportions protocol records rows "
+    "solvers",
     "runner": "configs data equilibrium errors evaluate files memory models proportions protocol quiet records "
     "solvers specs threats",
     "training": "adjoints configs data equilibrium errors evaluate files models protocol registry rows solvers specs "
     "threats",
     "report": "configs errors files proportions records",
-    "attacks": "adjoints configs equilibrium errors joint meter objectives protocol registry rows solvers threats",
+    "attacks": "adjoints configs equilibrium errors optimise protocol rows solvers threats",
     "commands": "*",
 }
 """For each part of the package (a module or a folder), the other parts that it may import, as seen from the source
 alone: imports within functions and under TYPE_CHECKING count. A part that is not listed fails."""
-
-STILL_SHARED = {"BudgetSpent", "Evaluation", "Outcome", "Verdict"}
-"""To be emptied: classes of one name in two modules that are about to be renamed."""
 
 
 def part_of(path: Path) -> str:
@@ -151,7 +148,7 @@ def public_names(kinds: tuple[type, ...]) -> Counter[str]:
 
 def test_a_class_or_function_has_its_name_to_itself() -> None:
     shared = {name for name, count in public_names((ast.ClassDef, ast.FunctionDef)).items() if count > 1}
-    assert not shared - STILL_SHARED
+    assert not shared
 
 
 @named([path for path in LIBRARY if part_of(path) != "commands"])

@@ -4,7 +4,7 @@ from robustbench_deq.optimise.domains import NORMS, Ball, Box, Domain, Free, Nor
 from robustbench_deq.optimise.keep import HighestLoss, JIIORule, Keep, Last, SmallestNorm
 from robustbench_deq.optimise.loop import Optimum, optimise
 from robustbench_deq.optimise.objectives import OBJECTIVES, Objective, Targeted
-from robustbench_deq.optimise.pace import Pace
+from robustbench_deq.optimise.pace import AdaptivePace
 from robustbench_deq.optimise.problem import Classification, Losses, Problem, Reconstruction, Shared
 from robustbench_deq.optimise.sources import Joint, Look, Mixing, Settled, Solved, Source
 from robustbench_deq.optimise.steps import APGD, Adam, Langevin, MinimalNorm, ProjectedAscent, Schedule, Step
@@ -14,6 +14,7 @@ __all__ = [
     "NORMS",
     "OBJECTIVES",
     "Adam",
+    "AdaptivePace",
     "Ball",
     "Box",
     "Classification",
@@ -32,7 +33,6 @@ __all__ = [
     "Norm",
     "Objective",
     "Optimum",
-    "Pace",
     "Problem",
     "ProjectedAscent",
     "Reconstruction",

@@ -102,7 +102,7 @@ def optimise(
     kept, moves, state = keep.init(variable), step.init(variable, domain), None
     amplification = None if settled is None else settled.amplification
     residual, is_done = torch.full_like(kept.loss, torch.inf), torch.zeros_like(kept.loss, dtype=torch.bool)
-    rows: Tensor | None = None  # those that are left; None: all
+    rows = torch.arange(len(variable), device=variable.device)  # those that are left
     whole: _Whole | None = None
 
     def present() -> tuple[Tensor, Tensor]:
@@ -133,7 +133,6 @@ def optimise(
                         kept.score,
                     )
                     if whole is None:
-                        rows = torch.arange(len(variable), device=variable.device)
                         whole = _Whole(kept.variable.clone(), kept.loss.clone(), residual.clone(), is_done.clone(), {})
                     whole.put(rows, kept, residual, is_done, source.tally(state))
                     left = (~is_done).nonzero()[:, 0]
@@ -148,7 +147,16 @@ def optimise(
             moved = variable
             if look.gradient is not None:
                 success = problem.is_success(look.output) if step.needs_success else None
-                at = At(variable, look.gradient, look.loss, residual, success, moment, seed, _taken(ids, rows))
+                at = At(
+                    variable,
+                    look.gradient,
+                    look.loss,
+                    residual,
+                    success,
+                    moment,
+                    seed,
+                    None if ids is None else ids[rows],
+                )
                 moved, after = step.step(at, domain, moves)
                 if look.is_moving is not None:
                     moved = where_rows(look.is_moving, moved, variable)
@@ -181,7 +189,3 @@ def _is_done(problem: Problem, look: Look, amplification: Tensor | None) -> Tens
     """Rows that are successful at a state of small error; a residual that is not finite never is."""
     error = look.residual * (UNKNOWN_AMPLIFICATION if amplification is None else amplification)
     return (error <= LEAVING_ERROR) & problem.is_success(look.output)
-
-
-def _taken(ids: Tensor | None, rows: Tensor | None) -> Tensor | None:
-    return ids if ids is None or rows is None else ids[rows]

@@ -102,7 +102,7 @@ class Targeted(Objective):
     def title(self) -> str:
         return f"Targeted{self.objective.title}"
 
-    def take(self, rows: Tensor) -> Targeted:  # type: ignore[override]
+    def take(self, rows: Tensor) -> Targeted:
         return Targeted(self.objective.take(rows))
 
     def at(self, progress: float) -> Targeted:

@@ -20,13 +20,13 @@ class PaceState(NamedTuple):
     it has ever moved; and the length of the last step, a factor of the first one."""
 
     per_length: Tensor
-    count: Tensor
+    num_looks: Tensor
     has_moved: Tensor
     last_length: float
 
 
 @dataclass(frozen=True)
-class Pace:
+class AdaptivePace:
     """max_lag: steps of the variable that the state may be behind. max_inner_steps: the longest a row waits."""
 
     max_lag: float = 4.0
@@ -44,10 +44,10 @@ class Pace:
         """Rows that may move now, given the absolute residuals `(rows,)` and the length of the step to come."""
         fresh = residual / state.last_length
         per_length = torch.where(state.has_moved & torch.isnan(state.per_length), fresh, state.per_length)
-        count = state.count + 1
-        ready = (residual <= self.max_lag * per_length * length) | (count >= self.max_inner_steps)
+        num_looks = state.num_looks + 1
+        ready = (residual <= self.max_lag * per_length * length) | (num_looks >= self.max_inner_steps)
         ready = ready | torch.isnan(per_length)  # nothing has moved yet
-        return ready, PaceState(per_length, torch.where(ready, 0, count), state.has_moved, length)
+        return ready, PaceState(per_length, torch.where(ready, 0, num_looks), state.has_moved, length)
 
     def note(self, state: PaceState, displacement: Tensor) -> PaceState:
         """Take note of how far the rows `(rows, ...)` have just moved."""

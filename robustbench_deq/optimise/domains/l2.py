@@ -17,7 +17,8 @@ class L2(Norm):
     def size(self, delta: Tensor) -> Tensor:
         return torch.linalg.vector_norm(delta.flatten(1), dim=1)
 
-    dual_size = size
+    def dual_size(self, gradient: Tensor) -> Tensor:
+        return self.size(gradient)
 
     def project(self, delta: Tensor, radius: Tensor | float, x: Tensor) -> Tensor:
         factor = (radius / self.size(delta).clamp_min(TINY)).clamp_max(1.0)

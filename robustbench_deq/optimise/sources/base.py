@@ -25,14 +25,14 @@ class Moment(NamedTuple):
     """A step of a run: how many were before it, and how many there are. `length`: factor of the first step's length
     that the step to come has, where it follows a schedule."""
 
-    count: int
+    number: int
     num_steps: int
     length: float = 1.0
 
     @property
     def progress(self) -> float:
         """From 0 to 1."""
-        return self.count / self.num_steps
+        return self.number / self.num_steps
 
 
 class Settled(NamedTuple):
@@ -77,11 +77,9 @@ class Look(NamedTuple):
     def take(self, problem: Problem, rows: Tensor) -> Look:
         """The same for the rows `rows` of the variable of `problem`, which is of all of them; without the trace."""
         kept = problem.state_rows(rows)
-        loss, residual, gradient, is_moving = (
-            None if part is None else part[rows] for part in (self.loss, self.residual, self.gradient, self.is_moving)
-        )
-        output, f, mu, g = (None if part is None else part[kept] for part in (self.output, self.f, self.mu, self.g))
-        return Look(loss, residual, output, gradient, is_moving, None, f, mu, g)
+        gradient, is_moving = (None if part is None else part[rows] for part in (self.gradient, self.is_moving))
+        f, mu, g = (None if part is None else part[kept] for part in (self.f, self.mu, self.g))
+        return Look(self.loss[rows], self.residual[rows], self.output[kept], gradient, is_moving, None, f=f, mu=mu, g=g)
 
 
 class Source(abc.ABC):

@@ -25,11 +25,27 @@ import torch
 from torch import Tensor
 
 from robustbench_deq.optimise.domains import Domain
-from robustbench_deq.optimise.pace import Pace, PaceState
+from robustbench_deq.optimise.pace import AdaptivePace, PaceState
 from robustbench_deq.optimise.problem import Problem
 from robustbench_deq.optimise.sources.base import Look, Moment, Settled, Source
-from robustbench_deq.solvers import CellMap, Solve, Solver
+from robustbench_deq.solvers import CellMap, FixedPointMap, Solve, Solver
 from robustbench_deq.solvers.base import Iterate, State, residual_norms
+
+
+class _NoMap(FixedPointMap):
+    """What an accelerator here is given as its map: it mixes what is there, and may ask for nothing."""
+
+    def __call__(self, z: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def restrict(self, index: Tensor) -> FixedPointMap:
+        raise NotImplementedError
+
+    def jvp(self, z: Tensor, tangent: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+NO_MAP = _NoMap()
 
 
 class Mixing(enum.Enum):
@@ -73,7 +89,7 @@ class Joint(Source):
 
     check_every: ClassVar[int] = 4
     inner_steps: int | None = 1
-    pace: Pace = field(default_factory=Pace)
+    pace: AdaptivePace = field(default_factory=AdaptivePace)
     damping_z: float = 1.0
     damping_mu: float = 1.0
     accelerator: Solver | None = None
@@ -106,11 +122,12 @@ class Joint(Source):
         return solution.value
 
     def look(self, problem: Problem, state: JointState, variable: Tensor, moment: Moment) -> tuple[Look, JointState]:
-        may_move = self.inner_steps is None or (moment.count + 1) % self.inner_steps == 0
+        may_move = self.inner_steps is None or (moment.number + 1) % self.inner_steps == 0
         if not may_move and state.u is None:
             with torch.no_grad():
                 state = state._replace(u=problem.inject(variable))
         look = augmented(problem, state.z, state.mu, variable, moment.progress, None if may_move else state.u)
+        assert look.f is not None
         absolute, residual = residual_norms(state.z, look.f)
         look = look._replace(residual=problem.worst(residual))
         if state.pace is not None:
@@ -121,6 +138,7 @@ class Joint(Source):
     def advance(
         self, problem: Problem, domain: Domain, state: JointState, look: Look, variable: Tensor, moved: Tensor
     ) -> tuple[JointState, Tensor]:
+        assert look.f is not None and look.g is not None
         problem.model.count_steps(len(state.z))
         has_moved = look.gradient is not None
         pace, num_moves = state.pace, state.num_moves
@@ -130,9 +148,9 @@ class Joint(Source):
         f = look.f if self.damping_z == 1.0 else torch.lerp(state.z, look.f, self.damping_z)
         g = look.g if self.damping_mu == 1.0 else torch.lerp(state.mu, look.g, self.damping_mu)
         history, num_mixed = state.history, state.num_mixed
-        if history is not None:
+        if history is not None and self.accelerator is not None:
             at = Iterate.measure(self._pack(state.z, variable, state.mu), self._pack(f, moved, g), num_mixed)
-            y, history = self.accelerator.step(None, at, history)
+            y, history = self.accelerator.step(NO_MAP, at, history)
             num_mixed += 1
             f, moved, g = self._unpack(y, f, moved, g, domain)
             if has_moved and self.mixing is Mixing.STATE:  # differences taken before the move are of another map
@@ -156,7 +174,7 @@ class Joint(Source):
             history = tuple(part[stacked] for part in history)
         pace = state.pace
         if pace is not None:
-            pace = PaceState(pace.per_length[rows], pace.count[rows], pace.has_moved[rows], pace.last_length)
+            pace = PaceState(pace.per_length[rows], pace.num_looks[rows], pace.has_moved[rows], pace.last_length)
         u = None if state.u is None else state.u[kept]
         return JointState(state.z[kept], state.mu[kept], u, history, state.num_mixed, pace, state.num_moves[rows])
 
@@ -174,7 +192,8 @@ class Joint(Source):
         """A mixed variable may have left the domain, and is brought back."""
         if self.mixing is Mixing.STATE:
             return y[: len(z)].view_as(z), variable, y[len(z) :].view_as(mu)
-        z_new, moved, mu_new = y.split([z[0].numel(), variable[0].numel(), mu[0].numel()], dim=1)
+        sizes = [z[0].numel(), variable[0].numel(), mu[0].numel()]
+        z_new, moved, mu_new = torch.split(y, sizes, dim=1)
         return z_new.reshape(z.shape), domain.project(moved.reshape(variable.shape)), mu_new.reshape(mu.shape)
 
     def _restarted(self, problem: Problem, z: Tensor, look: Look) -> Tensor:

@@ -52,7 +52,7 @@ class APGD(Step):
 
     def step(self, at: At, domain: Domain, state: State) -> tuple[Tensor, State]:
         previous, best, best_gradient, best_loss, last_loss, eta, rises, checked, is_halved = state
-        count, num_steps = at.moment.count, at.moment.num_steps
+        count, num_steps = at.moment.number, at.moment.num_steps
         rises = rises + (at.loss > last_loss)
         is_better = (at.loss > best_loss) & (at.residual <= self.trusted_residual)
         best = where_rows(is_better, at.variable, best)

@@ -37,5 +37,5 @@ class Langevin(Step):
         moved = torch.add(at.variable, gradient, alpha=self.rate)
         if self.noise:
             ids = torch.arange(len(moved), device=moved.device) if at.ids is None else at.ids
-            moved.add_(keyed_normal(moved, at.seed, ids, at.moment.count), alpha=self.noise)
+            moved.add_(keyed_normal(moved, at.seed, ids, at.moment.number), alpha=self.noise)
         return domain.project(moved), state
