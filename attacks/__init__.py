@@ -32,6 +32,6 @@ __all__ = [
 ]
 
 
-def build_attack(name: str, threat: Threat, settings: dict[str, Any]) -> Attack:
+def build_attack(name: str, threat: Threat, settings: dict[str, Any]) -> Attack[Any]:
     """The attack that a name means. It stands here so that a worker that unpickles it has imported all of them."""
     return make_attack(name, threat, settings)

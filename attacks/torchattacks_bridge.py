@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torchattacks
+import torchattacks  # type: ignore[import-untyped]  # the library ships no types
 from pydantic import Field
 from torch import Tensor, nn
 

@@ -20,7 +20,8 @@ from robustbench_deq.data import SplitName, load
 from robustbench_deq.files import write_json
 from robustbench_deq.models import MODELS, describe_model, load_model
 from robustbench_deq.models.io import DESCRIPTION_NAME
-from robustbench_deq.threats import Norm, Threat
+from robustbench_deq.optimise import Norm
+from robustbench_deq.threats import Threat
 from robustbench_deq.training.config import TrainingConfig
 from robustbench_deq.training.session import measure
 

@@ -16,13 +16,14 @@ from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate.evaluation import Evaluation, evaluate
 from robustbench_deq.files import output_folder, whole_folder
 from robustbench_deq.models import describe_model, load_model
+from robustbench_deq.optimise import Norm
 from robustbench_deq.protocol import Attack
 from robustbench_deq.records.images import choose_images, save_images
 from robustbench_deq.records.store import RecordStore
 from robustbench_deq.report.pages.report import write_report
 from robustbench_deq.report.supplements import GalleryRow, read_supplements
 from robustbench_deq.report.tables.summary import Format, render, summary_table
-from robustbench_deq.threats import Norm, Threat
+from robustbench_deq.threats import Threat
 
 MODELS = ("deq-conv.digits-standard", "deq-conv.digits-joint-l2", "mondeq-fc.digits-joint-l2")
 DATA, EPSILON = "digits", 0.5

@@ -15,7 +15,8 @@ from benchmarks.timing import in_turn, keep, make_attack, median_seconds, ratios
 from robustbench_deq.data import load
 from robustbench_deq.evaluate.evaluation import Evaluation, evaluate
 from robustbench_deq.models import load_model
-from robustbench_deq.threats import Norm, Threat
+from robustbench_deq.optimise import Norm
+from robustbench_deq.threats import Threat
 
 MODEL, DATA, EPSILON, LIMIT = "deq-conv.fashion-joint-l2", "fashion-mnist", 1.0, 512
 DEFAULT = "joint-pgd (default)"

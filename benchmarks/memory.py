@@ -16,8 +16,9 @@ from benchmarks.timing import keep, make_attack
 from robustbench_deq.data import load
 from robustbench_deq.memory import release_freed_memory
 from robustbench_deq.models import load_model
+from robustbench_deq.optimise import Norm
 from robustbench_deq.peak_memory import peak_memory_mb, reset_peak_memory
-from robustbench_deq.threats import Norm, Threat
+from robustbench_deq.threats import Threat
 
 MODEL = "deq-conv.fashion-joint-l2"
 COUNTS = (20, 80, 160)

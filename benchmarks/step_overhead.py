@@ -19,8 +19,9 @@ from robustbench_deq.data import load
 from robustbench_deq.joint import AugmentedMap, ProjectedAscent, ascend
 from robustbench_deq.meter import Meter
 from robustbench_deq.models import MODELS, load_model
+from robustbench_deq.optimise import Norm
 from robustbench_deq.protocol import frozen
-from robustbench_deq.threats import Norm, Threat
+from robustbench_deq.threats import Threat
 
 STEPS = JointPGDConfig().steps
 

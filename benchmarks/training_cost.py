@@ -23,8 +23,9 @@ from robustbench_deq.configs import read_yaml, validate
 from robustbench_deq.data import Split, SplitName, load
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.models import load_model
+from robustbench_deq.optimise import Norm
 from robustbench_deq.protocol import Attack
-from robustbench_deq.threats import Norm, Threat
+from robustbench_deq.threats import Threat
 from robustbench_deq.training.config import TrainingConfig
 from robustbench_deq.training.loop import Trainer
 from robustbench_deq.training.session import TrainingSession

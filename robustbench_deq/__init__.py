@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from robustbench_deq.errors import RunError, UsageError
     from robustbench_deq.evaluate.evaluation import Evaluation, evaluate
     from robustbench_deq.models import MODELS, load_model, save_model
-    from robustbench_deq.threats import Norm, Threat
+    from robustbench_deq.optimise import Norm
+    from robustbench_deq.threats import Threat
 
 _PLACES = {
     "MODELS": "models",
     "EquilibriumModel": "equilibrium",
     "Evaluation": "evaluate.evaluation",
-    "Norm": "threats",
+    "Norm": "optimise",
     "RunError": "errors",
     "SplitName": "data",
     "Threat": "threats",

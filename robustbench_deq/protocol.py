@@ -208,7 +208,7 @@ class Recorder:
         self._wanted: set[int] = set()
         self._last = self._offset = 0
         self._rows: Tensor | None = None
-        self._best: _Best | None = None
+        self._best = _Best(torch.zeros_like(ball.x), ball.x.new_zeros(len(ball.x)))
 
     @property
     def residuals(self) -> tuple[float, ...]:
@@ -228,7 +228,7 @@ class Recorder:
     def watch(self, step: int, present: Callable[[], tuple[Tensor, Tensor]], residual: Tensor) -> None:
         """The watcher of `optimise`. The last step is left to the protocol: an attack may still change its result."""
         if self.num_snapshots:
-            self._residuals.extend(torch.atleast_2d(residual).nanmean(1))
+            self._residuals.extend(residual.view(-1, residual.shape[-1]).nanmean(1))
         if step in self._wanted and step < self._last:
             self._take(step, *present())
 
@@ -272,7 +272,7 @@ class Attack(abc.ABC, Generic[A]):
 
     def __init__(self, threat: Threat, config: A | None = None) -> None:
         self.threat = threat
-        self.config: A = config if config is not None else self.config_type()
+        self.config: A = config if config is not None else self.config_type()  # type: ignore[assignment]  # its own
 
     def with_(self, threat: Threat | None = None, **settings: Any) -> Self:
         """The same attack with another threat, or other settings."""
@@ -353,7 +353,9 @@ class Attack(abc.ABC, Generic[A]):
 class _Runs:
     """All runs of an attack on one batch: restarts, on the rows that are left, and again on rows that were refuted."""
 
-    def __init__(self, attack: Attack, model: EquilibriumModel, batch: Batch, meter: Meter, num_snapshots: int) -> None:
+    def __init__(
+        self, attack: Attack[Any], model: EquilibriumModel, batch: Batch, meter: Meter, num_snapshots: int
+    ) -> None:
         self.of, self.model, self.batch, self.meter = attack, model, batch, meter
         self.ball = attack.threat.ball(batch.images)
         self.record = Recorder(meter, self.ball, num_snapshots)
@@ -420,7 +422,7 @@ class _Runs:
         is_attacked = torch.ones_like(is_failed)
         if rows is not None:
             is_attacked = torch.zeros_like(is_failed).index_fill(0, rows, True)
-        is_whole = last is not None and len(last.delta) == len(x)
+        z, mu = (last.z, last.mu) if last is not None and len(last.delta) == len(x) else (None, None)
         if self.of.config.has_budget:
             self.diagnostics["stopped_by_budget"] = float(self.meter.is_spent)
         return AttackResult(
@@ -432,8 +434,8 @@ class _Runs:
             cost=self.meter.cost(len(x)),
             snapshots=tuple(self.record.snapshots),
             residuals=self.record.residuals,
-            z=last.z if is_whole else None,
-            mu=last.mu if is_whole else None,
+            z=z,
+            mu=mu,
             diagnostics=self.diagnostics,
         )
 
@@ -498,10 +500,10 @@ def frozen(model: EquilibriumModel) -> Iterator[None]:
                 buffer.copy_(saved)
 
 
-ATTACKS: Registry[type[Attack]] = Registry("attack")
+ATTACKS: Registry[type[Attack[Any]]] = Registry("attack")
 
 
-def make_attack(name: str, threat: Threat, settings: dict[str, Any], where: str | None = None) -> Attack:
+def make_attack(name: str, threat: Threat, settings: dict[str, Any], where: str | None = None) -> Attack[Any]:
     """A registered attack with settings that are checked.
 
     Args:

@@ -19,9 +19,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, field_va
 
 from robustbench_deq.adjoints import ADJOINTS, DEFAULT_ADJOINT_SOLVE, Adjoint
 from robustbench_deq.configs import Config, named_in, parse_fraction
+from robustbench_deq.optimise import Norm
 from robustbench_deq.protocol import Attack, make_attack
 from robustbench_deq.solvers import SOLVERS, Solve, Solver
-from robustbench_deq.threats import Norm, Threat
+from robustbench_deq.threats import Threat
 
 
 def _known_norm(name: str) -> str:
@@ -44,7 +45,7 @@ Radius = Annotated[float, BeforeValidator(_read_radius), Field(ge=0)]
 class ThreatSpec(Config):
     """A norm ball, by the norm's name and its radius. As text `l2 0.5`."""
 
-    norm: NormName = Field("l2", description="l2 or linf")
+    norm: NormName = Field("l2", description="l1, l2 or linf")
     epsilon: Radius = Field(1.0, description="radius in pixel units of [0, 1]; may be written 8/255")
 
     @field_validator("epsilon", mode="before")

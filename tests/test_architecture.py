@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "optimise": "adjoints equilibrium errors meter randomness registry rows solvers",
     "threats": "errors optimise",
     "protocol": "configs equilibrium errors meter optimise registry rows threats",
-    "specs": "adjoints configs protocol solvers threats",
+    "specs": "adjoints configs optimise protocol solvers threats",
     "models": "adjoints configs equilibrium errors files optimise registry rows solvers specs",
     "data": "configs errors files registry",
     "records": "configs errors files",

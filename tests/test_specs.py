@@ -15,7 +15,8 @@ from robustbench_deq.runner.suite import ThreatGrid
 from robustbench_deq.solvers import SOLVERS, Anderson, Broyden, Solve
 from robustbench_deq.solvers.base import FixedPointMap, Iterate, Solver, State
 from robustbench_deq.specs import AdjointSpec, AttackSpec, SolveSpec, ThreatSpec
-from robustbench_deq.threats import Norm, Threat
+from robustbench_deq.optimise import Norm
+from robustbench_deq.threats import Threat
 
 
 @pytest.mark.parametrize("written", ["l2", "L2", "linf", "Linf"])

@@ -17,12 +17,13 @@ from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate.evaluation import Evaluation, check_data, evaluate
 from robustbench_deq.files import output_folder
 from robustbench_deq.models import Card, describe_model, load_model
+from robustbench_deq.optimise import Norm
 from robustbench_deq.records.images import choose_images, save_images
 from robustbench_deq.records.record import to_json
 from robustbench_deq.records.store import RecordStore
 from robustbench_deq.runner.suite import digest_of_model
 from robustbench_deq.specs import ThreatSpec
-from robustbench_deq.threats import Norm, Threat
+from robustbench_deq.threats import Threat
 
 DEFAULT_LIMIT = 1000
 NUM_SNAPSHOTS = 8
@@ -31,7 +32,7 @@ NUM_SNAPSHOTS = 8
 @click.command()
 @click.argument("model")
 @click.option("--attack", "attack_name", default="joint-pgd", show_default=True, help="A name from 'attacks'.")
-@click.option("--norm", default=None, help="l2 or linf.  [default: the model card's, else l2]")
+@click.option("--norm", default=None, help="l1, l2 or linf.  [default: the model card's, else l2]")
 @click.option("--epsilon", default=None, help="Radius in pixel units of [0, 1], such as 1.0 or 8/255.")
 @click.option("--data", default=None, help="A name from 'datasets' or npz:FILE.  [default: the model card's]")
 @click.option(

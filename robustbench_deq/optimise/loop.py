@@ -147,16 +147,8 @@ def optimise(
             moved = variable
             if look.gradient is not None:
                 success = problem.is_success(look.output) if step.needs_success else None
-                at = At(
-                    variable,
-                    look.gradient,
-                    look.loss,
-                    residual,
-                    success,
-                    moment,
-                    seed,
-                    None if ids is None else ids[rows],
-                )
+                keys = None if ids is None else ids[rows]
+                at = At(variable, look.gradient, look.loss, residual, success, moment, seed, keys)
                 moved, after = step.step(at, domain, moves)
                 if look.is_moving is not None:
                     moved = where_rows(look.is_moving, moved, variable)

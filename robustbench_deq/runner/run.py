@@ -27,6 +27,7 @@ from robustbench_deq.evaluate.clean import judge_clean
 from robustbench_deq.evaluate.evaluation import Part, Task, check_data, evaluate_batch, summarise
 from robustbench_deq.files import check_json, write_json
 from robustbench_deq.models import load_model
+from robustbench_deq.optimise import Norm
 from robustbench_deq.protocol import Attack
 from robustbench_deq.records.environment import describe_environment, merge_environments
 from robustbench_deq.records.images import choose_images, save_images
@@ -37,7 +38,7 @@ from robustbench_deq.runner.clean import CleanStore
 from robustbench_deq.runner.executors import Executor
 from robustbench_deq.runner.shards import Claim, ShardStore
 from robustbench_deq.runner.suite import Run, Shard, SuiteConfig, digest_of_model
-from robustbench_deq.threats import Norm, Threat
+from robustbench_deq.threats import Threat
 
 BuildAttack = Callable[[str, Threat, dict[str, Any]], Attack]
 SUITE_FILE = "suite.json"

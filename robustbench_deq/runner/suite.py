@@ -89,7 +89,7 @@ class Budget(Config):
 class ThreatGrid(Config):
     """A norm with several radii: a list of `ThreatSpec`."""
 
-    norm: NormName = Field("l2", description="l2 or linf")
+    norm: NormName = Field("l2", description="l1, l2 or linf")
     epsilons: list[Radius] = Field(min_length=1, description="radii in pixel units of [0, 1]; may be written 8/255")
 
     def specs(self) -> list[ThreatSpec]:

@@ -9,7 +9,8 @@ import robustbench_deq.attacks as _attacks  # noqa: F401
 from robustbench_deq.configs import validate
 from robustbench_deq.errors import UsageError
 from robustbench_deq.protocol import ATTACKS, Attack
-from robustbench_deq.threats import Norm, Threat
+from robustbench_deq.optimise import Norm
+from robustbench_deq.threats import Threat
 
 SETTINGS = {"joint-pgd": {"steps": 12, "has_fallback": False}, "pgd": {"steps": 6}, "noise": {}}
 

@@ -10,7 +10,8 @@ from robustbench_deq.attacks import ATTACKS
 from robustbench_deq.errors import UsageError
 from robustbench_deq.meter import Meter
 from robustbench_deq.models.defences import EarlyState, EntropyReduction, StateEnsemble
-from robustbench_deq.threats import Norm, Threat
+from robustbench_deq.optimise import Norm
+from robustbench_deq.threats import Threat
 
 
 def states_of(model, x, count: int) -> list[torch.Tensor]:

@@ -18,7 +18,8 @@ from robustbench_deq.evaluate.judge import judge
 from robustbench_deq.meter import Meter
 from robustbench_deq.models import MODELS, describe_model, load_folder, load_model, save_model
 from robustbench_deq.solvers import Anderson, Solve, Status
-from robustbench_deq.threats import Norm, Threat
+from robustbench_deq.optimise import Norm
+from robustbench_deq.threats import Threat
 
 every_model = pytest.mark.parametrize("name", list(MODELS))
 TIGHT = Solve(Anderson(history_size=10, ridge=1e-12), rtol=1e-11, max_steps=1000)

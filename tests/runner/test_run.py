@@ -41,7 +41,8 @@ from robustbench_deq.runner.executors import WORKER_DIED, Processes, Ray
 from robustbench_deq.runner.run import check_folder, claim_folder, run_shard
 from robustbench_deq.runner.shards import ASSEMBLY_LOCK, ShardStore
 from robustbench_deq.runner.suite import cut, plan, read_suite
-from robustbench_deq.threats import Norm, Threat
+from robustbench_deq.optimise import Norm
+from robustbench_deq.threats import Threat
 from tests.runner.small_suite import do, runs_of, suite
 
 ROOT = Path(__file__).parents[2]
