@@ -10,14 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from robustbench_deq.errors import UsageError
-from robustbench_deq.objectives import (
+from robustbench_deq.optimise.objectives import (
     DLR,
     OBJECTIVES,
     CrossEntropy,
     CrossEntropyThenMargin,
     Margin,
     Targeted,
-    objective_at,
 )
 
 LABELS = torch.tensor([0, 2, 1, 3, 3])
@@ -80,11 +79,15 @@ def test_cross_entropy_is_the_log_loss_and_targeted_its_negative(seed: int) -> N
 def test_staged_objective_ascends_the_log_loss_then_the_margin() -> None:
     logits, staged = logits_of(3), CrossEntropyThenMargin(LABELS)
     for progress, kind in ((0.0, CrossEntropy), (0.49, CrossEntropy), (0.5, Margin), (1.0, Margin)):
-        torch.testing.assert_close(objective_at(staged, progress)(logits), kind(LABELS)(logits))
-        torch.testing.assert_close(objective_at(Targeted(staged), progress)(logits), -kind(LABELS)(logits))
+        torch.testing.assert_close(staged.at(progress)(logits), kind(LABELS)(logits))
+        torch.testing.assert_close(Targeted(staged).at(progress)(logits), -kind(LABELS)(logits))
     torch.testing.assert_close(staged(logits), Margin(LABELS)(logits))
-    assert objective_at(torch.sum, 0.3) is torch.sum
-    assert objective_at(DLR(LABELS), 0.0)(logits).equal(DLR(LABELS)(logits))
+    for kind in NAMED:
+        objective = kind(LABELS)
+        if kind is not CrossEntropyThenMargin:  # the others are ascended and compared by: one object, one evaluation
+            assert objective.at(0.0) is objective is objective.at(0.9)
+            wanted = Targeted(objective)
+            assert wanted.at(0.3) is wanted
 
 
 def test_targeted_margin_is_the_lead_of_the_wanted_class() -> None:
@@ -93,15 +96,35 @@ def test_targeted_margin_is_the_lead_of_the_wanted_class() -> None:
 
 
 @pytest.mark.parametrize("kind", NAMED)
-def test_losses_are_per_sample_and_select_keeps_the_kind(kind: type) -> None:
+def test_losses_are_per_sample_and_take_keeps_the_kind(kind: type) -> None:
     logits, index = logits_of(1), torch.tensor([4, 0, 2])
     objective = kind(LABELS)
-    chosen = objective.select(index)
+    chosen = objective.take(index)
     assert type(chosen) is kind
     assert objective(logits).shape == (5,)
     torch.testing.assert_close(chosen(logits[index]), objective(logits)[index])
-    wanted = Targeted(objective).select(index)
+    wanted = Targeted(objective).take(index)
+    assert type(wanted) is Targeted and type(wanted.objective) is kind
     torch.testing.assert_close(wanted(logits[index]), -objective(logits)[index])
+    assert torch.equal(wanted.labels, LABELS[index])
+
+
+@given(seeds, st.sampled_from(NAMED))
+def test_reached_is_another_class_than_the_label_or_the_wanted_one(seed: int, kind: type) -> None:
+    logits, index = logits_of(seed), torch.tensor([3, 1])
+    is_wrong = logits.argmax(1) != LABELS
+    objective, wanted = kind(LABELS), Targeted(kind(LABELS))
+    assert torch.equal(objective.is_reached(logits), is_wrong)
+    assert torch.equal(wanted.is_reached(logits), ~is_wrong)
+    assert torch.equal(objective.take(index).is_reached(logits[index]), is_wrong[index])
+    assert torch.equal(wanted.take(index).is_reached(logits[index]), ~is_wrong[index])
+
+
+def test_titles_tell_losses_apart() -> None:
+    kinds = [objective for kind in NAMED for objective in (kind(LABELS), Targeted(kind(LABELS)))]
+    titles = [objective.title for objective in kinds]
+    assert len(set(titles)) == len(titles) == 2 * len(NAMED)
+    assert Targeted(Margin(LABELS)).title == "TargetedMargin" and CrossEntropy(LABELS[:2]).title == "CrossEntropy"
 
 
 @pytest.mark.parametrize("kind", NAMED)
