@@ -36,6 +36,8 @@ class L1(Norm):
         size, room = delta.flatten(1).abs(), _room(delta, x).flatten(1)
         shift = _threshold(size, room, radius)
         kept = torch.minimum((size - shift[:, None]).clamp_min_(0.0), room)
+        # The threshold is rounded, and many entries add up: rescaling takes off what that left beyond the radius.
+        kept.mul_((radius / kept.sum(1).clamp_min(TINY)).clamp_max(1.0)[:, None])
         return kept.view_as(delta) * delta.sign()
 
     def direction(self, gradient: Tensor) -> Tensor:
