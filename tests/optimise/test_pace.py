@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from robustbench_deq.attacks import JointPGD, JointPGDConfig
-from robustbench_deq.optimise import Classification, Last, Norm, Pace, ProjectedAscent, Schedule
+from robustbench_deq.optimise import Classification, Last, Norm, AdaptivePace, ProjectedAscent, Schedule
 from robustbench_deq.optimise.objectives import CrossEntropy
 from robustbench_deq.optimise.sources.base import Moment
 from robustbench_deq.optimise.sources.joint import augmented
@@ -23,7 +23,7 @@ def test_adaptive_pace_lies_between_never_waiting_and_the_most_it_may(
     """Either end by hand: the variable moves in the first step, then in every k-th one, and its momentum with it."""
     model, x, objective = make_model("deq-fc"), make_images(4), CrossEntropy(LABELS)
     ball, step = Threat(Norm.L2, 0.3).ball(x), ProjectedAscent(0.4, momentum=momentum)
-    pace = Pace(max_lag, max_inner_steps=3)
+    pace = AdaptivePace(max_lag, max_inner_steps=3)
     found = run(model, x, objective, ball, step, 24, inner_steps=None, pace=pace, keep=Last())
     problem = Classification(model, x, objective)
     z, delta = model.initial_state(model.inject(x)).detach(), torch.zeros_like(x)
@@ -46,7 +46,7 @@ def test_adaptive_pace_holds_back_slow_cells_and_never_fast_ones(make_model, mak
         model = make_model("test-linear", contraction=contraction)
         model.a.data = contraction * torch.eye(len(model.a), dtype=model.a.dtype)  # a norm alone does not make it slow
         found = {
-            k: run(model, x, CrossEntropy(LABELS), ball, step, 40, inner_steps=k, pace=Pace(1.5), is_settled=True)
+            k: run(model, x, CrossEntropy(LABELS), ball, step, 40, inner_steps=k, pace=AdaptivePace(1.5), is_settled=True)
             for k in (1, None)
         }
         moves[contraction] = found[None].tally["perturbation_steps"].tolist()
@@ -70,7 +70,7 @@ def test_adaptive_pace_is_not_held_back_by_a_well_settled_start(
 
 
 def test_pace_learns_from_the_residual_right_after_the_first_move() -> None:
-    pace, like = Pace(max_lag=2.0, max_inner_steps=4), torch.zeros(3, 1)
+    pace, like = AdaptivePace(max_lag=2.0, max_inner_steps=4), torch.zeros(3, 1)
     state = pace.init(3, like)
     ready, state = pace.decide(state, torch.tensor([1.0, 1.0, 1.0]), 1.0)
     assert ready.tolist() == [True] * 3  # nothing has moved yet
