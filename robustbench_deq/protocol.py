@@ -206,7 +206,7 @@ class Recorder:
         self.snapshots: list[Snapshot] = []
         self._residuals: list[Tensor] = []
         self._wanted: set[int] = set()
-        self._last = self._offset = 0
+        self._last = self._offset = self._seen = 0
         self._rows: Tensor | None = None
         self._best = _Best(torch.zeros_like(ball.x), ball.x.new_zeros(len(ball.x)))
 
@@ -217,7 +217,7 @@ class Recorder:
     def begin(self, rows: Tensor | None, best: _Best) -> None:
         """A run on `rows` of the batch (None: all) begins, beside what is best so far."""
         self._rows, self._best, self._offset = rows, best, self._offset + self._last
-        self._wanted, self._last = set(), 0
+        self._wanted, self._last, self._seen = set(), 0, 0
 
     def plan(self, num_steps: int) -> None:
         """Called by the attack: spread the snapshots over the `num_steps` steps of this run."""
@@ -229,12 +229,15 @@ class Recorder:
         """The watcher of `optimise`. The last step is left to the protocol: an attack may still change its result."""
         if self.num_snapshots:
             self._residuals.extend(residual.view(-1, residual.shape[-1]).nanmean(1))
+        self._seen = step
         if step in self._wanted and step < self._last:
             self._take(step, *present())
 
-    def end(self, proposal: Proposal) -> None:
-        """The run has ended with `proposal`."""
-        if self._last:
+    def end(self, proposal: Proposal, is_stopped: bool) -> None:
+        """The run has ended with `proposal`, or its budget has ended it after the last step that was seen."""
+        if is_stopped:
+            self._last = min(self._last, self._seen)
+        if self._last and (not self.snapshots or self.snapshots[-1].step < self._last + self._offset):
             self._take(self._last, proposal.delta, proposal.loss)
 
     def _take(self, step: int, delta: Tensor, loss: Tensor) -> None:
@@ -380,8 +383,7 @@ class _Runs:
                 proposal = self.of.run(self.model, part, self.record)
             except BudgetSpent:  # outside of `optimise`, which returns what it has
                 return
-            if not self.meter.is_spent:
-                self.record.end(proposal)
+            self.record.end(proposal, self.meter.is_spent)
             self._note(rows, proposal)
             if part.leaves and proposal.is_done is not None and config.restarts > 1:
                 rows = self._left(rows, proposal.is_done)

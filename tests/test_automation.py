@@ -15,9 +15,9 @@ import yaml
 
 from robustbench_deq.attacks import build_attack
 from robustbench_deq.commands import main as cli
+from robustbench_deq.optimise import Norm
 from robustbench_deq.runner.baseline import read_baseline
 from robustbench_deq.runner.suite import plan, read_suite
-from robustbench_deq.optimise import Norm
 from robustbench_deq.threats import Threat
 
 ROOT = Path(__file__).parents[1]

@@ -16,8 +16,8 @@ from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate.judge import judge
 from robustbench_deq.meter import Meter
 from robustbench_deq.models import save_model
-from robustbench_deq.solvers import Anderson, Solve
 from robustbench_deq.optimise import Norm
+from robustbench_deq.solvers import Anderson, Solve
 from robustbench_deq.threats import Threat
 
 ROOT = Path(__file__).parents[1]

@@ -97,8 +97,6 @@ def test_bits_are_those_of_splitmix() -> None:
     seed, row, counter, count = 12, 2**35 + 1, 6, 3
     key = mix((row + mix((seed + phi) & mask) + counter * phi) & mask)
     uniform = [((mix((key + j * phi) & mask) >> 11) + 0.5) * 2.0**-53 for j in range(1, 2 * count + 1)]
-    expected = [
-        math.sqrt(-2 * math.log(uniform[j])) * math.cos(2 * math.pi * uniform[count + j]) for j in range(count)
-    ]
+    expected = [math.sqrt(-2 * math.log(uniform[j])) * math.cos(2 * math.pi * uniform[count + j]) for j in range(count)]
     found = keyed_normal(torch.zeros(1, count, dtype=torch.float64), seed, torch.tensor([row]), counter)
     assert found[0].tolist() == pytest.approx(expected, rel=1e-12)

@@ -11,11 +11,11 @@ from robustbench_deq.adjoints import Implicit, Neumann, Phantom, Unrolled
 from robustbench_deq.attacks import ATTACKS, JointPGD
 from robustbench_deq.configs import validate
 from robustbench_deq.errors import UsageError
+from robustbench_deq.optimise import Norm
 from robustbench_deq.runner.suite import ThreatGrid
 from robustbench_deq.solvers import SOLVERS, Anderson, Broyden, Solve
 from robustbench_deq.solvers.base import FixedPointMap, Iterate, Solver, State
 from robustbench_deq.specs import AdjointSpec, AttackSpec, SolveSpec, ThreatSpec
-from robustbench_deq.optimise import Norm
 from robustbench_deq.threats import Threat
 
 

@@ -174,7 +174,7 @@ def evaluate_batch(
                 robust_accuracy=float((clean.verdict.is_correct & verdict.is_correct).double().mean()),
             )
         )
-    adversarial = bench.verdict(result.x_adv)
+    adversarial = bench.verdict(result.x_adv, is_final=True)
     perturbation = task.attack.threat.norm.size(result.x_adv - x)
     is_failed = (result.is_failed | ~task.attack.threat.allows(perturbation)).cpu()
     samples = pd.DataFrame(
@@ -201,7 +201,8 @@ def evaluate_batch(
 
 
 class _Bench:
-    """The judge of one batch: judges no image twice, and none of a sample that is lost already; and the seconds taken.
+    """The judge of one batch: judges no image twice, and no snapshot of a sample that is lost already; and the seconds
+    taken.
 
     A sample that is wrong or without an equilibrium at its clean image is not robust whatever comes.
     """
@@ -217,15 +218,15 @@ class _Bench:
         self._known["left early"] = x, verdict
         return ~verdict.is_correct[rows.cpu()]
 
-    def verdict(self, images: Tensor) -> Verdict:
-        """The verdict on images of the whole batch."""
+    def verdict(self, images: Tensor, is_final: bool = False) -> Verdict:
+        """The verdict on images of the whole batch; on lost samples that of their clean images, unless `is_final`."""
         found, is_known = self._known["clean"][1], torch.zeros(len(images), dtype=torch.bool, device=images.device)
         is_lost = ~found.is_correct.to(images.device)
         for others, verdict in self._known.values():
             is_same = (images == others).flatten(1).all(1) & ~is_known
             rows = is_same.nonzero()[:, 0].cpu()
             found, is_known = found.put(rows, verdict.take(rows)), is_known | is_same
-        missing = (~is_known & ~is_lost).nonzero()[:, 0]
+        missing = (~is_known if is_final else ~is_known & ~is_lost).nonzero()[:, 0]
         found = self._judged(missing, images[missing], found)
         self._known["last"] = images, found
         return found

@@ -19,13 +19,14 @@ from robustbench_deq.optimise import NORMS, Norm
 from robustbench_deq.protocol import Attack, AttackResult
 from robustbench_deq.threats import Threat
 
-EPSILON = {Norm.L2: 0.2, Norm.LINF: 0.05}
+EPSILON = {Norm.L1: 0.35, Norm.L2: 0.2, Norm.LINF: 0.05}
 Y = torch.tensor([0, 1, 1, 0])
 
 
 def build(name: str, norm: Norm, epsilon: float, **settings: Any) -> Attack:
+    """Where nothing else is asked for, all samples are attacked to the end: the loss is looked at here."""
     kind = ATTACKS.get(name)
-    return kind(Threat(norm, epsilon), kind.config_type(**settings))
+    return kind(Threat(norm, epsilon), kind.config_type(**{"stop_at_success": False, **settings}))
 
 
 @pytest.fixture
@@ -44,6 +45,9 @@ def optimum(model: Linear, x: Tensor, norm: Norm) -> Tensor:
     gradient = slope(model, Y, x)
     if norm is Norm.LINF:
         return EPSILON[norm] * gradient.sign()
+    if norm is Norm.L1:  # all of it on the pixel of the largest gradient, which has the room
+        best = F.one_hot(gradient.flatten(1).abs().argmax(1), gradient[0].numel()).to(gradient)
+        return EPSILON[norm] * best.view_as(gradient) * gradient.sign()
     return EPSILON[norm] * gradient / Norm.L2.size(gradient)[:, None, None, None]
 
 
@@ -169,7 +173,7 @@ def test_optimum_in_a_corner_of_the_box_is_cut(name: str, make_model, make_image
 @pytest.mark.parametrize("family", ["deq-fc", "mondeq-fc"])
 def test_joint_and_sequential_agree_after_long_runs(family: str, norm: Norm, make_model, make_images) -> None:
     model, x, y = make_model(family, rtol=1e-8), make_images(4), torch.tensor([0, 1, 2, 0])
-    epsilon = {Norm.L2: 0.3, Norm.LINF: 0.05}[norm]
+    epsilon = {Norm.L1: 0.6, Norm.L2: 0.3, Norm.LINF: 0.05}[norm]
     joint = build("joint-pgd", norm, epsilon, steps=200, failure_residual=1e-3, objective="cross-entropy")
     settings = {"steps": 100, "step_size": 0.5, "tolerance": 1e-7, "max_steps": 300, "objective": "cross-entropy"}
     sequential = build("pgd", norm, epsilon, **settings)
@@ -184,7 +188,7 @@ def test_joint_and_sequential_agree_after_long_runs(family: str, norm: Norm, mak
 @pytest.mark.parametrize("family", ["test-linear", "deq-fc", "mondeq-fc", "deq-conv"])
 def test_noise_is_weaker_than_gradients(family: str, norm: Norm, make_model, make_images) -> None:
     model, x, y = make_model(family, rtol=1e-8), make_images(4), torch.tensor([0, 1, 2, 0])
-    epsilon = {Norm.L2: 0.5, Norm.LINF: 0.06}[norm]
+    epsilon = {Norm.L1: 1.0, Norm.L2: 0.5, Norm.LINF: 0.06}[norm]
     names = ("noise", "pgd", "joint-pgd")
     attacks = {name: build(name, norm, epsilon, objective="cross-entropy") for name in names}
     loss = {name: loss_of(model, attack(model, x, y).x_adv, y) for name, attack in attacks.items()}
@@ -296,7 +300,7 @@ def explicit() -> tuple[Explicit, nn.Module]:
     return model, network
 
 
-@pytest.mark.parametrize("norm", NORMS.values(), ids=repr)
+@pytest.mark.parametrize("norm", [Norm.L2, Norm.LINF], ids=repr)  # the library has no L1
 @pytest.mark.parametrize("is_warm", [True, False], ids=["warm", "cold"])
 def test_pgd_on_an_explicit_network_agrees_with_torchattacks(is_warm: bool, norm: Norm, explicit, make_images) -> None:
     model, network = explicit

@@ -32,9 +32,9 @@ from robustbench_deq.configs import read_yaml, validate
 from robustbench_deq.data import DATASETS, SplitName, load, sources, splits
 from robustbench_deq.errors import RunError
 from robustbench_deq.models import FAMILIES, MODELS, describe_model, list_models, load_folder, load_model, save_model
+from robustbench_deq.optimise import Norm
 from robustbench_deq.records.store import load_records
 from robustbench_deq.report.pages.commands import command_of
-from robustbench_deq.optimise import Norm
 from robustbench_deq.threats import Threat
 from robustbench_deq.training.checkpoint import Checkpoint
 from robustbench_deq.training.config import TrainingConfig

@@ -25,10 +25,11 @@ from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate.evaluation import Evaluation, Part, _curve, evaluate
 from robustbench_deq.evaluate.judge import judge
 from robustbench_deq.models import Linear, LinearConfig
-from robustbench_deq.objectives import CrossEntropy
-from robustbench_deq.protocol import Attack, Proposal, Recorder
+from robustbench_deq.optimise import Norm
+from robustbench_deq.optimise.objectives import CrossEntropy
+from robustbench_deq.protocol import Attack, AttackConfig, Batch, Proposal, Recorder
 from robustbench_deq.records.record import CostRecord, CurvePoint, to_json
-from robustbench_deq.threats import Norm, Threat, norm_of
+from robustbench_deq.threats import Threat
 
 NUM = 14
 THREAT = Threat(Norm.L2, 0.6)
@@ -65,7 +66,8 @@ def check_rows_agree_with_record(found: Evaluation) -> None:
     assert record.num_unconverged == int((~rows["is_converged"]).sum())
     assert record.num_failed == int(rows["is_failed"].sum())
     assert record.max_perturbation == pytest.approx(rows["perturbation"].max())
-    finite = rows["adversarial_loss"].dropna()
+    finite = rows.loc[rows["is_attacked"], "adversarial_loss"].dropna()
+    assert record.num_attacked == rows["is_attacked"].sum()
     assert (
         record.adversarial_loss == pytest.approx(finite.mean(), rel=1e-5)
         if len(finite)
@@ -121,7 +123,7 @@ def test_rows_agree_with_the_record(attack: Attack, setup) -> None:
     verdict = judge(model, found.x_adv, data.y)
     assert rows["adversarial_prediction"].tolist() == verdict.prediction.tolist()
     assert rows["is_robust"].tolist() == (verdict.is_correct & judge(model, data.x, data.y).is_correct).tolist()
-    size = norm_of(found.x_adv - data.x, Norm.L2)
+    size = Norm.L2.size(found.x_adv - data.x)
     torch.testing.assert_close(torch.tensor(rows["perturbation"].values), size, rtol=1e-4, atol=1e-5)
     assert found.record.robust_accuracy < found.record.clean_accuracy
 
@@ -151,9 +153,9 @@ def test_targeted_evaluation_aims_at_the_next_class(setup) -> None:
     seen = []
 
     class Spy(SequentialPGD):
-        def run(self, model, x, y, targets, start, record):
-            seen.append((y, targets))
-            return super().run(model, x, y, targets, start, record)
+        def run(self, model, batch, record):
+            seen.append((batch.labels, batch.targets))
+            return super().run(model, batch, record)
 
     record = evaluate(model, Spy(THREAT, SequentialPGDConfig(steps=2)), data, batch_size=5, is_targeted=True).record
     assert all(torch.equal(targets, (y + 1) % 3) for y, targets in seen) and len(seen) == 3
@@ -183,29 +185,25 @@ class Fixed(Attack):
     name, summary = "fixed", "test"
     calls = 0
 
-    def run(
-        self, model: EquilibriumModel, x: Tensor, y: Tensor, targets: Tensor | None, start: Tensor, record: Recorder
-    ) -> Proposal:
+    def run(self, model: EquilibriumModel, batch: Batch, record: Recorder) -> Proposal:
         type(self).calls += 1
         record.plan(2)
         with torch.no_grad():
-            u = model.inject(x)
+            u = model.inject(batch.images)
             for _ in range(self.calls):
                 z = model.evaluate(model.initial_state(u), u)
-            record.follow(torch.full((len(x),), float(self.calls)))
-            if self.calls == 1:
-                record.follow(torch.full((len(x),), 8.0))
-            loss = CrossEntropy(y)(model.head(z))
-        for step in (1, 2):
-            record(step, start, loss)
+            loss = CrossEntropy(batch.labels)(model.head(z))
+        residuals = [float(self.calls), *([8.0] if self.calls == 1 else [])]
+        record.watch(1, lambda: (batch.start, loss), torch.tensor(residuals)[:, None].expand(-1, len(batch)))
         diagnostics = {"num_odd": 1.0, "unconverged_solves": 2.0, "mean_of_something": float(self.calls)}
-        return Proposal(start, loss, diagnostics=diagnostics)
+        return Proposal(batch.start, loss, diagnostics=diagnostics)
 
 
 def test_means_are_weighted_by_the_batch_and_counts_add_up(setup, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = setup()
     monkeypatch.setattr(Fixed, "calls", 0)
-    record = evaluate(model, Fixed(THREAT), data, batch_size=6, num_snapshots=2).record  # batches of 6, 6 and 2
+    attack = Fixed(THREAT, AttackConfig(stop_at_success=False))
+    record = evaluate(model, attack, data, batch_size=6, num_snapshots=2).record  # batches of 6, 6 and 2
     mean = (6 * 1 + 6 * 2 + 2 * 3) / 14
     assert record.cost.cell_evals == pytest.approx(mean)
     assert record.cost.cell_vjps == 0
@@ -296,10 +294,11 @@ def test_curve_of_restarts_does_not_rise_between_them(setup) -> None:
 
 def test_residuals_fall_along_a_cold_solve(setup) -> None:
     model, data = setup()
-    record = evaluate(model, joint(steps=30, step_size=1e-6, warmup_steps=0), data, num_snapshots=1).record
-    assert len(record.residuals) == 30 + 1  # before every step and after the last
-    assert record.residuals == sorted(record.residuals, reverse=True)
-    assert record.residuals[-1] < 1e-3 and record.residuals[0] == pytest.approx(1, abs=1e-3)
+    attack = joint(steps=30, step_size=1e-6, warmup_steps=0, stop_at_success=False)
+    residuals = list(attack(model, data.x, data.y, num_snapshots=1).residuals)
+    assert len(residuals) == 30 + 1  # before every step and after the last
+    assert residuals == sorted(residuals, reverse=True)
+    assert residuals[-1] < 1e-3 and residuals[0] == pytest.approx(1, abs=1e-3)
     assert evaluate(model, joint(), data).record.residuals == []
 
 
@@ -349,10 +348,10 @@ class Pushes(Attack):
 
     name, summary = "pushes", "test"
 
-    def run(self, model, x, y, targets, start, record) -> Proposal:
-        delta = torch.zeros_like(x)
-        delta[:, 0, 0, 0] = 1 - x[:, 0, 0, 0]
-        return Proposal(delta, torch.zeros(len(x)))
+    def run(self, model: EquilibriumModel, batch: Batch, record: Recorder) -> Proposal:
+        delta = torch.zeros_like(batch.images)
+        delta[:, 0, 0, 0] = 1 - batch.images[:, 0, 0, 0]
+        return Proposal(delta, torch.zeros(len(batch)))
 
 
 def test_a_sample_that_only_loses_its_equilibrium_under_attack_is_not_robust(make_images) -> None:
@@ -368,8 +367,8 @@ def test_a_sample_that_only_loses_its_equilibrium_under_attack_is_not_robust(mak
 class ReturnsNaN(SequentialPGD):
     """Breaks on every third sample."""
 
-    def run(self, model, x, y, targets, start, record) -> Proposal:
-        proposal = super().run(model, x, y, targets, start, record)
+    def run(self, model: EquilibriumModel, batch: Batch, record: Recorder) -> Proposal:
+        proposal = super().run(model, batch, record)
         delta = proposal.delta.clone()
         delta[::3] = torch.nan
         return Proposal(delta, proposal.loss)

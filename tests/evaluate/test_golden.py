@@ -18,8 +18,8 @@ from robustbench_deq.data import load
 from robustbench_deq.evaluate.evaluation import evaluate
 from robustbench_deq.files import write_json
 from robustbench_deq.models import load_model
-from robustbench_deq.records.record import Record
 from robustbench_deq.optimise import Norm
+from robustbench_deq.records.record import Record
 from robustbench_deq.threats import Threat
 
 GOLDEN = Path(__file__).parent / "golden.json"

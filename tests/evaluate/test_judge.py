@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustbench_deq.evaluate.judge import JUDGE_RTOL, LADDER, Verdict, judge, tight_solve
+from robustbench_deq.evaluate.judge import JUDGE_RTOL, LADDER, judge, tight_solve
 from robustbench_deq.models import FAMILIES, Linear, LinearConfig
 from robustbench_deq.solvers import CellMap, Solve, Status
 
@@ -203,13 +203,3 @@ def test_judging_leaves_mode_and_gradients_alone(build) -> None:
     assert model.training
     assert not verdict.loss.requires_grad
     assert x.grad is None and all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_verdicts_join_in_order(build) -> None:
-    model, x = build(Linear)
-    y = torch.arange(8) % 3
-    whole = judge(model, x, y)
-    joined = Verdict.join([judge(model, x[:3], y[:3]), judge(model, x[3:], y[3:])])
-    assert torch.equal(joined.prediction, whole.prediction)
-    assert torch.equal(joined.is_correct, whole.is_correct)
-    torch.testing.assert_close(joined.loss, whole.loss, rtol=1e-3, atol=1e-4)

@@ -15,9 +15,9 @@ from robustbench_deq.attacks import ATTACKS
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
 from robustbench_deq.models import from_torchdeq
+from robustbench_deq.optimise import Norm
 from robustbench_deq.protocol import frozen
 from robustbench_deq.solvers import Anderson, Broyden, Picard
-from robustbench_deq.optimise import Norm
 from robustbench_deq.threats import Threat
 
 torchdeq = pytest.importorskip("torchdeq")

@@ -17,8 +17,8 @@ from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate.judge import judge
 from robustbench_deq.meter import Meter
 from robustbench_deq.models import MODELS, describe_model, load_folder, load_model, save_model
-from robustbench_deq.solvers import Anderson, Solve, Status
 from robustbench_deq.optimise import Norm
+from robustbench_deq.solvers import Anderson, Solve, Status
 from robustbench_deq.threats import Threat
 
 every_model = pytest.mark.parametrize("name", list(MODELS))

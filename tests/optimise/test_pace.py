@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from robustbench_deq.attacks import JointPGD, JointPGDConfig
-from robustbench_deq.optimise import Classification, Last, Norm, AdaptivePace, ProjectedAscent, Schedule
+from robustbench_deq.optimise import AdaptivePace, Classification, Last, Norm, ProjectedAscent, Schedule
 from robustbench_deq.optimise.objectives import CrossEntropy
 from robustbench_deq.optimise.sources.base import Moment
 from robustbench_deq.optimise.sources.joint import augmented
@@ -46,7 +46,9 @@ def test_adaptive_pace_holds_back_slow_cells_and_never_fast_ones(make_model, mak
         model = make_model("test-linear", contraction=contraction)
         model.a.data = contraction * torch.eye(len(model.a), dtype=model.a.dtype)  # a norm alone does not make it slow
         found = {
-            k: run(model, x, CrossEntropy(LABELS), ball, step, 40, inner_steps=k, pace=AdaptivePace(1.5), is_settled=True)
+            k: run(
+                model, x, CrossEntropy(LABELS), ball, step, 40, inner_steps=k, pace=AdaptivePace(1.5), is_settled=True
+            )
             for k in (1, None)
         }
         moves[contraction] = found[None].tally["perturbation_steps"].tolist()

@@ -31,6 +31,7 @@ from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate.evaluation import evaluate
 from robustbench_deq.files import replacing
 from robustbench_deq.models import MODELS, load_model, save_model
+from robustbench_deq.optimise import Norm
 from robustbench_deq.protocol import ATTACKS, Attack
 from robustbench_deq.records.environment import describe_environment
 from robustbench_deq.records.images import load_images
@@ -41,7 +42,6 @@ from robustbench_deq.runner.executors import WORKER_DIED, Processes, Ray
 from robustbench_deq.runner.run import check_folder, claim_folder, run_shard
 from robustbench_deq.runner.shards import ASSEMBLY_LOCK, ShardStore
 from robustbench_deq.runner.suite import cut, plan, read_suite
-from robustbench_deq.optimise import Norm
 from robustbench_deq.threats import Threat
 from tests.runner.small_suite import do, runs_of, suite
 

@@ -19,9 +19,9 @@ from robustbench_deq.data import Split, SplitName, load
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.models import DEQFC, DEQFCConfig
+from robustbench_deq.optimise import Norm
 from robustbench_deq.protocol import Attack, Proposal
 from robustbench_deq.solvers import Anderson, Solve
-from robustbench_deq.optimise import Norm
 from robustbench_deq.threats import Threat
 from robustbench_deq.training import checkpoint as checkpoint_module
 from robustbench_deq.training import loop
