@@ -18,6 +18,7 @@ from torch import Tensor
 from robustbench_deq.optimise.domains import Ball, Domain
 from robustbench_deq.optimise.problem import Problem, where_rows
 from robustbench_deq.optimise.sources.base import Look
+from robustbench_deq.optimise.steps.minimal_norm import SLACK
 from robustbench_deq.solvers.base import residual_norms
 
 
@@ -107,19 +108,29 @@ class JIIORule(Keep):
 class SmallestNorm(Keep):
     """The success of the smallest norm; a row that has none keeps its highest trusted loss.
 
+    The smallest of many norms is one that lies on the boundary as a state on its way shows it, and often on the wrong
+    side of the true one. A success therefore counts when it is beyond the linearised boundary by a share of its norm,
+    `loss >= slack ||d|| ||g||_*`; looks without a gradient show none.
+
     Args:
         trusted_residual, last_residual: as those of `HighestLoss`.
+        slack: the share.
     """
 
     trusted_residual: float
     last_residual: float
+    slack: float = SLACK
 
     def offer(
         self, kept: Kept, problem: Problem, domain: Domain, variable: Tensor, look: Look, count: int, is_last: bool
     ) -> Kept:
         assert isinstance(domain, Ball)
         is_trusted = look.residual <= (self.last_residual if is_last else self.trusted_residual)
-        size = torch.where(problem.is_success(look.output) & is_trusted, domain.norm.size(variable), torch.inf)
+        size = torch.full_like(look.loss, torch.inf)
+        if look.gradient is not None:
+            own = domain.norm.size(variable)
+            is_beyond = look.loss >= self.slack * own * domain.norm.dual_size(look.gradient)
+            size = torch.where(problem.is_success(look.output) & is_trusted & is_beyond, own, size)
         loss = torch.where(is_trusted, look.loss, -torch.inf)
         has_none = torch.isinf(kept.score)
         takes = (size < kept.score) | (has_none & (loss >= kept.loss) & torch.isfinite(look.residual))
