@@ -64,7 +64,7 @@ class Offer:
     loss: float
     residual: float
     residual_mu: float
-    is_success: bool
+    is_success: bool  # with a gradient, and beyond the linearised boundary
 
 
 def kept_by_hand(rule: str, limit: float, offers: list[Offer]) -> int:
@@ -87,6 +87,14 @@ def kept_by_hand(rule: str, limit: float, offers: list[Offer]) -> int:
         elif best_loss == -torch.inf:
             best = index
     return best
+
+
+def beyond(variable: Tensor, look: Look) -> Tensor:
+    """Successes that count for the smallest norm, in Linf, whose dual norm is L1."""
+    if look.gradient is None:
+        return torch.zeros(len(variable), dtype=torch.bool)
+    reach = Norm.LINF.size(variable) * look.gradient.flatten(1).abs().sum(1)
+    return (look.output.argmax(1) != LABELS) & (look.loss >= 0.015 * reach)
 
 
 @pytest.mark.parametrize("limit", [0.1, 0.05, -1.0])
@@ -119,7 +127,7 @@ def test_kept_iterate_is_the_one_of_the_rule(name: str, limit: float, make_model
                 look.loss.tolist(),
                 look.residual.tolist(),
                 residual_norms(look.mu, look.g)[1].tolist(),
-                (look.output.argmax(1) != LABELS).tolist(),
+                beyond(variable, look).tolist(),
                 strict=True,
             )
         ]
@@ -146,7 +154,7 @@ def offered(rule: Keep, sizes: list[float], losses: list[float], residuals: list
     kept = rule.init(torch.full_like(x, -0.01))
     for count, (size, loss, residual) in enumerate(zip(sizes, losses, residuals, strict=True)):
         loss, residual = torch.tensor([loss]), torch.tensor([residual])
-        look = Look(loss, residual, loss[:, None])
+        look = Look(loss, residual, loss[:, None], gradient=torch.ones_like(x))
         kept = rule.offer(kept, problem, ball, torch.full_like(x, size), look, count, count == len(sizes) - 1)
     return pytest.approx(float(kept.variable)), pytest.approx(float(kept.loss))
 
@@ -166,6 +174,9 @@ def test_smallest_norm_prefers_any_success_to_any_loss() -> None:
     assert offered(rule, [0.1, 0.4, 0.3], [-2.0, -1.0, -3.0], [0.0, 0.0, 0.0]) == (0.4, -1.0)
     assert offered(rule, [0.1, 0.4, 0.3], [-2.0, 1.0, 2.0], [0.0, 0.5, 0.5]) == (0.1, -2.0)  # no trusted success
     assert offered(rule, [0.1, 0.4], [-2.0, 1.0], [0.5, 0.5]) == (0.4, -inf)
+    # right at the linearised boundary a success is not trusted: 0.4 * 0.015 is 0.006
+    assert offered(rule, [0.45, 0.4], [1.0, 0.0059], [0.0, 0.0]) == (0.45, 1.0)
+    assert offered(rule, [0.45, 0.4], [1.0, 0.0061], [0.0, 0.0]) == (0.4, 0.0061)
 
 
 def test_last_is_the_newest_whatever_it_is() -> None:
