@@ -100,7 +100,7 @@ def optimise(
         What was found until the budget of the open meter was spent, if it has one.
     """
     kept, moves, state = keep.init(variable), step.init(variable, domain), None
-    amplification = None if settled is None else settled.amplification
+    amplification = None if settled is None else problem.worst(settled.amplification)
     residual, is_done = torch.full_like(kept.loss, torch.inf), torch.zeros_like(kept.loss, dtype=torch.bool)
     rows = torch.arange(len(variable), device=variable.device)  # those that are left
     whole: _Whole | None = None
@@ -127,11 +127,7 @@ def optimise(
             if leaves and count % source.check_every == 0:
                 is_done = _is_done(problem, look, amplification)
                 if bool(is_done.any()):
-                    kept = Kept(
-                        where_rows(is_done, variable, kept.variable),
-                        torch.where(is_done, look.loss, kept.loss),
-                        kept.score,
-                    )
+                    kept = _with_done(kept, variable, look, is_done)
                     if whole is None:
                         whole = _Whole(kept.variable.clone(), kept.loss.clone(), residual.clone(), is_done.clone(), {})
                     whole.put(rows, kept, residual, is_done, source.tally(state))
@@ -163,6 +159,7 @@ def optimise(
                 kept = keep.offer(kept, problem, domain, variable, look, num_steps, is_last=True)
             if leaves:
                 is_done = _is_done(problem, look, amplification)
+                kept = _with_done(kept, variable, look, is_done)
         if watch is not None:
             for step_left in range(count + 1, num_steps + 1):  # all but the last only where everybody has left
                 watch(step_left, present, trace)
@@ -181,3 +178,8 @@ def _is_done(problem: Problem, look: Look, amplification: Tensor | None) -> Tens
     """Rows that are successful at a state of small error; a residual that is not finite never is."""
     error = look.residual * (UNKNOWN_AMPLIFICATION if amplification is None else amplification)
     return (error <= LEAVING_ERROR) & problem.is_success(look.output)
+
+
+def _with_done(kept: Kept, variable: Tensor, look: Look, is_done: Tensor) -> Kept:
+    """What rows that are done leave with: the variable that was successful, whatever the rule has kept."""
+    return Kept(where_rows(is_done, variable, kept.variable), torch.where(is_done, look.loss, kept.loss), kept.score)

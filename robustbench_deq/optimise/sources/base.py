@@ -40,7 +40,7 @@ class Settled(NamedTuple):
 
     z              the state
     mu             the adjoint of the loss that is ascended first; None where nobody has solved it
-    amplification  `(rows,)`: the error of a state a unit of its residual, as seen from where a cold solve starts
+    amplification  the error of a state a unit of its residual, as seen from where a cold solve starts, one a row
     """
 
     z: Tensor
