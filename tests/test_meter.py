@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import robustbench_deq.meter
 from robustbench_deq.adjoints import ADJOINTS, Implicit, Neumann, Phantom, Unrolled
 from robustbench_deq.equilibrium import EquilibriumModel
-from robustbench_deq.meter import Meter
+from robustbench_deq.meter import BudgetSpent, Meter
 from robustbench_deq.solvers import CellMap, NewtonKrylov, Picard, Solve
 
 NEVER = 1e-300
@@ -180,3 +181,129 @@ def test_cost_is_a_mean_over_the_samples(make_model, make_images) -> None:
     cost = meter.cost(8)
     assert (cost.cell_evals, cost.solver_steps) == (1.5, 1.5)
     assert cost.wall_seconds > 0 and cost.peak_memory_mb > 0
+
+
+# ---------------------------------------------------------------- budgets
+
+
+def test_a_budget_admits_up_to_its_last_row_and_refuses_the_next_evaluation(make_model, make_images) -> None:
+    model, x = make_model("test-linear"), make_images(3)
+    with torch.no_grad():
+        u = model.inject(x)
+        z = model.initial_state(u)
+        with Meter(model, max_rows=6) as meter:
+            model.evaluate(z, u)
+            model.evaluate(z, u)
+            assert not meter.is_spent and meter.eval_rows == 6
+            with pytest.raises(BudgetSpent):
+                model.evaluate(z[:1], u[:1])
+            assert meter.is_spent and meter.eval_rows == 6  # what was refused is not counted
+        model.evaluate(z, u)
+    assert meter.eval_rows == 6 and model.meter is None
+
+
+def test_a_batch_that_does_not_fit_is_refused_as_a_whole_and_a_smaller_one_is_not(make_model, make_images) -> None:
+    model, x = make_model("test-linear"), make_images(3)
+    with torch.no_grad(), Meter(model, max_rows=4) as meter:
+        u = model.inject(x)
+        z = model.initial_state(u)
+        model.evaluate(z, u)
+        with pytest.raises(BudgetSpent):
+            model.evaluate(z, u)
+        model.evaluate(z[:1], u[:1])
+    assert meter.eval_rows == 4 and meter.is_spent
+
+
+def test_meters_without_a_budget_admit_everything(make_model, make_images) -> None:
+    model, x = make_model("test-linear"), make_images(3)
+    with Meter(model) as meter:
+        meter.admit(10**9)
+        input_gradient(model, x, fixed(30), Implicit(fixed(30)))
+    assert not meter.is_spent and meter.eval_rows == 3 * 31
+
+
+@pytest.mark.parametrize("is_outer", [True, False])
+def test_either_of_two_nested_budgets_refuses(is_outer: bool, make_model, make_images) -> None:
+    model, x = make_model("test-linear"), make_images(2)
+    limits = (4, None) if is_outer else (None, 4)
+    with torch.no_grad(), Meter(model, max_rows=limits[0]) as outer:
+        with pytest.raises(BudgetSpent), Meter(model, max_rows=limits[1]) as inner:
+            model.equilibrium(x, solve=fixed(9))
+        assert model.meter is outer
+        assert (outer.is_spent, inner.is_spent) == (is_outer, not is_outer)
+        assert outer.eval_rows == inner.eval_rows == 4
+        if not is_outer:  # the outer one has no limit of its own
+            model.equilibrium(x, solve=fixed(2))
+            assert outer.eval_rows == 8
+
+
+def test_what_an_inner_meter_has_counted_is_spent_of_the_outer_budget(make_model, make_images) -> None:
+    model, x = make_model("test-linear"), make_images(2)
+    with torch.no_grad(), Meter(model, max_rows=10) as outer:
+        for _ in range(2):
+            with Meter(model, max_rows=4) as inner:
+                model.equilibrium(x, solve=fixed(2))
+            assert not inner.is_spent
+        with pytest.raises(BudgetSpent):
+            model.equilibrium(x, solve=fixed(2))
+    assert outer.eval_rows == 10
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(robustbench_deq.meter.time, "perf_counter", lambda: self.now)
+
+    def pass_(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_seconds_are_counted_from_the_opening_and_stop_at_the_end(make_model, make_images, monkeypatch) -> None:
+    model, clock = make_model("test-linear"), Clock(monkeypatch)
+    with torch.no_grad():
+        u = model.inject(make_images(2))
+        z = model.initial_state(u)
+    clock.pass_(50.0)
+    with torch.no_grad(), Meter(model, max_seconds=2.0) as meter:
+        clock.pass_(2.0)
+        model.evaluate(z, u)
+        clock.pass_(0.001)
+        with pytest.raises(BudgetSpent):
+            model.evaluate(z, u)
+        assert meter.is_spent and meter.elapsed_seconds == pytest.approx(2.001)
+    clock.pass_(7.0)
+    assert meter.elapsed_seconds == pytest.approx(2.001)
+    assert meter.cost(2).wall_seconds == pytest.approx(2.001) and meter.eval_rows == 2
+
+
+def test_a_pause_costs_this_meter_nothing_and_the_outer_one_everything(make_model, make_images, monkeypatch) -> None:
+    model, x, clock = make_model("test-linear"), make_images(2), Clock(monkeypatch)
+    with torch.no_grad(), Meter(model) as outer, Meter(model, max_rows=10, max_seconds=3.0) as inner:
+        model.equilibrium(x, solve=fixed(2))
+        clock.pass_(1.0)
+        for _ in range(2):
+            with inner.paused():
+                assert model.meter is outer
+                clock.pass_(10.0)
+                model.equilibrium(x, solve=fixed(10))
+            assert model.meter is inner
+        clock.pass_(1.0)
+        model.equilibrium(x, solve=fixed(3))
+        assert not inner.is_spent and inner.elapsed_seconds == pytest.approx(2.0)
+        clock.pass_(1.5)
+        with pytest.raises(BudgetSpent):
+            model.equilibrium(x, solve=fixed(1))
+    assert (inner.eval_rows, outer.eval_rows) == (10, 50)
+    assert inner.elapsed_seconds == pytest.approx(3.5) and outer.elapsed_seconds == pytest.approx(23.5)
+    assert inner.cost(2).solver_steps == 5 and outer.cost(2).solver_steps == 25
+
+
+def test_a_pause_ends_even_after_an_error(make_model) -> None:
+    model = make_model("test-linear")
+    with Meter(model) as meter:
+        with pytest.raises(KeyError), meter.paused():
+            assert model.meter is None
+            raise KeyError
+        assert model.meter is meter
