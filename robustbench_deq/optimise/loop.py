@@ -113,7 +113,7 @@ def optimise(
         variable[rows], loss[rows] = kept.variable, kept.loss
         return variable, loss
 
-    is_stopped, trace = False, residual
+    is_stopped, trace, seen = False, residual, 0
     try:
         state = source.start(problem, variable, settled)
         for count in range(num_steps):
@@ -124,6 +124,7 @@ def optimise(
             if watch is not None:
                 trace = residual if look.trace is None else look.trace
                 watch(count, present, trace)
+                seen = count + 1
             if leaves and count % source.check_every == 0:
                 is_done = _is_done(problem, look, amplification)
                 if bool(is_done.any()):
@@ -161,7 +162,7 @@ def optimise(
                 is_done = _is_done(problem, look, amplification)
                 kept = _with_done(kept, variable, look, is_done)
         if watch is not None:
-            for step_left in range(count + 1, num_steps + 1):  # all but the last only where everybody has left
+            for step_left in range(seen, num_steps + 1):  # all but the last only where everybody has left
                 watch(step_left, present, trace)
     except BudgetSpent:
         is_stopped = True

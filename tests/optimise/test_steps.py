@@ -237,7 +237,7 @@ def test_apgd_checks_late_where_a_row_may_not_move_at_a_checkpoint(make_model, m
     class Watched(APGD):
         def step(self, at: At, domain, state):
             moved, after = super().step(at, domain, state)
-            halvings.append((at.moment.count, (state[5] / after[5]).log2().tolist()))
+            halvings.append((at.moment.number, (state[5] / after[5]).log2().tolist()))
             return moved, after
 
     problem, ball = Classification(model, x, Margin(Y)), Threat("l2", 0.3).ball(x)
