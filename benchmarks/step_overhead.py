@@ -16,10 +16,9 @@ import torch
 from benchmarks.timing import alternate, keep
 from robustbench_deq.attacks import JointPGDConfig
 from robustbench_deq.data import load
-from robustbench_deq.joint import AugmentedMap, ProjectedAscent, ascend
 from robustbench_deq.meter import Meter
 from robustbench_deq.models import MODELS, load_model
-from robustbench_deq.optimise import Norm
+from robustbench_deq.optimise import Classification, Norm, ProjectedAscent, Settled, optimise
 from robustbench_deq.protocol import frozen
 from robustbench_deq.threats import Threat
 
@@ -34,10 +33,9 @@ def main(repeats: int, batch_size: int, pattern: str) -> None:
     rows = []
     for name in MODELS.list(pattern):
         model, data = load_model(name), load("fashion-mnist" if "fashion" in name else "digits", limit=batch_size)
-        settings = JointPGDConfig(steps=STEPS).settings()
-        ascent = ProjectedAscent(Threat(Norm.L2, 1.0), data.x, step_size=1.0)
-        objective = JointPGDConfig().bind(data.y, None)
-        augmented = AugmentedMap(model, lambda delta, m=model, x=data.x: m.inject(x + delta), objective)
+        config = JointPGDConfig(steps=STEPS)
+        problem = Classification(model, data.x, config.bind(data.y, None))
+        parts = (config.source(), Threat(Norm.L2, 1.0).ball(data.x), ProjectedAscent(1.0), config.highest_loss())
         with frozen(model), Meter(model):
             u = model.inject(data.x)
             z = model.initial_state(u)
@@ -48,8 +46,9 @@ def main(repeats: int, batch_size: int, pattern: str) -> None:
                     a, b = z.detach().requires_grad_(), delta.detach().requires_grad_()
                     torch.autograd.grad(model.cell(a, model.inject(x + b)), [a, b], mu)
 
-            def joint(z=z, delta=delta, augmented=augmented, ascent=ascent, settings=settings) -> None:
-                ascend(augmented, ascent, settings, z, torch.zeros_like(z), delta)
+            def joint(z=z, delta=delta, problem=problem, parts=parts) -> None:
+                settled = Settled(z, torch.zeros_like(z), torch.ones(len(z)))
+                optimise(problem, *parts, delta, num_steps=STEPS, settled=settled)
 
             def injection(u=u, delta=delta, model=model, x=data.x) -> None:
                 for _ in range(STEPS):

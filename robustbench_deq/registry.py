@@ -59,9 +59,9 @@ class Registry(Generic[T]):
         """Names that match a shell wildcard, in the order of registration."""
         return [name for name in self._entries if fnmatch.fnmatchcase(name, pattern)]
 
-    def values(self) -> Iterator[T]:
+    def values(self) -> tuple[T, ...]:
         """What is registered, in the order of registration."""
-        return iter(self._entries.values())
+        return tuple(self._entries.values())
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

@@ -14,8 +14,6 @@ from typing import NamedTuple
 from robustbench_deq.errors import UsageError
 from robustbench_deq.records.record import Record
 
-_NORMS = {"l2": "L2", "linf": "L∞"}
-
 
 class Setting(NamedTuple):
     """What makes records comparable. Sorts by model, then threat, then data.
@@ -103,8 +101,8 @@ def format_threat(norm: str, epsilon: float) -> str:
 
 
 def format_norm(norm: str) -> str:
-    """ "L2", "L∞", or another norm's own name."""
-    return _NORMS.get(norm, norm)
+    """ "L2", "L∞", or another norm's own name with a capital."""
+    return "L∞" if norm == "linf" else norm.capitalize()
 
 
 def _format_epsilon(epsilon: float) -> str:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustbench_deq.adjoints import Implicit
-from robustbench_deq.attacks.joint import JointPGD, JointPGDConfig
+from robustbench_deq.attacks import JointPGD, JointPGDConfig
 from robustbench_deq.data import SplitName, load
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError

@@ -83,10 +83,10 @@ def add_norm(kind: type[Norm]) -> type[Norm]:
 
 
 def scaled(direction: Tensor, length: Tensor | float) -> Tensor:
-    """`length` times `direction`, row by row."""
+    """`direction`, which is overwritten, times `length`, row by row."""
     if isinstance(length, Tensor):
         length = length.view(-1, *[1] * (direction.dim() - 1))
-    return direction * length
+    return direction.mul_(length)
 
 
 def into_box(delta: Tensor, x: Tensor) -> Tensor:

@@ -39,10 +39,10 @@ COLUMN_MEANINGS = {
     "Rank": "place of the attack among those on the same model, threat and data, the strongest first; equal robust "
     "accuracies share it",
     "Seed": "the seed of all randomness of the run",
-    "n": "how many samples were attacked; every accuracy is over all of them",
+    "n": "how many samples there are; every accuracy is over all of them",
     "Clean %": "samples classified correctly without an attack, with Wilson's 95 % interval",
     "Robust %": "samples still classified correctly after it, with the same interval; lower is a stronger attack",
-    "Adv. loss": "mean cross-entropy of the true class at the perturbed images",
+    "Adv. loss": "mean cross-entropy of the true class at the perturbed images, over the samples that were attacked",
     "Cell evals": "evaluations of the cell per sample: the cost that does not depend on the machine",
     "VJPs": "vector-Jacobian products through the cell per sample",
     "Seconds": "wall-clock of the whole attack, without judging; compare only rows from the same environment",
