@@ -1,4 +1,4 @@
-"""Measures the shipped weights anew and writes what is found into their cards.
+"""Measures the shipped weights again and writes what is found into their cards.
 
     python -m benchmarks.cards
 

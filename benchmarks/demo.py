@@ -62,7 +62,7 @@ def gallery_of(result: Evaluation, data: Split, count: int) -> list[GalleryRow]:
 @click.option("--limit", default=128, show_default=True)
 def main(out: Path, limit: int) -> None:
     if out == DEFAULT_OUT:
-        shutil.rmtree(out, ignore_errors=True)  # the demo's own folder: it is made anew each time
+        shutil.rmtree(out, ignore_errors=True)  # the demo's own folder: it is made again each time
     try:
         with output_folder(out):
             run(out, limit)

@@ -3,7 +3,7 @@
     python -m benchmarks.gate_alarms
 
 Nothing in the code changes between the repetitions, so that every alarm is a false one. What came closest to one is
-told as well: whether the tolerances have room.
+reported as well: whether the tolerances have room.
 
 The gate compares seconds only at the batch size of the baseline, which therefore is that of every other repetition.
 """

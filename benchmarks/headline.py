@@ -54,7 +54,7 @@ def main(repeats: int, batch_size: int) -> None:
         "torchattacks PGDL2-20": make_attack("torchattacks-pgdl2", threat),
     }
     evaluate(model, default, data, batch_size=batch_size)  # warms up
-    # The default runs before each rival anew, so that both see the machine in the same mood.
+    # The default runs again before each rival, so that both see the machine in the same mood.
     results = {
         label: in_turn(model, data, {DEFAULT: default, label: rival}, repeats, batch_size)
         for label, rival in rivals.items()

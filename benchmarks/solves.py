@@ -86,7 +86,7 @@ RIVALS = {  # its Broyden evaluates once before it counts
 
 
 class Problem(NamedTuple):
-    """A fixed point to find. `build` makes the map anew, so that a meter sees all of its evaluations."""
+    """A fixed point to find. `build` makes a new map, so that a meter sees all of its evaluations."""
 
     model: EquilibriumModel
     build: Callable[[], FixedPointMap]

@@ -202,7 +202,7 @@ class EquilibriumModel(nn.Module, abc.ABC):
             if not logits.requires_grad or torch.autograd.grad(logits.sum(), leaf, allow_unused=True)[0] is None:
                 raise UsageError.of(
                     "model",
-                    expected="a gradient by the image from inject, cell and head",
+                    expected="a gradient with respect to the image from inject, cell and head",
                     got="none",
                     fix="run models MODEL --check DATA",
                 )

@@ -17,7 +17,7 @@ def keep_freed_memory() -> bool:
     """Let the C library keep up to a gigabyte of freed memory for the next tensors; say whether it agreed.
 
     By default glibc hands memory above a small limit back to the system when it is freed, and on a CPU every step then
-    pays the page faults of all its tensors anew. A setting of the whole process, for programs to make, never done on
+    pays the page faults of all its tensors again. A setting of the whole process, for programs to make, never done on
     import. Without effect on other C libraries and on devices.
     """
     try:

@@ -11,7 +11,7 @@ import torch
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory_mb` begin anew where the system can: on CUDA, and on the CPU under Linux."""
+    """Let `peak_memory_mb` start over where the system can: on CUDA, and on the CPU under Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return

@@ -481,7 +481,7 @@ class ObjectiveAttack(Attack[M]):
 
 @contextlib.contextmanager
 def frozen(model: EquilibriumModel) -> Iterator[None]:
-    """Evaluation mode, and no gradients by parameters; on leaving, everything is as it was."""
+    """Evaluation mode, and no gradients with respect to parameters; on leaving, everything is as it was."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]

@@ -121,7 +121,7 @@ def test_a_gradient_that_vanishes_is_one_and_an_initial_state_does_not_carry_it(
     model.cell = lambda z, u: network.layer(z, 0 * u)
     model.check_gradient(x)  # zero everywhere, as behind a dead unit
     model.cell, model.initial_state = (lambda z, u: network.layer(z, 0.5)), (lambda u: u)
-    with pytest.raises(UsageError, match="expected a gradient by the image"):
+    with pytest.raises(UsageError, match="expected a gradient with respect to the image"):
         model.check_gradient(x)
 
 

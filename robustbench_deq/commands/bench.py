@@ -85,9 +85,9 @@ def bench(
     click.echo(f"{seconds:.0f} s; attack and judge took {outcome.busy_seconds:.0f} s, all workers together", err=True)
     if outcome.failures:
         reasons = collections.Counter(outcome.failures.values()).most_common(3)
-        told = "; ".join(f"{count} x {reason}" for reason, count in reasons)
+        listed = "; ".join(f"{count} x {reason}" for reason, count in reasons)
         raise RunError(
-            f"{len(outcome.failures)} of {progress.num_shards} shards failed: {told}; try them again with --resume"
+            f"{len(outcome.failures)} of {progress.num_shards} shards failed: {listed}; try them again with --resume"
         )
 
 

@@ -82,7 +82,7 @@ def _from_torchvision(name: str, build: Callable[[Path, bool, bool], list], debi
                 f"dataset {name}",
                 expected=f"to unpack {debian} into {cache}",
                 got=getattr(error, "strerror", None) or error,
-                fix="install the package anew, or make the folder writable",
+                fix="reinstall the package, or make the folder writable",
             ) from None
         whole = _read_from(cache, name, build)
         if whole is not None:

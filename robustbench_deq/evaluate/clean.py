@@ -42,7 +42,7 @@ class CleanBatch:
     seconds: float = 0.0
 
     def known(self, model: EquilibriumModel, x: Tensor, objective: Objective | None) -> Clean:
-        """What an attack is told that first ascends `objective`; None is one that has no use for an adjoint."""
+        """What is handed to an attack that ascends `objective` first; None is one that has no use for an adjoint."""
         mu = None
         if objective is not None:
             if objective.title not in self.adjoints:

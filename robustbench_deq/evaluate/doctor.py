@@ -2,8 +2,8 @@
 
 Every check gives a finding: what came out, whether that is well, and how to fix it if not. Whatever a model's own code
 raises becomes a finding too. The first four look at the parts at a state near the initial one, the others at the
-equilibria that the judge finds. A check that rests on one whose finding is bad is left out, and a note says so: one
-cause is told once.
+equilibria that the judge finds. A check that depends on one whose finding is bad is left out, and a note says so: one
+cause is reported once.
 
     parts          inject, initial_state, cell and head give finite tensors of the right shapes
     deterministic  a second call gives the same, whatever came in between
@@ -12,8 +12,8 @@ cause is told once.
     equilibrium    the judge finds one for every image
     gradient       the implicit gradient through inject, cell and head is that of central finite differences, on the
                    images whose adjoint and shifted equilibria are found to the judge's tolerance
-    forward        forward has the equilibrium's logits, and in eval mode its gradient by the image; most predictions
-                   are the same, and the logits no further off than their own size
+    forward        forward has the equilibrium's logits, and in eval mode its gradient with respect to the image; most
+                   predictions are the same, and the logits no further off than their own size
     accuracy       better than naming the commonest class, and not better still for pixels of another range
     contraction    spectral radius of J_z, and steps of the plain iteration
     solver         the one of the fewest cell evaluations; where none is quick, those that the judge needed
@@ -98,7 +98,7 @@ class Case(NamedTuple):
 def examine(model: EquilibriumModel, data: Split) -> list[Finding]:
     """The findings on `model` from the first images of `data`, in the order above; the model is left as it was.
 
-    Every check has one; what rests on one that is bad is a note that says which to mend first.
+    Every check has one; what rests on one that is bad is a note that says which to fix first.
 
     Raises:
         UsageError: for images or labels that do not fit the model.
@@ -136,7 +136,7 @@ def _ground(check: str, findings: Sequence[Finding]) -> str | None:
 
 
 def _left_out(check: str, ground: str) -> Finding:
-    return Finding(Grade.NOTE, "not examined", f"mend {ground} first", check)
+    return Finding(Grade.NOTE, "not examined", f"fix {ground} first", check)
 
 
 def _finding(check: str, look: Callable[[Case], Finding], case: Case, before: Sequence[Finding]) -> Finding:

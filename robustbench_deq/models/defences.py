@@ -83,9 +83,9 @@ class EntropyReduction(_Defence):
     H is the entropy of the softmax at the iterate `num_states` of the plain iteration. Every injection costs
     `num_steps * num_states` evaluations of the cell and as many VJPs, which are counted.
 
-    **Attacks see this defence by BPDA only.** The sign has no derivative, so the gradient by the image is taken to be
-    that at the moved image (BPDA with the identity). It ignores how the move depends on the image, and robust accuracy
-    measured with it is an upper bound that an attack made for the defence may lower.
+    **Attacks see this defence by BPDA only.** The sign has no derivative, so the gradient with respect to the image is
+    taken to be that at the moved image (BPDA with the identity). It ignores how the move depends on the image, and
+    robust accuracy measured with it is an upper bound that an attack made for the defence may lower.
 
     Raises:
         UsageError: for steps or states below 1, or a step size or radius that is not positive.

@@ -3,7 +3,8 @@
 The cell does not look at its state, so one evaluation reaches its fixed point, and every attack, solver and judge works
 on it unchanged. A cell evaluation is a forward pass, its VJP a backward pass. A solve spends a second evaluation to see
 that it is there; gradients by default are Jacobian-free, which is exact here. The joint iteration becomes PGD with one
-forward and one backward pass a step, whose loss gradient by the features is that of the last step's features.
+forward and one backward pass a step, whose loss gradient with respect to the features is that at the features of the
+last step.
 
     unrolled    f(z, u) = g_K, g_0 = z_0(u), g_{k+1} = cell(g_k, u): a DEQ's own cell, weight-tied, K times
     resnet      f(z, u) = features of a plain residual network with group norm (He et al., CVPR 2016)

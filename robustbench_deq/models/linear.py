@@ -49,6 +49,6 @@ class Linear(FamilyModel):
         return u.new_zeros(u.shape)
 
     def input_matrix(self) -> Tensor:
-        """`V (I - A)^-1 U` `(num_classes, pixels)`: the logits' derivative by the input."""
+        """`V (I - A)^-1 U` `(num_classes, pixels)`: the logits' derivative with respect to the input."""
         eye = torch.eye(self.config.hidden, dtype=self.a.dtype, device=self.a.device)
         return self.readout.weight @ torch.linalg.solve(eye - self.a, self.injection.weight)

@@ -98,10 +98,10 @@ class SplittingDEQ(FamilyModel):
         return torch.linalg.inv((1.0 + step) * eye - step * operator)
 
     def matrix(self) -> Tensor:
-        """The step's matrix; built anew only when a parameter has changed or its gradient is wanted.
+        """The step's matrix; built again only when a parameter has changed or its gradient is wanted.
 
         A parameter that is written to through `.data`, in place, looks unchanged to torch and so to this. Parameters
-        made in inference mode tell of no change at all; for them nothing is kept.
+        made in inference mode report no change at all; for them nothing is kept.
         """
         parameters = list(self.parameters())
         wants_gradient = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)

@@ -31,7 +31,7 @@ def describe_environment(device: torch.device) -> dict[str, str | int | None]:
 
 
 def merge_environments(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of several machines or moments: what differs between them is told of all, such as `cpu, NVIDIA H100`."""
+    """Of several machines or moments: where they differ, the values of all are listed, such as `cpu, NVIDIA H100`."""
     merged = {}
     for key in dict.fromkeys(key for environment in found for key in environment):
         values = list(dict.fromkeys(environment.get(key) for environment in found))

@@ -52,7 +52,7 @@ SAMPLE_COLUMNS = {
 class ThreatRecord(Fields):
     """The ball of allowed perturbations."""
 
-    norm: str = Field(description='"l2" or "linf"')
+    norm: str = Field(description='"l1", "l2" or "linf"')
     epsilon: Amount = Field(description="radius, in pixel units of [0, 1]")
 
 

@@ -103,7 +103,7 @@ class RecordStore:
     def _catch_up(self, handle: int) -> None:
         """Cut a torn last line off and note the identifiers of the lines that are new since the last call."""
         size = os.fstat(handle).st_size
-        if self._seen_bytes > size:  # somebody began the file anew
+        if self._seen_bytes > size:  # somebody replaced the file
             self._seen, self._seen_bytes = set(), 0
         *lines, torn = os.pread(handle, size - self._seen_bytes, self._seen_bytes).split(b"\n")
         os.ftruncate(handle, size - len(torn))

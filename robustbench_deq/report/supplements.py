@@ -84,11 +84,11 @@ class Supplements:
     @property
     def warning(self) -> str:
         """Sentences about the failed shards and the unfinished runs, whose attacks are missing; empty without any."""
-        told = [_told(*kind) for kind in zip(self.missing, ("failed shard", "unfinished run"), strict=True)]
-        return " ".join([*filter(None, told), "Go on with bench --resume."]) if self.missing else ""
+        named = [_named(*kind) for kind in zip(self.missing, ("failed shard", "unfinished run"), strict=True)]
+        return " ".join([*filter(None, named), "Go on with bench --resume."]) if self.missing else ""
 
 
-def _told(counts: Mapping[tuple[str, str], int], kind: str) -> str:
+def _named(counts: Mapping[tuple[str, str], int], kind: str) -> str:
     if not counts:
         return ""
     total = sum(counts.values())

@@ -183,7 +183,7 @@ def read_run(folder: Path) -> list[tuple[Record, pd.DataFrame]]:
 
 
 def update_baseline(path: Path, runs: Runs, reason: str) -> Baseline:
-    """Write the baseline anew from records with their samples; reasons and tolerances that the file holds stay.
+    """Rewrite the baseline from records with their samples; reasons and tolerances that the file holds stay.
 
     Raises:
         UsageError: without a reason, or for a malformed file.

@@ -59,7 +59,7 @@ class Processes(Executor):
         attempts: collections.Counter[str] = collections.Counter()
         waiting = {shard.key: shard for shard in shards}
         while waiting:
-            # Which shard broke a pool is not told: all that were running are suspects, and the last attempt is alone.
+            # Which shard broke a pool is unknown: all that were running are suspects, and the last attempt is alone.
             suspects = [shard for key, shard in waiting.items() if attempts[key] == MAX_ATTEMPTS - 1]
             batch = suspects[:1] or list(waiting.values())
             with self._pool() as pool:

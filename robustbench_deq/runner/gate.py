@@ -14,8 +14,8 @@ narrow, and the baseline itself names them (`baseline.Tolerances`):
     evaluations,   of the cell, and vector-Jacobian products: means per sample, within a share, up or down; a wider one
     VJPs           on other samples
     seconds        beside those of the other attacks on the same model in the same run, never absolute, within a factor,
-                   up or down: the median over an attack's records. What a busy machine makes of one record is told and
-                   not judged. Not compared where an attack is alone, or in batches of another size
+                   up or down: the median over an attack's records. What a busy machine makes of one record is shown
+                   but not judged. Not compared where an attack is alone, or in batches of another size
 
 A better accuracy or a lower cost is as much a failure as a worse one: fewer lost samples may well be a weaker attack.
 What got better on purpose is made the baseline, with a reason. A record that the run lacks is a failure too; one that

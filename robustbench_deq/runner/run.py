@@ -50,7 +50,9 @@ def _model(name: str, digest: str, device: str) -> EquilibriumModel:
     """The model of the plan. Raises `UsageError` when it has become another one."""
     model = load_model(name).to(device).eval()
     if digest_of_model(name) != digest:
-        raise UsageError.of(f"model {name}", expected="that of the plan", got="another", fix="start the suite anew")
+        raise UsageError.of(
+            f"model {name}", expected="the model that was planned", got="a changed one", fix="use a new output folder"
+        )
     return model
 
 
@@ -99,7 +101,12 @@ def _attack(shard: Shard, folder: Path, build_attack: BuildAttack, device: str, 
     run = shard.run
     model, data = _model(run.model, run.model_digest, device), _data(run.data, run.split, run.num_samples)
     if data.digest != run.digest:
-        raise UsageError.of(f"data {run.data}", expected="those of the plan", got="others", fix="start the suite anew")
+        raise UsageError.of(
+            f"data {run.data}",
+            expected="the samples that were planned",
+            got="changed ones",
+            fix="use a new output folder",
+        )
     check_data(model, data)
     _warm_up(run.model, run.model_digest, device, run.data, run.split, run.num_samples)
     task = task_of(run, build_attack)

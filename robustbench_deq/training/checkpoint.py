@@ -58,7 +58,7 @@ class Checkpoint:
         path = self.folder / str(meta.get("tensors"))
         if not path.is_file() or self._seal(meta) != meta.get("sha256"):
             raise UsageError.of(
-                f"checkpoint {path}", expected="the file its JSON describes", got="another", fix="start the run anew"
+                f"checkpoint {path}", expected="the file its JSON describes", got="another file", fix="start a new run"
             )
         try:
             tensors = load_file(path)

@@ -178,7 +178,7 @@ class Trainer:
             if not math.isfinite(float(norm)):
                 raise RunError(
                     f"training diverged in epoch {epoch + 1}, batch {batch + 1}: the gradient is not finite; "
-                    "start anew with a lower learning_rate or a higher jacobian_weight"
+                    "start again with a lower learning_rate or a higher jacobian_weight"
                 )
             self.optimizer.step()
             self.step += 1

@@ -512,7 +512,8 @@ def test_a_model_without_a_gradient_is_refused_but_by_attacks_that_need_none(nam
     if name in GRADIENT_FREE:
         assert bool(attack(model, x, Y).delta.any())
     else:
-        with pytest.raises(UsageError, match=r"model: expected a gradient by the image .*, got none; run models MODEL"):
+        said = r"model: expected a gradient with respect to the image .*, got none; run models MODEL"
+        with pytest.raises(UsageError, match=said):
             attack(model, x, Y)
     footprint.check(model)
 

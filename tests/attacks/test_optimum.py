@@ -36,7 +36,7 @@ def affine(make_model, make_images) -> tuple[Linear, Tensor]:
 
 
 def slope(model: Linear, y: Tensor, x: Tensor) -> Tensor:
-    """The margin's gradient by the image."""
+    """The margin's gradient with respect to the image."""
     matrix = model.input_matrix().detach()
     return (matrix[1 - y] - matrix[y]).view_as(x)
 

@@ -246,7 +246,7 @@ def test_a_model_without_a_gradient_is_refused_by_attacks_that_need_one(unsound:
     on_digits = ("--data", "digits", "--epsilon", "0.5", "--limit", "4")
     for attack in ("joint-pgd", "pgd"):
         said = refused("attack", unsound, "--attack", attack, *on_digits)
-        assert "expected a gradient by the image from inject, cell and head, got none" in said
+        assert "expected a gradient with respect to the image from inject, cell and head, got none" in said
     succeeds("attack", unsound, "--attack", "noise", *on_digits)
 
 
@@ -420,7 +420,7 @@ def test_own_images_own_model_file_and_saved_folder(tmp_path: Path) -> None:
         ),
         ((*QUICK, "--attack", "joint-pgt"), "joint-pgd"),
         ((*QUICK, "--data", "digitz"), "digits"),
-        ((*QUICK, "--norm", "l3"), "expected l2 or linf, got 'l3'"),
+        ((*QUICK, "--norm", "l3"), "expected l1, l2 or linf, got 'l3'"),
         ((*QUICK, "--attack", "pgd", "--set", "solver=andersen"), "anderson"),
         ((*QUICK, "--attack", "pgd", "--set", "adjoint=implizit"), "implicit"),
         ((*QUICK, "--set", "objective=crossentropy"), "cross-entropy"),
@@ -746,7 +746,7 @@ def test_training_that_diverges_is_exit_code_1_and_one_line(tmp_path: Path, monk
         ("backward.solver=andersen", "anderson"),
         ("evaluation.attack.name=joint", "joint-pgd"),
         ("evaluation.attack.config.stepz=3", "unknown key 'stepz': expected one of steps"),
-        ("evaluation.attack.threat.norm=l7", "expected l2 or linf"),
+        ("evaluation.attack.threat.norm=l7", "expected l1, l2 or linf"),
         ("evaluation.attack.threat.epsilon=-1", "epsilon: expected"),
         ("epochs", "--set: expected key=value"),
         ("initial=deq-fc.digits-standard", "initial deq-fc.digits-standard: expected hidden 8 as in `model`, got"),

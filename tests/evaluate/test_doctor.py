@@ -78,14 +78,14 @@ def bad_in(model: EquilibriumModel) -> list[str]:
 
 
 def assert_all_but_these_left_out(findings: list[Finding], grades: dict[str, Grade]) -> None:
-    """Every check is listed, those in `grades` with these, the others with what to mend first: the only bad one."""
+    """Every check is listed, those in `grades` with these, the others with what to fix first: the only bad one."""
     (cause,) = [finding.check for finding in findings if finding.is_bad]
     assert [finding.check for finding in findings] == CHECKS
     for finding in findings:
         if finding.check in grades:
             assert finding.grade is grades[finding.check] and finding.found != "not examined"
         else:
-            assert finding[:3] == (NOTE, "not examined", f"mend {cause} first")
+            assert finding[:3] == (NOTE, "not examined", f"fix {cause} first")
 
 
 # ---------------------------------------------------------------- sound models
@@ -312,7 +312,7 @@ def test_a_cell_that_the_judge_cannot_differentiate_is_caught() -> None:
     assert sound["solver"].grade is NOTE and "newton-krylov raises" in sound["solver"].found
     unsound = found_in(having(cell=lambda self, z, u: flips(NoJVP.apply(z))))
     assert unsound["equilibrium"].is_bad and "the judge's solve raises" in unsound["equilibrium"].found
-    assert unsound["solver"].fix == "mend equilibrium first"
+    assert unsound["solver"].fix == "fix equilibrium first"
 
 
 def test_a_forward_that_detaches_in_eval_mode_is_caught() -> None:
@@ -369,7 +369,7 @@ def test_a_forward_that_does_not_reach_the_judges_equilibrium_is_another_model()
     assert [check for check, finding in findings.items() if finding.is_bad] == ["forward"]
     assert findings["forward"].found.startswith("another model: ")
     assert "model.solve" in findings["forward"].fix
-    assert findings["accuracy"].fix == "mend forward first"
+    assert findings["accuracy"].fix == "fix forward first"
 
 
 @pytest.mark.parametrize("name", ["inject", "cell", "head"])
@@ -377,7 +377,7 @@ def test_a_part_that_gives_no_gradient_is_told_once(name: str) -> None:
     whole = getattr(Sound, name)
     findings = found_in(having(**{name: lambda self, *parts: whole(self, *parts).detach()}))
     assert [check for check, finding in findings.items() if finding.is_bad] == ["gradient"]
-    assert findings["forward"].fix == "mend gradient first"
+    assert findings["forward"].fix == "fix gradient first"
 
 
 class StraightThrough(torch.autograd.Function):

@@ -423,7 +423,7 @@ def test_a_model_without_a_gradient_is_refused_but_for_noise(setup) -> None:
     model, data = setup()
     model.inject = torch.no_grad()(model.inject)
     for attack in (pgd(), joint(), TorchattacksPGDL2(THREAT, TorchattacksConfig(steps=3))):
-        with pytest.raises(UsageError, match="expected a gradient by the image"):
+        with pytest.raises(UsageError, match="expected a gradient with respect to the image"):
             evaluate(model, attack, data)
     assert evaluate(model, Noise(THREAT), data).record.max_perturbation > 0
 

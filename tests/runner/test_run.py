@@ -164,7 +164,7 @@ def test_edited_model_file_is_another_model(tmp_path: Path) -> None:
     assert not {run.key for run in plan(config)} & {run.key for run, _ in before}
     runner._model.cache_clear()  # as in another process
     reason = run_shard(before[0][1][1], folder, build_attack)
-    assert "expected that of the plan, got another" in reason
+    assert "expected the model that was planned, got a changed one" in reason
     do(folder, config)
     assert len(load_records(folder)) == 2 and ShardStore(folder).is_done(before[0][1][0])
 
@@ -319,7 +319,8 @@ def test_a_model_without_a_gradient_fails_the_shards_that_need_one(tmp_path: Pat
     path.write_text(MODEL_FILE.format(factor=1).replace("return", cut_off))
     outcome = do(tmp_path / "suite", suite(models=[f"{path}:build"]))
     assert len(outcome.failures) == 6
-    assert all("UsageError: model: expected a gradient by the image" in why for why in outcome.failures.values())
+    said = "UsageError: model: expected a gradient with respect to the image"
+    assert all(said in why for why in outcome.failures.values())
     assert {record.attack for record in load_records(tmp_path / "suite")} == {"noise"}
 
 

@@ -6,8 +6,8 @@
     close(problem, state, variable)                         -> Look, state         the last variable, without a gradient
     take(problem, state, rows)                              -> state               of the rows that are left
 
-A state is a NamedTuple of tensors; those of the equilibrium have the rows of the state first, others the rows of the
-variable.
+A state is a NamedTuple of tensors, among them `z` and `mu` (None where the source has none); those of the equilibrium
+have the rows of the state first, others the rows of the variable.
 """
 
 from __future__ import annotations

@@ -138,8 +138,8 @@ def has_residuals(record: Record) -> bool:
     """Whether the record has residuals whose mean over its samples, solver step by solver step, means something.
 
     One batch steps together, and so do all where the state is advanced once for each step of the attack. An attack that
-    solves anew at each of its steps takes another number of solver steps in every batch: what stands at the same place
-    belongs to different steps of it.
+    solves again at each of its steps takes a different number of solver steps in every batch: what stands at the same
+    place belongs to different steps of it.
     """
     is_one_batch = record.data.num_samples <= record.batch_size
     is_one_a_step = bool(record.curve) and len(record.residuals) <= record.curve[-1].step + 1

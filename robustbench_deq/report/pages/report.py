@@ -52,7 +52,7 @@ CAPTIONS = {
     "pareto_front": "Each attack at its cost. The line is the front: no attack that costs less gets as low. Attacks on "
     "it have their confidence interval.",
     "residual_against_step": "Mean relative residual of the state during the attack: how far from an equilibrium it "
-    "was when the perturbation was changed. Left out are attacks that solve anew at each of their steps and ran in "
+    "was when the perturbation was changed. Left out are attacks that solve again at each of their steps and ran in "
     "several batches, whose solves differ in length.",
     "time_spent": "Where the time went, over all records. Left: seconds of the attacks, and of the judge that checked "
     "them. Right: calls of the cell per sample, the mean over records.",
