@@ -52,7 +52,7 @@ class Optimum(NamedTuple):
 
 Watcher = Callable[[int, Callable[[], tuple[Tensor, Tensor]], Tensor], None]
 """Called with the number of finished steps, what gives the variable that would be returned and its loss, and the
-relative residuals `(rows,)` or `(steps, rows)` of the rows that are left."""
+relative residuals `(rows,)` or `(steps, rows)` of the rows that are left; no steps where all have left."""
 
 
 @dataclass
@@ -140,6 +140,7 @@ def optimise(
                     moves = tuple(part[left] for part in moves)
                     amplification = None if amplification is None else amplification[left]
                     if len(left) == 0:
+                        trace = trace.new_zeros(0, len(whole.loss))  # no state is looked at any more
                         break
             moved = variable
             if look.gradient is not None:
