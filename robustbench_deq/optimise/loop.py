@@ -103,6 +103,7 @@ def optimise(
     amplification = None if settled is None else problem.worst(settled.amplification)
     residual, is_done = torch.full_like(kept.loss, torch.inf), torch.zeros_like(kept.loss, dtype=torch.bool)
     rows = torch.arange(len(variable), device=variable.device)  # those that are left
+    ids = None if ids is None else ids.to(variable.device)
     whole: _Whole | None = None
 
     def present() -> tuple[Tensor, Tensor]:
