@@ -71,13 +71,13 @@ class JointAttack(ObjectiveAttack[J]):
 
 
 def _merged(found: Optimum, rows: Tensor, again: Optimum, has_trusted_losses: bool) -> Optimum:
-    """`found` with `rows` run again: all is the rerun's, but the better perturbation stays.
+    """`found` with `rows` run again: all is the rerun's, but the better perturbation stays, unless the rerun's fools.
 
     Args:
         has_trusted_losses: whether the losses of failed rows mean anything: only trusted ones were kept.
     """
     old = found.loss[rows] if has_trusted_losses else torch.full_like(again.loss, -torch.inf)
-    wins = ~(old > again.loss)
+    wins = ~(old > again.loss) | again.is_done
     variable = torch.where(per_sample(wins, again.variable), again.variable, found.variable[rows])
     z, mu = found.z, found.mu
     if z is not None and again.z is not None:

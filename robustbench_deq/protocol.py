@@ -187,10 +187,14 @@ class _Best(NamedTuple):
     delta: Tensor
     loss: Tensor
 
-    def merged(self, rows: Tensor | None, delta: Tensor, loss: Tensor) -> _Best:
-        """With what a run on `rows` has found, where that is better; None is all rows."""
+    def merged(self, rows: Tensor | None, delta: Tensor, loss: Tensor, is_done: Tensor | None = None) -> _Best:
+        """With what a run on `rows` has found, where that is better; None is all rows.
+
+        Samples that are done win: they are fooled, and a higher loss of an earlier run need not mean that.
+        """
         mine = self if rows is None else _Best(self.delta[rows], self.loss[rows])
         wins = (loss > mine.loss) | torch.isnan(mine.loss)
+        wins = wins if is_done is None else wins | is_done
         delta = torch.where(per_sample(wins, delta), delta, mine.delta)
         loss = torch.where(wins, loss, mine.loss)
         if rows is None:
@@ -238,10 +242,10 @@ class Recorder:
         if is_stopped:
             self._last = min(self._last, self._seen)
         if self._last and (not self.snapshots or self.snapshots[-1].step < self._last + self._offset):
-            self._take(self._last, proposal.delta, proposal.loss)
+            self._take(self._last, proposal.delta, proposal.loss, proposal.is_done)
 
-    def _take(self, step: int, delta: Tensor, loss: Tensor) -> None:
-        delta, rows, meter = self._best.merged(self._rows, delta, loss).delta, len(self._ball.x), self._meter
+    def _take(self, step: int, delta: Tensor, loss: Tensor, is_done: Tensor | None = None) -> None:
+        delta, rows, meter = self._best.merged(self._rows, delta, loss, is_done).delta, len(self._ball.x), self._meter
         self.snapshots.append(
             Snapshot(
                 step=step + self._offset,
@@ -405,7 +409,7 @@ class _Runs:
             self.attack(refuted)
 
     def _note(self, rows: Tensor | None, proposal: Proposal) -> None:
-        self.best, self.last = self.best.merged(rows, proposal.delta, proposal.loss), proposal
+        self.best, self.last = self.best.merged(rows, proposal.delta, proposal.loss, proposal.is_done), proposal
         for key, value in proposal.diagnostics.items():
             self.diagnostics[key] = self.diagnostics.get(key, 0.0) + value
         if proposal.is_done is not None:

@@ -70,7 +70,12 @@ def judge_clean(model: EquilibriumModel, x: Tensor, y: Tensor) -> CleanBatch:
 
 @torch.no_grad()
 def solve_adjoint(model: EquilibriumModel, x: Tensor, z: Tensor, objective: Objective) -> Tensor:
-    """The adjoint of the loss at equilibria `z` of images `x`; the loss's own gradient where no solve finds it."""
+    """The adjoint of the loss at equilibria `z` of images `x`; the loss's own gradient where no solve finds it.
+
+    Raises:
+        UsageError: for a model without a gradient.
+    """
+    model.check_gradient(x)
     with torch.enable_grad():
         leaf = z.detach().requires_grad_()
         v = torch.autograd.grad(objective(model.head(leaf)).sum(), leaf, materialize_grads=True)[0]

@@ -209,26 +209,26 @@ class _Bench:
 
     def __init__(self, model: EquilibriumModel, x: Tensor, y: Tensor, clean: Verdict) -> None:
         self.model, self.y, self.seconds = model, y, 0.0
-        self._known = {"clean": (x, clean)}
+        self._known = {"clean": (x, clean, torch.ones(len(x), dtype=torch.bool, device=x.device))}
 
     def confirm(self, rows: Tensor, images: Tensor) -> Tensor:
         """Which of `images`, of the samples `rows`, are not classified correctly."""
-        x, verdict = self._known["clean"]
+        x, verdict, is_judged = self._known["clean"]
         x, verdict = x.index_copy(0, rows, images), self._judged(rows, images, verdict)
-        self._known["left early"] = x, verdict
+        self._known["left early"] = x, verdict, is_judged
         return ~verdict.is_correct[rows.cpu()]
 
     def verdict(self, images: Tensor, is_final: bool = False) -> Verdict:
         """The verdict on images of the whole batch; on lost samples that of their clean images, unless `is_final`."""
         found, is_known = self._known["clean"][1], torch.zeros(len(images), dtype=torch.bool, device=images.device)
         is_lost = ~found.is_correct.to(images.device)
-        for others, verdict in self._known.values():
-            is_same = (images == others).flatten(1).all(1) & ~is_known
+        for others, verdict, is_judged in self._known.values():
+            is_same = (images == others).flatten(1).all(1) & is_judged & ~is_known
             rows = is_same.nonzero()[:, 0].cpu()
             found, is_known = found.put(rows, verdict.take(rows)), is_known | is_same
         missing = (~is_known if is_final else ~is_known & ~is_lost).nonzero()[:, 0]
         found = self._judged(missing, images[missing], found)
-        self._known["last"] = images, found
+        self._known["last"] = images, found, is_known.index_fill(0, missing, True)
         return found
 
     def _judged(self, rows: Tensor, images: Tensor, found: Verdict) -> Verdict:

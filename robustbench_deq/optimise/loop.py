@@ -52,7 +52,7 @@ class Optimum(NamedTuple):
 
 Watcher = Callable[[int, Callable[[], tuple[Tensor, Tensor]], Tensor], None]
 """Called with the number of finished steps, what gives the variable that would be returned and its loss, and the
-relative residuals `(rows,)` or `(steps, rows)` of the rows that are left."""
+relative residuals `(rows,)` or `(steps, rows)` of the rows that are left; no steps where all have left."""
 
 
 @dataclass
@@ -103,6 +103,7 @@ def optimise(
     amplification = None if settled is None else problem.worst(settled.amplification)
     residual, is_done = torch.full_like(kept.loss, torch.inf), torch.zeros_like(kept.loss, dtype=torch.bool)
     rows = torch.arange(len(variable), device=variable.device)  # those that are left
+    ids = None if ids is None else ids.to(variable.device)
     whole: _Whole | None = None
 
     def present() -> tuple[Tensor, Tensor]:
@@ -140,6 +141,7 @@ def optimise(
                     moves = tuple(part[left] for part in moves)
                     amplification = None if amplification is None else amplification[left]
                     if len(left) == 0:
+                        trace = trace.new_zeros(0, len(whole.loss))  # no state is looked at any more
                         break
             moved = variable
             if look.gradient is not None:
