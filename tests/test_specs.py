@@ -30,7 +30,7 @@ def test_a_threat_is_built_as_it_is_written(written: str) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"norm": "l7"}, "here: norm: norm: expected l2"),
+        ({"norm": "l7"}, "here: norm: norm: expected l1, l2"),
         ({"epsilon": "8/0"}, "here: epsilon: number: expected a number or a fraction, got '8/0'"),
         ({"epsilon": "wide"}, "expected a number or a fraction, got 'wide'"),
         ({"epsilon": True}, "here: epsilon: expected a valid number, got True"),
@@ -48,7 +48,7 @@ def test_threats_that_are_none_are_refused(values: dict[str, Any], said: str) ->
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"norm": "l7", "epsilons": [1]}, "here: norm: norm: expected l2"),
+        ({"norm": "l7", "epsilons": [1]}, "here: norm: norm: expected l1, l2"),
         ({"epsilons": [1, "8/0"]}, "here: epsilons.1: number: expected a number or a fraction, got '8/0'"),
         ({"epsilons": [True]}, "here: epsilons.0: expected a valid number, got True"),
         ({"epsilons": [-1]}, "here: epsilons.0: expected greater than or equal to 0, got -1"),

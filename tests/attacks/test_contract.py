@@ -55,13 +55,11 @@ def accepts(name: str, **settings: Any) -> bool:
 
 CASES = [Case(name, norm) for name in ATTACKS for norm in NORMS.values() if supports(name, norm)]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}-{case.norm.name}")
+FULL_NORM = {name: Norm.L2 if supports(name, Norm.L2) else Norm.LINF for name in ATTACKS}
 FAMILY_CASES = [
-    (case, family)
-    for case in CASES
-    for family in FAMILIES
-    if family in ("deq-fc", "deq-conv") or case == next(other for other in CASES if other.name == case.name)
+    (case, family) for case in CASES for family in FAMILIES if family == "deq-fc" or case.norm is FULL_NORM[case.name]
 ]
-"""Every attack on every family in one norm, and in the others on two families."""
+"""Every attack on every family in one norm, and in the others on one family."""
 every_family_and_case = pytest.mark.parametrize(
     ("case", "family"), FAMILY_CASES, ids=[f"{case.name}-{case.norm.name}-{family}" for case, family in FAMILY_CASES]
 )
@@ -71,7 +69,12 @@ WITH_RESTARTS = [case for case in CASES if accepts(case.name, restarts=2)]
 WITH_RANDOM_START = [case for case in CASES if accepts(case.name, random_start=True)]
 
 
-RESTART_CASES = [(case, family) for case, family in FAMILY_CASES if case in WITH_RESTARTS]
+RESTART_CASES = [
+    (case, family)
+    for case, family in FAMILY_CASES
+    if case in WITH_RESTARTS and family in ("deq-fc", "mdeq", "unrolled") and case.name != "joint-fmn"
+]
+"""Without the attack that goes for the smallest norm and not for the highest loss."""
 every_family_with_restarts = pytest.mark.parametrize(
     ("case", "family"), RESTART_CASES, ids=[f"{case.name}-{case.norm.name}-{family}" for case, family in RESTART_CASES]
 )
@@ -376,7 +379,8 @@ def test_joint_step_costs_one_product_whatever_else_is_set(norm: Norm, steps: in
 def test_more_steps_cost_more(case: Case, make) -> None:
     model, x = make("deq-fc")
     more = {"steps": 12, "restarts": 20} if case.name in GRADIENT_FREE else {"steps": 12}
-    few, many = case.attack()(model, x, Y).cost, case.attack(**more)(model, x, Y).cost
+    alone = {"failure_residual": 1e6}  # what falls back costs more than what runs long
+    few, many = (case.attack(**alone, **settings)(model, x, Y).cost for settings in ({}, more))
     assert many.cell_evals > few.cell_evals
     assert many.cell_vjps > few.cell_vjps or case.name in GRADIENT_FREE
 

@@ -61,6 +61,7 @@ def values(**changes: Any) -> dict[str, Any]:
                 "robust_accuracy": 0.75,
             }
         ],
+        "num_attacked": None,
         "residuals": [0.5, 0.25],
         "diagnostics": {"fallback_samples": 1.0},
         "seed": 0,

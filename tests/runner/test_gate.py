@@ -20,11 +20,13 @@ import numpy as np
 import pytest
 import torch
 
-from robustbench_deq.attacks import JointPGDConfig, build_attack
+from robustbench_deq.attacks import JointPGD, build_attack
 from robustbench_deq.commands import main as cli
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
 from robustbench_deq.models import load_model, save_model
+from robustbench_deq.optimise import Ball
+from robustbench_deq.optimise.domains import L2
 from robustbench_deq.runner import run as runner
 from robustbench_deq.runner.baseline import (
     Baseline,
@@ -40,7 +42,6 @@ from robustbench_deq.runner.executors import Serial
 from robustbench_deq.runner.gate import Check, compare
 from robustbench_deq.runner.suite import SuiteConfig, cut, plan
 from robustbench_deq.solvers import Anderson
-from robustbench_deq.threats import Threat
 
 MODEL = "deq-fc.digits-joint-l2"
 SUITE = {
@@ -50,7 +51,7 @@ SUITE = {
     "threats": [{"norm": "l2", "epsilons": [0.5]}],
     "attacks": [
         {"name": "joint-pgd", "config": {"steps": 16}},
-        {"name": "pgd", "label": "warm PGD", "config": {"steps": 6, "tolerance": 0.05}},
+        {"name": "pgd", "label": "warm PGD", "config": {"steps": 6, "tolerance": 0.01}},
     ],
     "limit": 96,
     "batch_size": 48,
@@ -99,21 +100,28 @@ def alarms(baseline: Baseline, folder: Path) -> dict[str, set[str]]:
     return found
 
 
+def take_steps(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    """Let joint PGD take this share of the steps that its settings say."""
+    search = JointPGD.search
+
+    def other(self, model, batch, source, step, keep, num_steps, record=None):
+        return search(self, model, batch, source, step, keep, round(share * num_steps), record)
+
+    monkeypatch.setattr(JointPGD, "search", other)
+
+
 # ---------------------------------------------------------------- what must be caught
 
 
 def test_attack_with_smaller_steps_is_caught(baseline: Baseline, tmp_path: Path, monkeypatch) -> None:
-    direction = Threat.direction
-    monkeypatch.setattr(Threat, "direction", lambda self, gradient: 0.1 * direction(self, gradient))
+    direction = L2.direction
+    monkeypatch.setattr(L2, "direction", lambda self, gradient: 0.1 * direction(self, gradient))
     found = alarms(baseline, run(tmp_path))
     assert "robust" in found["joint-pgd"] and "robust" in found["warm PGD"]
 
 
 def test_attack_with_fewer_steps_is_caught(baseline: Baseline, tmp_path: Path, monkeypatch) -> None:
-    settings = JointPGDConfig.settings
-    monkeypatch.setattr(
-        JointPGDConfig, "settings", lambda self: settings(self.model_copy(update={"steps": self.steps // 2}))
-    )
+    take_steps(monkeypatch, 0.5)
     assert {"evaluations", "VJPs"} <= alarms(baseline, run(tmp_path))["joint-pgd"]
 
 
@@ -128,7 +136,7 @@ def test_changed_setting_is_named(baseline: Baseline, tmp_path: Path) -> None:
 
 
 def test_projection_that_leaves_the_ball_is_caught(baseline: Baseline, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(Threat, "project", lambda self, delta, x: (x + delta).clamp(0, 1) - x)
+    monkeypatch.setattr(Ball, "project", lambda self, delta: (self.x + delta).clamp(0, 1) - self.x)
     folder = run(tmp_path)
     assert all("failed" in fields for fields in alarms(baseline, folder).values())
     for record, samples in read_run(folder):
@@ -138,8 +146,8 @@ def test_projection_that_leaves_the_ball_is_caught(baseline: Baseline, tmp_path:
 
 
 def test_projection_onto_a_smaller_ball_is_caught(baseline: Baseline, tmp_path: Path, monkeypatch) -> None:
-    project = Threat.project
-    monkeypatch.setattr(Threat, "project", lambda self, delta, x: 0.5 * project(self, delta, x))
+    project = Ball.project
+    monkeypatch.setattr(Ball, "project", lambda self, delta: 0.5 * project(self, delta))
     assert all("robust" in fields for fields in alarms(baseline, run(tmp_path)).values())
 
 
@@ -156,10 +164,7 @@ def test_solver_that_takes_a_fifth_more_steps_is_caught(baseline: Baseline, tmp_
 def test_joint_iteration_that_takes_a_fifth_more_steps_is_caught(
     baseline: Baseline, tmp_path: Path, monkeypatch
 ) -> None:
-    settings = JointPGDConfig.settings
-    monkeypatch.setattr(
-        JointPGDConfig, "settings", lambda self: settings(self.model_copy(update={"steps": round(1.2 * self.steps)}))
-    )
+    take_steps(monkeypatch, 1.2)
     assert {"evaluations", "VJPs"} <= alarms(baseline, run(tmp_path))["joint-pgd"]
 
 

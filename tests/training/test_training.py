@@ -20,7 +20,7 @@ from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.models import DEQFC, DEQFCConfig
 from robustbench_deq.optimise import Norm
-from robustbench_deq.protocol import Attack, Proposal
+from robustbench_deq.protocol import Attack, Batch, Proposal, Recorder
 from robustbench_deq.solvers import Anderson, Solve
 from robustbench_deq.threats import Threat
 from robustbench_deq.training import checkpoint as checkpoint_module
@@ -159,9 +159,9 @@ def test_adversarial_training_reports_a_robust_accuracy_below_the_clean_one(adve
 
 def test_failed_samples_are_not_robust_in_validation(digits) -> None:
     class Lost(JointPGD):
-        def run(self, model, x, *args) -> Proposal:
-            proposal = super().run(model, x, *args)
-            return dataclasses.replace(proposal, delta=torch.full_like(x, torch.nan))
+        def run(self, model, batch, record) -> Proposal:
+            proposal = super().run(model, batch, record)
+            return dataclasses.replace(proposal, delta=torch.full_like(batch.images, torch.nan))
 
     trainer = Trainer(small_config(), small_model(), *digits, None, Lost(Threat(Norm.L2, 0.5)))
     clean, robust, _ = trainer._validate()
@@ -340,11 +340,12 @@ class Spoiling(Attack):
 
     name, summary = "spoiling", "for tests"
 
-    def run(self, model: EquilibriumModel, x: Tensor, y: Tensor, targets, start: Tensor, record) -> Proposal:
+    def run(self, model: EquilibriumModel, batch: Batch, record: Recorder) -> Proposal:
+        x = batch.images
         z = model.initial_state(model.inject(x)).detach()
         mu = torch.zeros_like(z)
         z[0], z[1, 0], mu[2, 1] = math.nan, math.inf, math.nan
-        return Proposal(torch.zeros_like(x), x.new_zeros(len(x)), z, mu)
+        return Proposal(torch.zeros_like(x), x.new_zeros(len(x)), z=z, mu=mu)
 
 
 def loss_of(model: EquilibriumModel, x: Tensor, y: Tensor, **changes: object):
