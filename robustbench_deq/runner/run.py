@@ -27,7 +27,6 @@ from robustbench_deq.evaluate.clean import judge_clean
 from robustbench_deq.evaluate.evaluation import Part, Task, check_data, evaluate_batch, summarise
 from robustbench_deq.files import check_json, write_json
 from robustbench_deq.models import load_model
-from robustbench_deq.optimise import Norm
 from robustbench_deq.protocol import Attack
 from robustbench_deq.records.environment import describe_environment, merge_environments
 from robustbench_deq.records.images import choose_images, save_images
@@ -38,6 +37,7 @@ from robustbench_deq.runner.clean import CleanStore
 from robustbench_deq.runner.executors import Executor
 from robustbench_deq.runner.shards import Claim, ShardStore
 from robustbench_deq.runner.suite import Run, Shard, SuiteConfig, digest_of_model
+from robustbench_deq.specs import ThreatSpec
 from robustbench_deq.threats import Threat
 
 BuildAttack = Callable[[str, Threat, dict[str, Any]], Attack]
@@ -121,7 +121,7 @@ def _attack(shard: Shard, folder: Path, build_attack: BuildAttack, device: str, 
 
 def task_of(run: Run, build_attack: BuildAttack) -> Task:
     return Task(
-        build_attack(run.attack, Threat(Norm.parse(run.norm), run.epsilon), run.config),
+        build_attack(run.attack, ThreatSpec(norm=run.norm, epsilon=run.epsilon).build(), run.config),
         model_name=run.model,
         label=run.label,
         batch_size=run.batch_size,
