@@ -14,7 +14,7 @@ from typing import NamedTuple
 from robustbench_deq.errors import UsageError
 from robustbench_deq.records.record import Record
 
-_NORMS = {"l2": "L2", "linf": "L∞"}
+_NORMS = {"l1": "L1", "l2": "L2", "linf": "L∞"}
 
 
 class Setting(NamedTuple):
@@ -103,7 +103,7 @@ def format_threat(norm: str, epsilon: float) -> str:
 
 
 def format_norm(norm: str) -> str:
-    """ "L2", "L∞", or another norm's own name."""
+    """ "L1", "L2", "L∞", or another norm's own name."""
     return _NORMS.get(norm, norm)
 
 
