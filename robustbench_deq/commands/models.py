@@ -14,6 +14,7 @@ from robustbench_deq.data import SplitName, load
 from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate.doctor import examine
 from robustbench_deq.models import MODELS, ModelDescription, describe_model, list_models, load_model
+from robustbench_deq.optimise import NORMS
 from robustbench_deq.proportions import wilson_interval
 from robustbench_deq.specs import ThreatSpec
 
@@ -22,7 +23,7 @@ from robustbench_deq.specs import ThreatSpec
 @click.argument("pattern", default="*")
 @click.option("--family", default=None, help="Models of this family only.")
 @click.option("--data", "dataset", default=None, help="Models trained on this dataset only.")
-@click.option("--threat", type=click.Choice(["l2", "linf", "none"]), default=None, help="The norm trained against.")
+@click.option("--threat", type=click.Choice([*NORMS, "none"]), default=None, help="The norm trained against.")
 @click.option("--check", "checked", default=None, metavar="DATA", help="Examine one model on a dataset or npz:FILE.")
 @click.option("--json", "is_json", is_flag=True, help="One JSON object on standard output.")
 def models(
