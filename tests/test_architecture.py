@@ -172,6 +172,36 @@ def test_numpy_and_python_draw_from_generators_of_their_own(path: Path) -> None:
     assert not {name for name in used if not name.startswith(allowed)}
 
 
+LOOPS = (ast.For, ast.While, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+TAKES_GRADIENTS_IN_LOOPS = {
+    ROOT / PACKAGE / "models" / "defences.py",  # a model that descends an entropy
+    ROOT / PACKAGE / "training" / "loop.py",  # with respect to the parameters
+}
+
+
+def calls_in_loops(source: str) -> set[str]:
+    """Last names of everything that a source calls within a loop, functions that it defines there included."""
+    found = set()
+    for loop in ast.walk(ast.parse(source)):
+        if isinstance(loop, LOOPS):
+            calls = (node.func for node in ast.walk(loop) if isinstance(node, ast.Call))
+            found |= {ast.unparse(function).rpartition(".")[2] for function in calls}
+    return found
+
+
+def test_the_reader_of_loops_sees_all_kinds() -> None:
+    source = "a()\nfor x in y:\n    b.project(x)\nwhile True:\n    if x:\n        c.d.grad(x)\n[e(x) for x in y]\n"
+    assert calls_in_loops(source) == {"project", "grad", "e"}
+
+
+@named([path for path in MODULES if part_of(path) != "optimise"])
+def test_inputs_are_optimised_by_the_one_loop(path: Path) -> None:
+    """`optimise.loop` is the only loop that ascends: elsewhere no loop projects, steps or takes gradients."""
+    looped = calls_in_loops(path.read_text(encoding="utf-8"))
+    assert not looped & {"project", "steepest"}
+    assert bool(looped & {"grad", "backward"}) == (path in TAKES_GRADIENTS_IN_LOOPS)
+
+
 @named(MODULES)
 def test_module_says_what_it_is(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))

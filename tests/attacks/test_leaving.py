@@ -296,6 +296,20 @@ def test_a_success_beats_a_higher_loss_of_an_earlier_restart(setting: Setting) -
     torch.testing.assert_close(result.snapshots[-1].delta, result.delta)
 
 
+def test_what_was_refuted_is_forgotten_though_its_loss_was_higher(setting: Setting) -> None:
+    attack = Scripted(attack_of(Case("pgd", Norm.L2)).threat, attack_of(Case("pgd", Norm.L2)).config)
+    point, asked = torch.full_like(setting.x, 1e-3), Asked(lambda rows, images: rows != 3)
+    attack.proposals = [
+        Proposal(point, torch.full((NUM,), 5.0).double(), torch.ones(NUM, dtype=torch.bool)),
+        Proposal(2 * point[:1], torch.ones(1).double()),
+    ]
+    result = attack(setting.model, 0.5 * setting.x, setting.y, confirm=asked)
+    assert [rows.tolist() for rows in asked.rows] == [list(range(NUM))]
+    point[3] *= 2
+    torch.testing.assert_close(result.delta, point, rtol=0, atol=1e-12)
+    assert result.loss.tolist() == [5.0] * 3 + [1.0] + [5.0] * 6
+
+
 def test_a_success_on_a_rung_beats_a_higher_loss_below() -> None:
     below = Optimum(
         torch.zeros(2, 3), torch.full((2,), 2.0), torch.ones(2), None, None, torch.zeros(2).bool(), False, {}
