@@ -32,7 +32,7 @@ class CleanBatch:
     z              equilibria; rows first
     amplification  `(batch,)`
     adjoints       by the name of the loss
-    seconds        that all of it took
+    seconds        that all of it took here; 0 of what was read
     """
 
     verdict: Verdict
@@ -63,7 +63,9 @@ def judge_clean(model: EquilibriumModel, x: Tensor, y: Tensor) -> CleanBatch:
     first, whole = model.evaluate(z0, u) - z0, solution.value - z0
     size, distance = (torch.linalg.vector_norm(part.flatten(1), dim=1) for part in (first, whole))
     amplification = (distance / size.clamp_min(torch.finfo(size.dtype).tiny)).clamp_min(1.0)
-    clean = CleanBatch(verdict_at(model, solution, y), solution.value, amplification)
+    is_finite = torch.isfinite(solution.value.flatten(1)).all(1)  # without an equilibrium there is still a start
+    z = torch.where(per_sample(is_finite, z0), solution.value, z0)
+    clean = CleanBatch(verdict_at(model, solution, y), z, amplification)
     clean.seconds = time.perf_counter() - start
     return clean
 

@@ -145,7 +145,6 @@ def evaluate_batch(
     x, y = data.x[rows].to(device), data.y[rows].to(device)
     targets = (y + 1) % model.num_classes if task.is_targeted else None
     sample_ids = data.sample_ids[rows]
-    began = 0.0 if clean is None else clean.seconds
     clean = clean or judge_clean(model, x, y)
     with frozen(model):
         known = clean.known(model, x, task.attack.first_objective(y, targets))
@@ -195,7 +194,7 @@ def evaluate_batch(
             "is_robust": (clean.verdict.is_correct & adversarial.is_correct & ~is_failed).numpy(),
         }
     )
-    judge_seconds = clean.seconds - began + bench.seconds
+    judge_seconds = clean.seconds + bench.seconds
     cost = CostRecord(**dataclasses.asdict(result.cost), judge_seconds=judge_seconds)
     return Part(samples, cost, curve, list(result.residuals), result.diagnostics), result.x_adv.cpu()
 

@@ -324,5 +324,5 @@ def test_a_model_without_a_gradient_is_refused_by_name(name: str, part: str, bui
     if name == "noise":
         assert evaluate(model, attack_of(name), split_of(x, y)).record.num_attacked == NUM - 3
     else:
-        with pytest.raises(UsageError, match="expected a gradient by the image"):
+        with pytest.raises(UsageError, match="expected a gradient with respect to the image"):
             evaluate(model, attack_of(name), split_of(x, y))

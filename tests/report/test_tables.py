@@ -72,7 +72,7 @@ def test_readable_cells(make_record) -> None:
         ("l2", 1.0, "L2, ε = 1"),
         ("l2", 0.0, "L2, ε = 0"),
         ("l1", 12.0, "L1, ε = 12"),
-        ("l3", 2.0, "l3, ε = 2"),
+        ("l3", 2.0, "L3, ε = 2"),
     ],
 )
 def test_threats_read_as_in_papers(norm: str, epsilon: float, text: str) -> None:
