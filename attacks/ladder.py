@@ -42,6 +42,8 @@ class JointAttack(ObjectiveAttack[J]):
         """
         config, source = self.config, self.config.source()
         record.plan(config.steps)
+        if config.is_cold:
+            batch = replace(batch, settled=None)
         found = self.search(model, batch, source, step, keep, config.steps, record)
         moves = found.tally.get("perturbation_steps")
         diagnostics = {"perturbation_steps": 0.0 if moves is None else float(moves.float().mean())}

@@ -81,6 +81,11 @@ class JointConfig(ObjectiveConfig):
             "warmup_steps=0": ("warmup_tolerance",) if not self.warmup_steps else (),
         }
 
+    @property
+    def is_cold(self) -> bool:
+        """Whether state and adjoint start where nothing is known of the model, as published."""
+        return not self.warmup_steps and self.adjoint_start is AdjointStart.ZERO
+
     def _has_history(self) -> bool:
         return self.accelerator is not None and hasattr(SOLVERS.get(self.accelerator)(), "history_size")
 

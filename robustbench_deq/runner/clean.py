@@ -79,7 +79,8 @@ def _write(path: Path, clean: CleanBatch) -> None:
 def _read(path: Path, device: torch.device) -> CleanBatch | None:
     """None where there is none, or a damaged one."""
     try:
-        found = load_file(path)
+        # Copied: within the file they lie where arithmetic rounds otherwise than on tensors of torch's own.
+        found = {name: tensor.clone() for name, tensor in load_file(path).items()}
         verdict = Verdict(*(found[f"verdict.{field.name}"] for field in fields(Verdict)))
         adjoints = {
             name.removeprefix("adjoint."): mu.to(device) for name, mu in found.items() if name.startswith("adjoint.")

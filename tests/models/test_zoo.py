@@ -158,7 +158,7 @@ def test_default_joint_attack_fails_on_no_sample(name: str) -> None:
     model, card = load_model(name), describe_model(name).card
     x, y = images_for(model, 16)
     spec = card.evaluation or {"norm": "l2", "epsilon": 0.5}
-    attack = JointPGD(Threat(Norm.parse(spec["norm"]), spec["epsilon"]), JointPGDConfig())
+    attack = JointPGD(Threat(Norm.parse(spec["norm"]), spec["epsilon"]), JointPGDConfig(stop_at_success=False))
     result = attack(model, x, y)
     assert not bool(result.is_failed.any())
     verdict = judge(model, result.x_adv, y)

@@ -84,8 +84,7 @@ class Joint(Source):
         mixing: what it accelerates.
         warmup: brings the state near its equilibrium first, where none is known; None starts at the initial state.
         has_loss_start: the adjoint starts at the loss's gradient with respect to the state, or at zero; from zero the
-            first step has no gradient, and nothing moves. Without it and without a warm-up the run is cold: it starts
-            at the initial state even where the equilibrium is known.
+            first step has no gradient, and nothing moves.
     """
 
     check_every: ClassVar[int] = 4
@@ -99,8 +98,6 @@ class Joint(Source):
     has_loss_start: bool = True
 
     def start(self, problem: Problem, variable: Tensor, settled: Settled | None) -> JointState:
-        if self.warmup is None and not self.has_loss_start:
-            settled = None
         z, mu, _ = settled or (self._warm_up(problem, variable), None, None)
         if mu is None:
             mu = loss_gradient(problem, z, variable) if self.has_loss_start else torch.zeros_like(z)
