@@ -20,19 +20,20 @@ from robustbench_deq.protocol import Attack, AttackResult, Batch, Clean, Proposa
 from robustbench_deq.training import loss
 from robustbench_deq.training.config import ModelSpec, TrainingConfig
 from robustbench_deq.training.loop import Trainer
-from tests.attacks.test_contract import CASES, GRADIENT_FREE, WITH_RANDOM_START, WITH_RESTARTS, Case, every_case
+from tests.attacks.test_contract import FULL_CASES, GRADIENT_FREE, WITH_RANDOM_START, WITH_RESTARTS, Case
 
 NUM = 10
 WRONG = [1, 6]
 """Samples whose label is not what the model says of the clean image."""
 NEVER_LEAVES = {"joint-fmn", "torchattacks-pgd", "torchattacks-pgdl2"}
-LEAVING = [case for case in CASES if case.name not in NEVER_LEAVES]
+LEAVING = [case for case in FULL_CASES if case.name not in NEVER_LEAVES]
 
 
 def named(case: Case) -> str:
     return f"{case.name}-{case.norm.name}"
 
 
+every_case = pytest.mark.parametrize("case", FULL_CASES, ids=named)
 every_case_that_leaves = pytest.mark.parametrize("case", LEAVING, ids=named)
 RESTARTING = pytest.mark.parametrize("case", [case for case in LEAVING if case in WITH_RESTARTS], ids=named)
 
@@ -219,7 +220,7 @@ def test_what_the_judge_does_meanwhile_is_not_counted(setting: Setting) -> None:
     assert torch.equal(cost_of(setting.run(attack, confirm=confirm)), cost_of(setting.run(attack)))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.name in NEVER_LEAVES], ids=named)
+@pytest.mark.parametrize("case", [case for case in FULL_CASES if case.name in NEVER_LEAVES], ids=named)
 def test_attacks_that_need_all_their_steps_never_leave(case: Case, setting: Setting) -> None:
     def confirm(rows: Tensor, images: Tensor) -> Tensor:
         pytest.fail("nobody has left")
