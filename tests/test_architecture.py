@@ -173,10 +173,7 @@ def test_numpy_and_python_draw_from_generators_of_their_own(path: Path) -> None:
 
 
 LOOPS = (ast.For, ast.While, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-TAKES_GRADIENTS_IN_LOOPS = {
-    ROOT / PACKAGE / "models" / "defences.py",  # a model that descends an entropy
-    ROOT / PACKAGE / "training" / "loop.py",  # with respect to the parameters
-}
+TAKES_GRADIENTS_IN_LOOPS = {ROOT / PACKAGE / "training" / "loop.py"}  # with respect to the parameters
 
 
 def calls_in_loops(source: str) -> set[str]:

@@ -17,12 +17,25 @@ regulations along the neural dynamics", ICML 2023 (input entropy reduction). BPD
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
 from robustbench_deq.models.base import iterates
+from robustbench_deq.optimise import (
+    Ball,
+    Intermediate,
+    Last,
+    Losses,
+    Norm,
+    Problem,
+    ProjectedAscent,
+    Schedule,
+    optimise,
+)
 
 
 class _Defence(EquilibriumModel):
@@ -113,21 +126,35 @@ class EntropyReduction(_Defence):
         return self.model.inject(x + (self._reduce(x.detach()) - x).detach())
 
     def _reduce(self, x: Tensor) -> Tensor:
-        moved, low, high = x, (x - self.radius).clamp_min(0.0), (x + self.radius).clamp_max(1.0)
-        for _ in range(self.num_steps):
-            with (
-                torch.inference_mode(False),
-                torch.enable_grad(),
-            ):  # the defence needs gradients whatever the caller does
-                leaf = moved.detach().clone().requires_grad_()
-                gradient = torch.autograd.grad(self._entropy(leaf).sum(), leaf)[0]
-            moved = torch.minimum(torch.maximum(moved - self.step_size * gradient.sign(), low), high)
-        return moved
+        with torch.inference_mode(False):  # the defence needs gradients whatever the caller does
+            x = x.clone()
+            found = optimise(
+                _LowEntropy(self, x),
+                Intermediate(self.num_states),
+                Ball(Norm.LINF, self.radius, x),
+                ProjectedAscent(self.step_size / self.radius, Schedule.CONSTANT),
+                Last(),
+                torch.zeros_like(x),
+                num_steps=self.num_steps,
+                settles=False,
+            )
+            return x + found.variable
 
-    def _entropy(self, x: Tensor) -> Tensor:
-        u = self.model.inject(x)
-        z = self.initial_state(u)
-        for _ in range(self.num_states):
-            z = self.evaluate(z, u)
-        log_p = self.head(z).log_softmax(1)
-        return -(log_p.exp() * log_p).sum(1)
+
+@dataclass(frozen=True)
+class _LowEntropy(Problem):
+    """A shift of the images `x` that makes the prediction of the defended model more certain."""
+
+    model: EntropyReduction
+    x: Tensor
+
+    def inject(self, variable: Tensor) -> Tensor:
+        return self.model.model.inject(self.x + variable)
+
+    def losses(self, output: Tensor, variable: Tensor, progress: float) -> Losses:
+        log_p = output.log_softmax(1)
+        certainty = (log_p.exp() * log_p).sum(1)
+        return Losses(certainty, certainty)
+
+    def take(self, rows: Tensor) -> _LowEntropy:
+        return replace(self, x=self.x[rows])

@@ -6,7 +6,7 @@ from robustbench_deq.optimise.loop import Optimum, optimise
 from robustbench_deq.optimise.objectives import OBJECTIVES, Objective, Targeted
 from robustbench_deq.optimise.pace import AdaptivePace
 from robustbench_deq.optimise.problem import Classification, Losses, Problem, Reconstruction, Shared
-from robustbench_deq.optimise.sources import Joint, Look, Mixing, Settled, Solved, Source
+from robustbench_deq.optimise.sources import Intermediate, Joint, Look, Mixing, Settled, Solved, Source
 from robustbench_deq.optimise.steps import APGD, Adam, Langevin, MinimalNorm, ProjectedAscent, Schedule, Step
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Domain",
     "Free",
     "HighestLoss",
+    "Intermediate",
     "JIIORule",
     "Joint",
     "Keep",

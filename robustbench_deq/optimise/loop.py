@@ -83,6 +83,7 @@ def optimise(
     num_steps: int,
     settled: Settled | None = None,
     leaves: bool = False,
+    settles: bool = True,
     seed: int = 0,
     ids: Tensor | None = None,
     watch: Watcher | None = None,
@@ -90,9 +91,11 @@ def optimise(
     """Maximise the problem's loss from `variable` `(rows, ...)`.
 
     Args:
-        num_steps: looks with a gradient; one without settles the last variable.
+        num_steps: looks with a gradient.
         settled: the equilibrium where the variable is zero, if somebody knows it.
         leaves: rows that are successful at a settled state leave the batch.
+        settles: a last look, without a gradient, at the last variable. Without it that variable's loss is not known
+            (NaN), so that only `Last` returns it.
         seed, ids: what noise is keyed by; a number a row `(rows,)`.
         watch: see `Watcher`.
 
@@ -155,9 +158,12 @@ def optimise(
                 moves = after
             state, variable = source.advance(problem, domain, state, look, variable, moved)
         if len(variable):
-            look, state = source.close(problem, state, variable)
-            residual = look.residual
-            trace = residual if look.trace is None else look.trace
+            if settles:
+                look, state = source.close(problem, state, variable)
+                residual = look.residual
+                trace = residual if look.trace is None else look.trace
+            else:
+                look = look._replace(loss=torch.full_like(look.loss, torch.nan))
             if keep.sees_last:
                 kept = keep.offer(kept, problem, domain, variable, look, num_steps, is_last=True)
             if leaves:

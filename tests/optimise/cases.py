@@ -13,6 +13,7 @@ from robustbench_deq.optimise import (
     Classification,
     Domain,
     HighestLoss,
+    Intermediate,
     Joint,
     Keep,
     Mixing,
@@ -46,6 +47,7 @@ SOURCES = {
     **{name: Joint(warmup=Solve(Picard(), rtol=0.01, max_steps=30), **driver) for name, driver in DRIVERS.items()},
     "solved, warm": TIGHTLY,
     "solved, cold": Solved(TIGHT, Implicit(TIGHT), is_warm=False),
+    "intermediate": Intermediate(60),
 }
 
 

@@ -1,0 +1,24 @@
+"""The protocol between attacks and who runs them: what they are given, what they return, and what is held to."""
+
+from robustbench_deq.protocol.attack import ATTACKS, Attack, ObjectiveAttack, frozen, make_attack
+from robustbench_deq.protocol.batch import Batch, Clean, Proposal
+from robustbench_deq.protocol.recorder import Recorder, Snapshot
+from robustbench_deq.protocol.runs import AttackResult, Confirm
+from robustbench_deq.protocol.settings import AttackConfig, ObjectiveConfig
+
+__all__ = [
+    "ATTACKS",
+    "Attack",
+    "AttackConfig",
+    "AttackResult",
+    "Batch",
+    "Clean",
+    "Confirm",
+    "ObjectiveAttack",
+    "ObjectiveConfig",
+    "Proposal",
+    "Recorder",
+    "Snapshot",
+    "frozen",
+    "make_attack",
+]

@@ -1,0 +1,75 @@
+"""What an attack is given and what it returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from torch import Tensor
+
+from robustbench_deq.optimise import Settled
+
+
+class Clean(NamedTuple):
+    """What is known of the clean images before an attack: their equilibria, and which are classified correctly there,
+    `(batch,)`."""
+
+    settled: Settled
+    is_correct: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an attack is given; rows are samples.
+
+    images   `(rows, channels, height, width)` in [0, 1]
+    labels   true classes `(rows,)`
+    targets  classes to be reached `(rows,)`; None is untargeted
+    ids      what a sample's randomness is keyed by `(rows,)`, with `seed`
+    start    perturbation to begin with, like the images
+    settled  the equilibrium at the clean images, if it is known
+    leaves   whether samples that are done leave the batch
+    """
+
+    images: Tensor
+    labels: Tensor
+    targets: Tensor | None
+    ids: Tensor
+    seed: int
+    start: Tensor
+    settled: Settled | None = None
+    leaves: bool = False
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, rows: Tensor) -> Batch:
+        """The same for the rows `rows`."""
+        return replace(
+            self,
+            images=self.images[rows],
+            labels=self.labels[rows],
+            targets=None if self.targets is None else self.targets[rows],
+            ids=self.ids[rows.to(self.ids.device)],
+            start=self.start[rows],
+            settled=None if self.settled is None else self.settled.take(rows),
+        )
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What `run` returns.
+
+    delta        perturbation, like the images
+    loss         the attack's own estimate `(rows,)`; chooses between restarts, nothing else
+    is_done      samples `(rows,)` that are fooled at a settled state, so that no more need be tried; None: none
+    z, mu        state and adjoint at the end, if the attack has them: training starts from these
+    diagnostics  counts and means worth recording, such as samples that needed a fallback
+    """
+
+    delta: Tensor
+    loss: Tensor
+    is_done: Tensor | None = None
+    z: Tensor | None = None
+    mu: Tensor | None = None
+    diagnostics: dict[str, float] = field(default_factory=dict)

@@ -1,0 +1,140 @@
+"""All runs of an attack on a batch: restarts, and again on samples that the judge has refuted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from robustbench_deq.meter import BudgetSpent, Cost, Meter
+from robustbench_deq.protocol.batch import Batch, Proposal
+from robustbench_deq.protocol.recorder import Best, Recorder, Snapshot
+from robustbench_deq.protocol.settings import AttackConfig
+from robustbench_deq.rows import per_sample
+from robustbench_deq.threats import Threat
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """Perturbed images in ball and box, and how they were found. No verdict in it: see `evaluate.judge`.
+
+    loss         the attack's own estimate `(batch,)`
+    is_failed    samples `(batch,)` whose perturbation came back not finite; it was replaced by zero
+    is_attacked  samples `(batch,)` that were attacked at all
+    snapshots    for the curve, if asked for
+    residuals    mean relative residual of the state after each solver step, if snapshots were asked for
+    z, mu        of the last run, where it was of the whole batch
+    diagnostics  summed over all runs
+    cost         of all of it
+    """
+
+    x_adv: Tensor
+    delta: Tensor
+    loss: Tensor
+    is_failed: Tensor
+    is_attacked: Tensor
+    cost: Cost
+    snapshots: tuple[Snapshot, ...]
+    residuals: tuple[float, ...]
+    z: Tensor | None
+    mu: Tensor | None
+    diagnostics: dict[str, float]
+
+
+Confirm = Callable[[Tensor, Tensor], Tensor]
+"""Asked with the rows `(k,)` of samples that an attack left because they are fooled, and their perturbed images, in
+ball and box; says which of them are, `(k,)`."""
+
+Run = Callable[[Batch, Recorder], Proposal]
+"""One run of an attack."""
+
+
+class Runs:
+    """All runs of an attack on one batch: restarts, on the rows that are left, and again on rows that were refuted."""
+
+    def __init__(
+        self, run: Run, config: AttackConfig, threat: Threat, batch: Batch, meter: Meter, num_snapshots: int
+    ) -> None:
+        self.run, self.config, self.threat, self.batch, self.meter = run, config, threat, batch, meter
+        self.ball = threat.ball(batch.images)
+        self.record = Recorder(meter, self.ball, num_snapshots)
+        x = batch.images
+        self.best = Best(torch.zeros_like(x), x.new_full((len(x),), torch.nan))
+        self.is_done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.diagnostics: dict[str, float] = {}
+        self.last: Proposal | None = None
+
+    def attack(self, rows: Tensor | None) -> None:
+        """All restarts on `rows` (None: all), those of samples that are not done by then."""
+        config = self.config
+        for restart in range(config.restarts):
+            if (rows is not None and len(rows) == 0) or self.meter.is_spent:
+                return
+            part = self.batch if rows is None else self.batch.take(rows)
+            if restart or config.random_start:
+                start = self.threat.ball(part.images).random_start(part.seed, part.ids, restart)
+                part = replace(part, start=start)
+            self.record.begin(rows, self.best)
+            try:
+                proposal = self.run(part, self.record)
+            except BudgetSpent:  # outside of `optimise`, which returns what it has
+                return
+            self.record.end(proposal, self.meter.is_spent)
+            self._note(rows, proposal)
+            if part.leaves and proposal.is_done is not None and config.restarts > 1:
+                rows = self._left(rows, proposal.is_done)
+
+    def attack_on(self, confirm: Confirm) -> None:
+        """Attack those samples again that are called done and are not fooled, to the end and for the highest loss."""
+        claimed = self.is_done.nonzero()[:, 0]
+        if len(claimed) == 0:
+            return
+        with self.meter.paused(), torch.no_grad():
+            delta = self.threat.ball(self.batch.images[claimed]).project(self.best.delta[claimed])
+            is_fooled = confirm(claimed, (self.batch.images[claimed] + delta).clamp_(0.0, 1.0))
+        refuted = claimed[~is_fooled.to(claimed.device)]
+        self.diagnostics["num_refuted"] = float(len(refuted))
+        if len(refuted):
+            self.batch = replace(self.batch, leaves=False)
+            self.best = Best(self.best.delta, self.best.loss.index_fill(0, refuted, torch.nan))
+            self.is_done = self.is_done.index_fill(0, refuted, False)
+            self.attack(refuted)
+
+    def _note(self, rows: Tensor | None, proposal: Proposal) -> None:
+        self.best, self.last = self.best.merged(rows, proposal.delta, proposal.loss, proposal.is_done), proposal
+        for key, value in proposal.diagnostics.items():
+            self.diagnostics[key] = self.diagnostics.get(key, 0.0) + value
+        if proposal.is_done is not None:
+            done = proposal.is_done
+            self.is_done = self.is_done | done if rows is None else self.is_done.index_put((rows,), done)
+
+    @staticmethod
+    def _left(rows: Tensor | None, is_done: Tensor) -> Tensor:
+        left = (~is_done).nonzero()[:, 0]
+        return left if rows is None else rows[left]
+
+    def result(self, rows: Tensor | None) -> AttackResult:
+        x, delta, last = self.batch.images, self.best.delta.detach(), self.last
+        is_failed = ~torch.isfinite(delta.flatten(1)).all(1)
+        delta = self.ball.project(delta.masked_fill(per_sample(is_failed, delta), 0.0))
+        is_attacked = torch.ones_like(is_failed)
+        if rows is not None:
+            is_attacked = torch.zeros_like(is_failed).index_fill(0, rows, True)
+        z, mu = (last.z, last.mu) if last is not None and len(last.delta) == len(x) else (None, None)
+        if self.config.has_budget:
+            self.diagnostics["stopped_by_budget"] = float(self.meter.is_spent)
+        return AttackResult(
+            x_adv=(x + delta).clamp_(0.0, 1.0),
+            delta=delta,
+            loss=self.best.loss,
+            is_failed=is_failed,
+            is_attacked=is_attacked,
+            cost=self.meter.cost(len(x)),
+            snapshots=tuple(self.record.snapshots),
+            residuals=self.record.residuals,
+            z=z,
+            mu=mu,
+            diagnostics=self.diagnostics,
+        )

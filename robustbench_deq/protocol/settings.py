@@ -1,0 +1,45 @@
+"""Settings that attacks have in common."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from robustbench_deq.configs import Config, named_in
+from robustbench_deq.optimise import OBJECTIVES, Objective, Targeted
+
+
+class AttackConfig(Config):
+    """Settings that every attack has."""
+
+    restarts: int = Field(1, ge=1, description="runs; the highest loss is kept per sample")
+    random_start: bool = Field(False, description="start in a random point of the ball (later restarts always do)")
+    stop_at_success: bool = Field(
+        True,
+        description="fooled samples leave, misclassified ones stay out; false: all go for the highest loss",
+    )
+    max_evaluations: float | None = Field(
+        None, gt=0, description="cell evaluations per sample, mean of the batch; the best within is returned"
+    )
+    max_seconds: float | None = Field(
+        None, gt=0, description="seconds per sample, likewise; what comes out depends on the machine"
+    )
+
+    @property
+    def has_budget(self) -> bool:
+        return self.max_evaluations is not None or self.max_seconds is not None
+
+
+class ObjectiveConfig(AttackConfig):
+    """Settings of attacks that maximise a loss."""
+
+    objective: Annotated[str, named_in(OBJECTIVES)] = Field(
+        "ce-then-margin", description="cross-entropy, margin, dlr or ce-then-margin"
+    )
+
+    def bind(self, labels: Tensor, targets: Tensor | None) -> Objective:
+        """The objective for the true classes, or for reaching `targets` where they are given."""
+        kind = OBJECTIVES.get(self.objective)
+        return kind(labels) if targets is None else Targeted(kind(targets))
