@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from robustbench_deq.adjoints import Implicit
 from robustbench_deq.models import Linear
 from robustbench_deq.optimise import (
     Adam,
@@ -26,14 +27,15 @@ from robustbench_deq.optimise import (
 from robustbench_deq.optimise.objectives import CrossEntropy, Margin
 from robustbench_deq.optimise.sources.base import Moment
 from robustbench_deq.optimise.sources.joint import augmented
-from robustbench_deq.solvers import Picard, Solve
+from robustbench_deq.solvers import Anderson, Picard, Solve
 from tests.optimise.cases import TIGHTLY
 
+LOOSE = Solve(Anderson(), rtol=1e-6, max_steps=300)
 SOURCES = {
     "joint": Joint(warmup=Solve(Picard(), rtol=0.01, max_steps=30)),
     "joint, adaptive": Joint(None),
-    "solved": TIGHTLY,
-    "solved, cold": Solved(TIGHTLY.forward, TIGHTLY.adjoint, is_warm=False),
+    "solved": Solved(LOOSE, Implicit(LOOSE)),
+    "solved, cold": Solved(LOOSE, Implicit(LOOSE), is_warm=False),
 }
 every_source = pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
 
