@@ -34,8 +34,16 @@ else:
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def equal_priority() -> Iterator[None]:
+    """Ray's workers give way to every other process (nice 15): beside tests that compute, they would hardly run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")
+        yield
+
+
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Ray]:
+def cluster(equal_priority: None) -> Iterator[Ray]:
     try:
         started = Ray(None, num_workers=2)
     except RunError:  # Ray gives itself thirty seconds, which a machine that is busy with other tests may exceed
