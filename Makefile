@@ -4,7 +4,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 PYTHONS := python3.13 python3.12 python3.11 python3
 UV := $(shell command -v uv 2>/dev/null)
-WORKERS := 2
+WORKERS := 3
 ARGS :=
 GATE := results/runs/gate
 TYPES := build/types
@@ -15,7 +15,7 @@ demo: $(VENV)/.ready
 	$(PYTHON) -m benchmarks.demo --out results/demo $(ARGS)
 
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 
 # Anew every time: a finished shard counts as done, whichever code has done it.
 gate: $(VENV)/.ready

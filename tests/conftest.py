@@ -1,4 +1,5 @@
-"""Shared by all tests: one thread, deterministic hypothesis, and tiny models made by name."""
+"""Shared by all tests: one thread, deterministic hypothesis, an order that keeps workers busy, and tiny models made by
+name."""
 
 from __future__ import annotations
 
@@ -34,8 +35,35 @@ SMALL = {
 }
 
 
+WAITING = [
+    Path(__file__).parent / name
+    for name in (
+        "runner/test_ray.py",
+        "benchmarks/test_kills.py",
+        "runner/test_run.py",
+        "runner/test_clean.py",
+        "commands/test_cli.py",
+        "test_packaging.py",
+        "test_memory.py",
+    )
+]
+"""Modules whose tests wait for processes that they start. They come first, so that others fill the time."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Waiting tests first; then, in a module, those of an attack and a family together, which share its runs. Workers
+    that are given stretches of the list (`--dist worksteal`) take the rest from each other."""
+
+    def place(item: pytest.Item) -> tuple[int, str, str]:
+        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        shared = item.callspec.id if {"case", "family"} <= params.keys() else ""
+        return WAITING.index(item.path) if item.path in WAITING else len(WAITING), item.path.as_posix(), shared
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")
