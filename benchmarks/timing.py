@@ -108,14 +108,30 @@ def alternate(first: Callable[[], Any], second: Callable[[], Any], repeats: int)
     return statistics.median(slow), statistics.median(fast), Ratio.of(slow, fast)
 
 
-def keep(name: str, title: str, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Write `results/NAME.json` and `results/NAME.md` with the command that runs, and print the latter."""
+def keep(
+    name: str,
+    title: str,
+    rows: list[dict[str, Any]],
+    facts: dict[str, Any],
+    *,
+    tables: dict[str, list[dict[str, Any]]] | None = None,
+    device: torch.device | None = None,
+    folder: Path = RESULTS,
+) -> None:
+    """Write `NAME.json` and `NAME.md` into `folder`, with the command that runs, and print the latter.
+
+    Args:
+        tables: what the page shows instead of `rows`, by their headings; an empty heading is left out.
+        device: that was measured; None is the CPU.
+    """
     module = Path(sys.argv[0]).stem
     command = shlex.join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]])
-    environment = describe_environment(torch.device("cpu"))
-    write_json(RESULTS / f"{name}.json", {"command": command, "facts": facts, "rows": rows, "environment": environment})
+    environment = describe_environment(device or torch.device("cpu"))
+    write_json(folder / f"{name}.json", {"command": command, "facts": facts, "rows": rows, "environment": environment})
     lines = [f"# {title}", "", f"Made by `{command}` on {environment['num_threads']} threads.", ""]
-    lines += [markdown_table(pd.DataFrame(rows)), ""]
+    for heading, part in ({"": rows} if tables is None else tables).items():
+        lines += [f"## {heading}", ""] if heading else []
+        lines += [markdown_table(pd.DataFrame(part)), ""]
     lines += [f"- {key}: {json.dumps(value) if isinstance(value, dict) else value}" for key, value in facts.items()]
-    write_text(RESULTS / f"{name}.md", "\n".join(lines) + "\n")
+    write_text(folder / f"{name}.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
