@@ -37,6 +37,7 @@ class KeepRule(enum.Enum):
 JIIO_2021 = {
     "objective": "cross-entropy",
     "steps": 80,
+    "rounds": 1,
     "inner_steps": 1,
     "step_size": 0.6,
     "schedule": Schedule.DROP,

@@ -1,14 +1,21 @@
-"""The ladder of joint attacks: what is done for samples whose state does not follow its equilibrium.
+"""Joint attacks, and what is done where the joint iteration is not to be believed.
 
-A cell need not be contractive. A sample whose relative residual is above `failure_residual` at the end, or not finite,
-is attacked again, alone with its likes, on the next rung: damping, then Anderson acceleration, both with three times
-the steps, then full solves. The diagnostics say how many samples needed each rung.
+    search   the joint iteration on all samples
+    climb    again, twice as long, from where it ended, on those that are not fooled and have come half way to it
+    lagging  a sample whose state is behind its equilibrium at the end is attacked again with full solves
+    audit    of those that would be called robust, a few steps with full solves from where the search ended: all that
+             are hard (`optimise.contraction`), and a keyed share of the others
+    finish   where the audit fools more than `ALARM` of those it has looked at, all that are left are attacked again
+             with full solves
+
+The audit's verdict on some samples of a batch decides how the others of that batch are finished: the one place where a
+sample's batch mates matter. It can only add successes.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,70 +23,140 @@ from torch import Tensor
 from robustbench_deq.adjoints import Implicit
 from robustbench_deq.attacks.settings import JointConfig
 from robustbench_deq.equilibrium import EquilibriumModel
-from robustbench_deq.optimise import HighestLoss, Keep, Mixing, Optimum, ProjectedAscent, Solved, Step
+from robustbench_deq.optimise import HighestLoss, Keep, Optimum, ProjectedAscent, Solved, Step
 from robustbench_deq.protocol import Batch, ObjectiveAttack, Proposal, Recorder
+from robustbench_deq.randomness import keyed_uniform
 from robustbench_deq.rows import per_sample
 from robustbench_deq.solvers import Anderson, Solve
 
-RUNG_STEPS = 3
-"""A rung takes this many times `steps`: its samples are few, and their states slow."""
+REACH = 1.0
+"""A sample climbs when its loss has risen by at least this share of what is missing."""
 FULL_STEPS = 20
-FULL_RTOL = 1e-3
+FULL_RTOL = 1e-4
+AUDIT_STEPS = 3
+AUDIT_STEP_SIZE = 0.5
+AUDITED_SHARE = 1 / 16
+ALARM = 0.05
+"""The share of the audited samples that the audit may fool, and one more, before all are finished with full solves."""
 
 J = TypeVar("J", bound=JointConfig)
 
 
 class JointAttack(ObjectiveAttack[J]):
-    """An attack inside the augmented iteration, with the ladder behind it."""
+    """An attack inside the augmented iteration, with full solves behind it."""
 
     def climb(
         self, model: EquilibriumModel, batch: Batch, step: Step, keep: Keep, record: Recorder, full_step: Step
     ) -> Proposal:
-        """Search with the config's source; then, rung by rung, again where that failed.
+        """Search with the config's source; then attack again where that is not to be believed.
 
         Args:
-            full_step: of the last rung, which has full solves.
+            full_step: of the attack with full solves.
         """
-        config, source = self.config, self.config.source()
+        config = self.config
         record.plan(config.steps)
         if config.is_cold:
             batch = replace(batch, settled=None)
+        source = config.source()
         found = self.search(model, batch, source, step, keep, config.steps, record)
         moves = found.tally.get("perturbation_steps")
-        diagnostics = {"perturbation_steps": 0.0 if moves is None else float(moves.float().mean())}
-        if config.has_fallback:
-            slower = replace(source, damping_z=0.5, damping_mu=0.5, accelerator=None, warmup=config.warmup(0.5))
-            faster = replace(source, accelerator=Anderson(), mixing=Mixing.STATE, inner_steps=None)
-            solve = Solve(Anderson(), rtol=FULL_RTOL)
-            full = Solved(solve, Implicit(solve.with_(compact_below=0.5)))
-            rungs = {
-                "damped": (slower, step, keep, RUNG_STEPS * config.steps),
-                "accelerated": (faster, step, keep, RUNG_STEPS * config.steps),
-                "full_solve": (full, full_step, HighestLoss(FULL_RTOL, FULL_RTOL), FULL_STEPS),
-            }
-            for name, (other, its_step, its_keep, num_steps) in rungs.items():
-                failed = self._failed(found)
-                diagnostics[f"num_{name}"] = float(len(failed))
-                if len(failed):
-                    again = self.search(model, batch.take(failed), other, its_step, its_keep, num_steps)
-                    found = _merged(found, failed, again, isinstance(keep, HighestLoss))
-        return Proposal(found.variable, found.loss, found.is_done, found.z, found.mu, diagnostics)
+        counts = {"perturbation_steps": 0.0 if moves is None else float(moves.float().mean())}
+        num_steps, gain, climbing = config.steps, found.gain, torch.arange(len(batch), device=found.loss.device)
+        for _ in range(config.rounds - 1 if batch.leaves else 0):
+            num_steps *= 2
+            climbs = ~(-found.loss[climbing] > REACH * gain)
+            climbing = climbing[climbs & ~found.is_done[climbing]]
+            if len(climbing) == 0 or found.is_stopped:
+                break
+            part = replace(batch.take(climbing), start=found.variable[climbing])
+            if part.settled is not None and found.z is not None and found.mu is not None:
+                part = replace(part, settled=part.settled._replace(z=found.z[climbing], mu=found.mu[climbing]))
+            further = self.search(model, part, source, step, keep, num_steps)
+            found, gain = _merged(found, climbing, further, isinstance(keep, HighestLoss)), further.gain
+        if not config.has_fallback or found.is_stopped:
+            return _proposal(found, None, counts)
+        solve = Solve(Anderson(), rtol=FULL_RTOL, max_steps=100)
+        again = _Again(self, model, batch, Solved(solve, Implicit(solve.with_(compact_below=0.5))), full_step)
 
-    def _failed(self, found: Optimum) -> Tensor:
-        """Rows whose state does not follow its equilibrium; those of a run that its budget ended stay as they are."""
-        if found.is_stopped:
-            return torch.zeros(0, dtype=torch.int64, device=found.loss.device)
-        return (~(found.residual <= self.config.failure_residual) & ~found.is_done).nonzero()[:, 0]
+        lagging = (~(found.residual <= config.failure_residual) & ~found.is_done).nonzero()[:, 0]
+        found, is_behind = again.finish(found, lagging, isinstance(keep, HighestLoss))
+        counts["num_finished"] = float(len(lagging))
+        if batch.leaves and not found.is_stopped:
+            left = (~found.is_done).index_fill(0, lagging, False)
+            audited = (left & self._is_audited(batch, found)).nonzero()[:, 0]
+            found = again.audit(found, audited)
+            num_fooled = int(found.is_done[audited].sum())
+            counts |= {"num_audited": float(len(audited)), "num_audit_fooled": float(num_fooled)}
+            if num_fooled > 1 + ALARM * len(audited) and not found.is_stopped:
+                rest = (left & ~found.is_done).nonzero()[:, 0]
+                found, behind = again.finish(found, rest, True)
+                is_behind, counts["num_finished"] = is_behind | behind, float(len(lagging) + len(rest))
+        return _proposal(found, is_behind, counts)
+
+    def _is_audited(self, batch: Batch, found: Optimum) -> Tensor:
+        """Samples `(rows,)` whose outcome the audit looks at."""
+        is_drawn = keyed_uniform(batch.ids.to(found.loss.device), batch.seed, AUDIT_KEY) < AUDITED_SHARE
+        if batch.settled is None or batch.settled.contraction is None:
+            return is_drawn
+        return is_drawn | batch.settled.contraction.is_hard
+
+
+AUDIT_KEY = 0x0A0D17
+"""Tells the audit's draws from others of the same seed and sample."""
+
+
+class _Again(NamedTuple):
+    """Attacks some samples of a batch again with full solves; the better perturbation stays, unless the new one
+    fools."""
+
+    attack: JointAttack  # type: ignore[type-arg]  # any of them
+    model: EquilibriumModel
+    batch: Batch
+    source: Solved
+    step: Step
+
+    def finish(self, found: Optimum, rows: Tensor, has_trusted_losses: bool) -> tuple[Optimum, Tensor]:
+        """From the start, with all steps; also the samples of the batch whose solves have not reached the equilibrium.
+
+        Args:
+            has_trusted_losses: whether the losses of `found` mean anything: only trusted ones were kept.
+        """
+        is_behind = torch.zeros_like(found.is_done)
+        if len(rows) == 0:
+            return found, is_behind
+        part = self.batch.take(rows)
+        again = self._search(part, self.step, FULL_STEPS)
+        is_behind = is_behind.index_put((rows,), ~(again.residual <= FULL_RTOL) & ~again.is_done)
+        return _merged(found, rows, again, has_trusted_losses), is_behind
+
+    def audit(self, found: Optimum, rows: Tensor) -> Optimum:
+        """From where `found` ended, a few steps."""
+        if len(rows) == 0:
+            return found
+        part = replace(self.batch.take(rows), start=found.variable[rows])
+        return _merged(found, rows, self._search(part, ProjectedAscent(AUDIT_STEP_SIZE), AUDIT_STEPS), True)
+
+    def _search(self, part: Batch, step: Step, num_steps: int) -> Optimum:
+        keep = HighestLoss(FULL_RTOL, FULL_RTOL)
+        return self.attack.search(self.model, part, self.source, step, keep, num_steps)
+
+
+def _proposal(found: Optimum, is_lagging: Tensor | None, counts: dict[str, float]) -> Proposal:
+    return Proposal(
+        delta=found.variable,
+        loss=found.loss,
+        is_done=found.is_done,
+        is_lagging=is_lagging,
+        is_flat=found.is_flat,
+        z=found.z,
+        mu=found.mu,
+        diagnostics=counts,
+    )
 
 
 def _merged(found: Optimum, rows: Tensor, again: Optimum, has_trusted_losses: bool) -> Optimum:
-    """`found` with `rows` run again: all is the rerun's, but the better perturbation stays, unless the rerun's fools.
-
-    Args:
-        has_trusted_losses: whether the losses of failed rows mean anything: only trusted ones were kept.
-    """
     old = found.loss[rows] if has_trusted_losses else torch.full_like(again.loss, -torch.inf)
-    wins = ~(old > again.loss) | again.is_done
+    wins = (again.loss > old) | again.is_done
     variable = torch.where(per_sample(wins, again.variable), again.variable, found.variable[rows])
     z, mu = found.z, found.mu
     if z is not None and again.z is not None:
@@ -89,15 +166,17 @@ def _merged(found: Optimum, rows: Tensor, again: Optimum, has_trusted_losses: bo
     return Optimum(
         variable=found.variable.index_copy(0, rows, variable),
         loss=found.loss.index_copy(0, rows, torch.where(wins, again.loss, old)),
+        gain=found.gain.index_copy(0, rows, torch.where(wins, again.loss, old) - found.loss[rows] + found.gain[rows]),
         residual=found.residual.index_copy(0, rows, again.residual),
         z=z,
         mu=mu,
         is_done=found.is_done.index_copy(0, rows, again.is_done),
+        is_flat=found.is_flat.index_copy(0, rows, found.is_flat[rows] & again.is_flat),
         is_stopped=found.is_stopped or again.is_stopped,
         tally=found.tally,
     )
 
 
 def full_ascent() -> ProjectedAscent:
-    """The step of the last rung of ascents: that of `pgd` by default."""
+    """The step of attacks with full solves: that of `pgd` by default."""
     return ProjectedAscent(1.0)

@@ -41,7 +41,15 @@ class SolvedAttack(ObjectiveAttack[S]):
         source = config.source(has_trace=record.num_snapshots > 0)
         found = self.search(model, batch, source, step, config.highest_loss(), config.steps, record)
         diagnostics = {name: float(counts.sum()) for name, counts in found.tally.items()}
-        return Proposal(found.variable, found.loss, found.is_done, found.z, found.mu, diagnostics)
+        return Proposal(
+            delta=found.variable,
+            loss=found.loss,
+            is_done=found.is_done,
+            is_flat=found.is_flat,
+            z=found.z,
+            mu=found.mu,
+            diagnostics=diagnostics,
+        )
 
 
 @ATTACKS.register("pgd")

@@ -34,7 +34,8 @@ def _without_jvp(name: str | None) -> str | None:
 class JointConfig(ObjectiveConfig):
     """Settings of attacks whose perturbation moves inside the augmented iteration."""
 
-    steps: int = Field(32, ge=1, description="augmented iterations")
+    steps: int = Field(20, ge=1, description="augmented iterations of the first run")
+    rounds: int = Field(3, ge=1, description="runs, each twice as long, of samples on their way to being fooled")
     inner_steps: int | None = Field(1, ge=1, description="iterations of (z, mu) per perturbation step; null adapts")
     max_lag: float = Field(4.0, gt=0, description="adaptive: perturbation steps the state may be behind")
     max_inner_steps: int = Field(20, ge=1, description="adaptive: most iterations per perturbation step")
@@ -52,8 +53,10 @@ class JointConfig(ObjectiveConfig):
     adjoint_start: AdjointStart = Field(
         AdjointStart.LOSS, description="the loss's gradient with respect to the state, or zero"
     )
-    failure_residual: float = Field(0.1, gt=0, description="final residual above which a sample falls back")
-    has_fallback: bool = Field(True, description="attack such samples again; training does without")
+    failure_residual: float = Field(0.1, gt=0, description="final residual above which full solves finish")
+    has_fallback: bool = Field(
+        True, description="relax slow samples, audit, and finish with full solves; training does without"
+    )
 
     @model_validator(mode="after")
     def _check_joint(self) -> JointConfig:
@@ -104,6 +107,7 @@ class JointConfig(ObjectiveConfig):
             mixing=self.mixing,
             warmup=self.warmup(self.damping_z),
             has_loss_start=self.adjoint_start is AdjointStart.LOSS,
+            relaxes=self.has_fallback and not self.is_cold and self.accelerator is None,
         )
 
     def warmup(self, damping: float) -> Solve | None:

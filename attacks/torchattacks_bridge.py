@@ -35,18 +35,25 @@ class TorchattacksConfig(AttackConfig):
 
 
 class _Summed(nn.Module):
-    """The model, but its logits' gradient is multiplied by the batch size."""
+    """The model, but its logits' gradient is multiplied by the batch size; `is_flat`: samples whose image has had a
+    gradient of exactly zero at every step, `(batch,)`."""
 
     def __init__(self, model: EquilibriumModel) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.is_flat = model, None
         self.train(model.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            x.register_hook(self._note)
         logits = self.model(x)
         if logits.requires_grad:
             logits.register_hook(lambda gradient: gradient * len(gradient))
         return logits
+
+    def _note(self, gradient: Tensor) -> None:
+        is_zero = (gradient == 0).flatten(1).all(1)
+        self.is_flat = is_zero if self.is_flat is None else self.is_flat & is_zero
 
 
 class _TorchattacksPGD(Attack[TorchattacksConfig]):
@@ -71,13 +78,15 @@ class _TorchattacksPGD(Attack[TorchattacksConfig]):
         record.plan(config.steps)
         if epsilon == 0.0:  # the library would divide zero by zero
             return Proposal(torch.zeros_like(x), x.new_full((len(x),), -torch.inf))
+        summed = _Summed(model)
         library = self.library_type(
-            _Summed(model), eps=epsilon, alpha=config.step_size * epsilon, steps=config.steps, random_start=False
+            summed, eps=epsilon, alpha=config.step_size * epsilon, steps=config.steps, random_start=False
         )
         if batch.targets is not None:
             library.set_mode_targeted_by_label(quiet=True)
         x_adv = library(x, batch.labels if batch.targets is None else batch.targets)
-        return Proposal((x_adv - x).detach(), x.new_zeros(len(x)))  # the loss chooses between restarts; there is one
+        # The loss chooses between restarts; there is one.
+        return Proposal((x_adv - x).detach(), x.new_zeros(len(x)), is_flat=summed.is_flat)
 
 
 @ATTACKS.register("torchattacks-pgd")

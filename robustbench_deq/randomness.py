@@ -43,6 +43,17 @@ def keyed_normal(like: Tensor, seed: int, ids: Tensor, counter: int) -> Tensor:
     return (radius * (2 * math.pi * uniform[:, count:]).cos_()).to(like.dtype).view_as(like)
 
 
+def keyed_uniform(ids: Tensor, seed: int, counter: int) -> Tensor:
+    """One number a row `(rows,)`, uniform in (0, 1), of double precision.
+
+    Args:
+        ids, counter: as those of `keyed_normal`.
+    """
+    start = _mix(torch.tensor(seed, device=ids.device) + _PHI) + _signed(counter * _PHI)
+    bits = _mix(_mix(ids.to(torch.int64) + start) + _PHI)
+    return ((bits >> 11) & (2**53 - 1)).double().add_(0.5).mul_(2.0**-53)
+
+
 def _mix(state: Tensor) -> Tensor:
     """A bijection of 64 bits that leaves no pattern."""
     state = (state ^ _shifted(state, 30)) * _A

@@ -143,11 +143,17 @@ def _echo_result(result: Evaluation, out: Path | None) -> None:
     cost = record.cost
     click.echo(f"cost per image    {cost.cell_evals:.1f} cell evaluations, {cost.cell_vjps:.1f} VJPs")
     click.echo(f"seconds in all    {cost.wall_seconds:.2f} attack, {cost.judge_seconds or 0.0:.2f} judge")
+    if record.num_lagging:
+        click.echo(f"lagging           {record.num_lagging}: their states are behind their equilibria, robust or not")
+    if record.num_zero_gradient:
+        click.echo(
+            f"zero gradient     {record.num_zero_gradient}: nothing to climb there; robust accuracy may be too high"
+        )
     counts = {key: int(value) for key, value in record.diagnostics.items() if key.startswith("num_") and value}
     refuted = counts.pop("num_refuted", 0)
     if refuted:
         click.echo(f"refuted           {refuted} by the judge: called fooled and not so, attacked on")
     if counts:
-        click.echo("fallbacks         " + ", ".join(f"{key.removeprefix('num_')} {n}" for key, n in counts.items()))
+        click.echo("full solves       " + ", ".join(f"{key.removeprefix('num_')} {n}" for key, n in counts.items()))
     if out is not None:
         click.echo(f"record            {out}")

@@ -2,6 +2,8 @@
 
 z*             to the judge's tolerance, with its verdict
 amplification  ||z* - z0|| / ||f(z0) - z0||: the error a unit of residual, on the way of a cold solve
+size           ||z* - z0||: what residuals are relative to
+contraction    of the cell at z* (`optimise.contraction`), estimated when an attack with a gradient first asks
 mu             (I - J^T) mu = dL/dz*, for each loss that an attack ascends first, solved when one first asks for it
 """
 
@@ -16,7 +18,7 @@ from torch import Tensor
 from robustbench_deq.adjoints import AdjointMap
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.evaluate.judge import Verdict, tight_solve, verdict_at
-from robustbench_deq.optimise import Objective, Settled
+from robustbench_deq.optimise import Contraction, Objective, Settled, estimate_contraction
 from robustbench_deq.protocol import Clean
 from robustbench_deq.rows import per_sample
 from robustbench_deq.solvers import Anderson, Solve
@@ -30,27 +32,43 @@ class CleanBatch:
 
     verdict        of the clean images
     z              equilibria; rows first
-    amplification  `(batch,)`
+    distance       z* - z0, the way from where a cold solve starts, like z
+    first          ||f(z0) - z0|| `(batch,)`
+    contraction    None where no attack has asked for it
     adjoints       by the name of the loss
     seconds        that all of it took here; 0 of what was read
     """
 
     verdict: Verdict
     z: Tensor
-    amplification: Tensor
+    distance: Tensor
+    first: Tensor
+    contraction: Contraction | None = None
     adjoints: dict[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
 
     def known(self, model: EquilibriumModel, x: Tensor, objective: Objective | None) -> Clean:
         """What is handed to an attack that ascends `objective` first; None is one that has no use for an adjoint."""
         mu = None
+        size = torch.linalg.vector_norm(self.distance.flatten(1), dim=1)
+        amplification = size / self.first.clamp_min(torch.finfo(size.dtype).tiny)
         if objective is not None:
+            if self.contraction is None:
+                start = time.perf_counter()
+                model.check_gradient(x)
+                self.contraction = estimate_contraction(model, self.z, model.inject(x).detach(), self.distance)
+                self.seconds += time.perf_counter() - start
+            amplification = amplification / self.contraction.relaxation
             if objective.title not in self.adjoints:
                 start = time.perf_counter()
                 self.adjoints[objective.title] = solve_adjoint(model, x, self.z, objective)
                 self.seconds += time.perf_counter() - start
             mu = self.adjoints[objective.title]
-        return Clean(Settled(self.z, mu, self.amplification), self.verdict.is_correct.to(x.device))
+        # A start that is an equilibrium already says nothing of sizes: there the state's own is taken.
+        own = torch.linalg.vector_norm(self.z.flatten(1), dim=1)
+        size = torch.where(size > 1e-3 * own, size, own).clamp_min(torch.finfo(size.dtype).tiny)
+        settled = Settled(self.z, mu, amplification.clamp_min(1.0), size, self.contraction)
+        return Clean(settled, self.verdict.is_correct.to(x.device))
 
 
 @torch.no_grad()
@@ -60,12 +78,10 @@ def judge_clean(model: EquilibriumModel, x: Tensor, y: Tensor) -> CleanBatch:
     u = model.inject(x)
     solution = tight_solve(model, u)
     z0 = model.initial_state(u)
-    first, whole = model.evaluate(z0, u) - z0, solution.value - z0
-    size, distance = (torch.linalg.vector_norm(part.flatten(1), dim=1) for part in (first, whole))
-    amplification = (distance / size.clamp_min(torch.finfo(size.dtype).tiny)).clamp_min(1.0)
+    first = torch.linalg.vector_norm((model.evaluate(z0, u) - z0).flatten(1), dim=1)
     is_finite = torch.isfinite(solution.value.flatten(1)).all(1)  # without an equilibrium there is still a start
     z = torch.where(per_sample(is_finite, z0), solution.value, z0)
-    clean = CleanBatch(verdict_at(model, solution, y), z, amplification)
+    clean = CleanBatch(verdict_at(model, solution, y), z, z - z0, first)
     clean.seconds = time.perf_counter() - start
     return clean
 

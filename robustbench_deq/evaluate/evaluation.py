@@ -251,6 +251,9 @@ def summarise(
     threat = ThreatRecord(norm=attack.threat.norm.name, epsilon=attack.threat.epsilon)
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     names = (task.model_name, task.model_sha256 or task.file_sha256, attack.name, label)
+    diagnostics = _sum_diagnostics(parts, count)
+    marks = {name: int(diagnostics.pop(name)) for name in ("num_lagging", "num_zero_gradient") if name in diagnostics}
+    num_finished = diagnostics.get("num_finished")
     key = json.dumps([*names, config, threat.model_dump(), data.digest, task.seed, created], sort_keys=True)
     record = Record(
         schema_version=SCHEMA_VERSION,
@@ -271,11 +274,13 @@ def summarise(
         num_unconverged=int((~samples["is_converged"]).sum()),
         num_failed=int(samples["is_failed"].sum()),
         num_attacked=int(samples["is_attacked"].sum()),
+        **marks,
+        finished_by=None if num_finished is None else "sequential" if num_finished else "joint",
         max_perturbation=float(samples["perturbation"].max()),
         cost=_mean_cost(parts, count),
         curve=_curve(parts, count),
         residuals=_mean_residuals(parts),
-        diagnostics=_sum_diagnostics(parts, count),
+        diagnostics=diagnostics,
         seed=task.seed,
         batch_size=task.batch_size,
         environment=environment,

@@ -19,6 +19,9 @@ from robustbench_deq.solvers.base import residual_norms
 
 JUDGE_RTOL = 1e-5
 RUN_AWAY = 1e3
+SLOW = 100.0
+"""Times its first step that an equilibrium lies from the start, where the judge solves further."""
+POLISHED_RTOL = 1e-8
 LADDER = (
     Solve(Anderson(ridge=1e-8), rtol=JUDGE_RTOL, max_steps=200),
     Solve(Picard(damping=0.5), rtol=JUDGE_RTOL, max_steps=400),
@@ -90,21 +93,57 @@ def tight_solve(model: EquilibriumModel, u: Tensor) -> Solution:
         wins = again.is_converged | is_nearer
         index, won = index[wins], [part[wins] for part in again[:4]]
         solution = Solution(*(whole.index_copy(0, index, part) for whole, part in zip(solution[:4], won, strict=True)))
-    return solution
+    return _polished(model, u, z0, solution)
+
+
+def _polished(model: EquilibriumModel, u: Tensor, z0: Tensor, solution: Solution) -> Solution:
+    """Slow rows solved further, from where they are: what a residual says of the error is amplified by how far the
+    equilibrium is from the start, in first steps."""
+    first, _ = residual_norms(z0, model.evaluate(z0, u))
+    distance = torch.linalg.vector_norm((solution.value - z0).flatten(1), dim=1)
+    index = (solution.is_converged & (distance > SLOW * first)).nonzero()[:, 0]
+    if len(index) == 0:
+        return solution
+    again = LADDER[0].with_(rtol=_finest(z0))(CellMap(model.evaluate, u[index]), solution.value[index])
+    wins = again.residual < solution.residual[index]
+    index = index[wins]
+    value = solution.value.index_copy(0, index, again.value[wins])
+    return solution._replace(value=value, residual=solution.residual.index_copy(0, index, again.residual[wins]))
 
 
 def _unless_run_away(rung: Solve, model: EquilibriumModel, u: Tensor, z0: Tensor) -> Solution:
     """The rung's solution, but diverged where only the state's size has made the relative residual small.
 
     A solver may drive the state of a cell without an equilibrium, such as `z + u`, so far out that the step it still
-    takes is small beside it. There the state is more than `RUN_AWAY` times as large as after the first evaluation, and
-    the step has not come down to a tenth of the first one.
+    takes is small beside it, or is lost in rounding; a single component may go so beside an ordinary state. One that
+    has gone `RUN_AWAY` first steps and still takes a tenth of them, after a finer solve too, is put back half of its
+    way: towards an equilibrium it would take far larger steps from there, and where it does not, there is none.
     """
     solution = rung(CellMap(model.evaluate, u), z0)
-    f0 = model.evaluate(z0, u)
-    first, _ = residual_norms(z0, f0)
-    size, size_at_start = (torch.linalg.vector_norm(state.flatten(1), dim=1) for state in (solution.value, f0))
-    step = size * solution.residual.clamp_min(torch.finfo(size.dtype).eps)  # rounding hides what is smaller
-    is_lost = (size > RUN_AWAY * size_at_start) & (step > 0.1 * first)
-    status = torch.where(is_lost & solution.is_converged, int(Status.DIVERGED), solution.status)
-    return solution._replace(status=status.to(solution.status.dtype))
+    first = (model.evaluate(z0, u) - z0).abs()
+    is_suspect = _takes_first_steps(model, u, z0, first, solution.value)
+    index = (is_suspect.flatten(1).any(1) & solution.is_converged).nonzero()[:, 0]
+    if len(index) == 0:
+        return solution
+    u, z0, first = u[index], z0[index], first[index]
+    found = rung.with_(rtol=_finest(z0))(CellMap(model.evaluate, u), solution.value[index]).value
+    is_suspect = _takes_first_steps(model, u, z0, first, found)
+    back = torch.where(is_suspect, (found + z0) / 2, found)
+    step, step_back = _steps(model, u, found), (model.evaluate(back, u) - back).abs()
+    lost = index[((step_back < 2 * step) & is_suspect).flatten(1).any(1)]
+    return solution._replace(status=solution.status.index_fill(0, lost, int(Status.DIVERGED)))
+
+
+def _takes_first_steps(model: EquilibriumModel, u: Tensor, z0: Tensor, first: Tensor, z: Tensor) -> Tensor:
+    """Components of `z` that are far out, in units of their steps `first` at `z0`, and still take such steps."""
+    return ((z - z0).abs() > RUN_AWAY * first) & (_steps(model, u, z) > 0.1 * first)
+
+
+def _steps(model: EquilibriumModel, u: Tensor, z: Tensor) -> Tensor:
+    """`|f(z) - z|`, and no less than what rounding hides."""
+    return torch.maximum((model.evaluate(z, u) - z).abs(), z.abs() * torch.finfo(z.dtype).eps)
+
+
+def _finest(z: Tensor) -> float:
+    """The smallest tolerance that the numbers of `z` can be solved to."""
+    return max(POLISHED_RTOL, 2 * torch.finfo(z.dtype).eps)

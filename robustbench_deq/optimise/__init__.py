@@ -1,5 +1,6 @@
 """The heart: one loop over inputs of equilibrium models, and its interchangeable parts."""
 
+from robustbench_deq.optimise.contraction import Contraction, estimate_contraction
 from robustbench_deq.optimise.domains import NORMS, Ball, Box, Domain, Free, Norm
 from robustbench_deq.optimise.keep import HighestLoss, JIIORule, Keep, Last, SmallestNorm
 from robustbench_deq.optimise.loop import Optimum, optimise
@@ -18,6 +19,7 @@ __all__ = [
     "Ball",
     "Box",
     "Classification",
+    "Contraction",
     "Domain",
     "Free",
     "HighestLoss",
@@ -45,5 +47,6 @@ __all__ = [
     "Source",
     "Step",
     "Targeted",
+    "estimate_contraction",
     "optimise",
 ]

@@ -25,6 +25,8 @@ from robustbench_deq.optimise.steps.base import At, Step
 
 LEAVING_ERROR = 0.02
 """A row is done when it is successful at a state whose estimated relative error is at most this."""
+LOOKS_FOR_SLOPES = 2
+"""Looks with a gradient that are searched for rows without a slope: the first may have none of any row."""
 UNKNOWN_AMPLIFICATION = 10.0
 """The error of a state a unit of its residual, where no equilibrium is known from which to estimate it."""
 
@@ -33,19 +35,24 @@ class Optimum(NamedTuple):
     """What a run has found; `z`, `mu` and `f` have the rows of the state, all else those of the variable.
 
     variable    the kept one `(rows, ...)`, its `loss` `(rows,)` (minus infinity: no state could be trusted)
+    gain        by how much that is above the loss of the first look
     residual    relative residual of the last state
-    z, mu       the last state and adjoint; None where the source has none, and where rows have left
+    z, mu       the last state and adjoint; None where the source has none, or where rows have left and no equilibrium
+                was known. Rows that have left have the known one
     is_done     rows that have left, or would have: successful at a state of small error
+    is_flat     rows whose gradient was exactly zero in the first two looks that had one
     is_stopped  whether the budget ended the run
     tally       the source's counts, `(rows,)` each
     """
 
     variable: Tensor
     loss: Tensor
+    gain: Tensor
     residual: Tensor
     z: Tensor | None
     mu: Tensor | None
     is_done: Tensor
+    is_flat: Tensor
     is_stopped: bool
     tally: dict[str, Tensor]
 
@@ -117,13 +124,15 @@ def optimise(
         variable[rows], loss[rows] = kept.variable, kept.loss
         return variable, loss
 
-    is_stopped, trace, seen = False, residual, 0
+    is_stopped, trace, seen, first = False, residual, 0, torch.full_like(kept.loss, torch.nan)
+    owner, is_flat, num_gradients = problem, torch.ones_like(is_done), 0
     try:
         state = source.start(problem, variable, settled)
         for count in range(num_steps):
             moment = Moment(count, num_steps, step.length(count / num_steps))
             look, state = source.look(problem, state, variable, moment)
             residual = look.residual
+            first = look.loss if count == 0 else first
             kept = keep.offer(kept, problem, domain, variable, look, count, is_last=False)
             if watch is not None:
                 trace = residual if look.trace is None else look.trace
@@ -148,10 +157,16 @@ def optimise(
                         break
             moved = variable
             if look.gradient is not None:
+                if num_gradients < LOOKS_FOR_SLOPES:
+                    num_gradients += 1
+                    is_flat = is_flat.index_put((rows,), is_flat[rows] & (look.gradient == 0).flatten(1).all(1))
                 success = problem.is_success(look.output) if step.needs_success else None
                 keys = None if ids is None else ids[rows]
                 at = At(variable, look.gradient, look.loss, residual, success, moment, seed, keys)
                 moved, after = step.step(at, domain, moves)
+                if leaves:  # what seems successful stands still until its state has settled, and shows whether it is
+                    stays = problem.is_success(look.output)
+                    look = look._replace(is_moving=~stays if look.is_moving is None else look.is_moving & ~stays)
                 if look.is_moving is not None:
                     moved = where_rows(look.is_moving, moved, variable)
                     after = tuple(where_rows(look.is_moving, new, old) for new, old in zip(after, moves, strict=True))
@@ -176,11 +191,19 @@ def optimise(
         is_stopped = True
 
     tally = {} if state is None else source.tally(state)
+    z, mu = (None, None) if state is None else (state.z, state.mu)
     if whole is None:
-        z, mu = (None, None) if state is None else (state.z, state.mu)
-        return Optimum(kept.variable, kept.loss, residual, z, mu, is_done, is_stopped, tally)
+        gain = kept.loss - first
+        return Optimum(kept.variable, kept.loss, gain, residual, z, mu, is_done, is_flat, is_stopped, tally)
     whole.put(rows, kept, residual, is_done, tally)
-    return Optimum(whole.variable, whole.loss, whole.residual, None, None, whole.is_done, is_stopped, whole.tally)
+    if settled is None or settled.mu is None or z is None or mu is None:
+        z = mu = None
+    else:
+        where = owner.state_rows(rows)
+        z, mu = settled.z.index_copy(0, where, z), settled.mu.index_copy(0, where, mu)
+    gain = whole.loss - first
+    found = (whole.variable, whole.loss, gain, whole.residual, z, mu, whole.is_done)
+    return Optimum(*found, is_flat & ~whole.is_done, is_stopped, whole.tally)
 
 
 def _is_done(problem: Problem, look: Look, amplification: Tensor | None) -> Tensor:

@@ -1,13 +1,18 @@
 """What a classifier's input is optimised for: losses of the logits that an attack **maximises**.
 
-`CrossEntropy`   log-loss of the true class.
+`CrossEntropy`   log-odds against the true class at a temperature, `T log sum_{j != y} exp(h_j / T) - h_y`, with T a
+                 third of the logits' own spread. The log-loss at that temperature is an increasing function of it, so
+                 that both point the same way; but the log-loss of a classifier whose logits are large has a gradient
+                 of exactly zero in floating point, and this has not.
 `Margin`         largest wrong logit minus the true one (Carlini and Wagner, 2017); positive means fooled.
 `DLR`            the margin divided by the spread of the three largest logits (Croce and Hein, 2020, Eq. 6), which
                  does not change when all logits are scaled or shifted; at least three classes.
 `Targeted`       minus any of these at a wanted class.
 
 `CrossEntropyThenMargin` ascends the cross-entropy in the first half of a run and the margin in the second; iterates are
-compared by the margin. The log-loss leads away from the true class from anywhere, the margin finishes at the boundary.
+compared by the margin. The first leads away from the true class from anywhere, the margin finishes at the boundary.
+
+When all logits are multiplied by a constant, no direction of ascent changes.
 
 Each maps logits `(batch, classes)` to `(batch,)`. Reductions over the batch are sums, everywhere: then the gradient of
 one sample does not depend on how many others there are.
@@ -19,7 +24,6 @@ import abc
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from robustbench_deq.errors import UsageError
@@ -53,13 +57,21 @@ class Objective(abc.ABC):
         return logits.argmax(1) != self.labels
 
 
+SPREAD = 3.0
+"""Standard deviation over the classes that the cross-entropy brings the logits to; those of the shipped models have
+between 2.9 and 5.3 on clean images."""
+
 OBJECTIVES: Registry[type[Objective]] = Registry("objective")
 
 
 @OBJECTIVES.register("cross-entropy")
 class CrossEntropy(Objective):
     def __call__(self, logits: Tensor) -> Tensor:
-        return F.cross_entropy(logits, self.labels, reduction="none")
+        spread = logits.detach().std(1, correction=0, keepdim=True)
+        temperature = (spread / SPREAD).clamp_min(torch.finfo(logits.dtype).tiny)
+        scaled = logits / temperature
+        wrong = scaled.scatter(1, self.labels[:, None], -torch.inf).logsumexp(1)
+        return temperature[:, 0] * (wrong - scaled.gather(1, self.labels[:, None])[:, 0])
 
 
 @OBJECTIVES.register("margin")

@@ -63,6 +63,7 @@ class Runs:
         x = batch.images
         self.best = Best(torch.zeros_like(x), x.new_full((len(x),), torch.nan))
         self.is_done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.marks: dict[str, Tensor] = {}
         self.diagnostics: dict[str, float] = {}
         self.last: Proposal | None = None
 
@@ -109,6 +110,10 @@ class Runs:
         if proposal.is_done is not None:
             done = proposal.is_done
             self.is_done = self.is_done | done if rows is None else self.is_done.index_put((rows,), done)
+        for name, mark in (("num_lagging", proposal.is_lagging), ("num_zero_gradient", proposal.is_flat)):
+            if mark is not None:
+                known = self.marks.get(name, torch.zeros_like(self.is_done))
+                self.marks[name] = mark if rows is None else known.index_put((rows,), mark)
 
     @staticmethod
     def _left(rows: Tensor | None, is_done: Tensor) -> Tensor:
@@ -123,6 +128,7 @@ class Runs:
         if rows is not None:
             is_attacked = torch.zeros_like(is_failed).index_fill(0, rows, True)
         z, mu = (last.z, last.mu) if last is not None and len(last.delta) == len(x) else (None, None)
+        self.diagnostics |= {name: float((mark & ~self.is_done).sum()) for name, mark in self.marks.items()}
         if self.config.has_budget:
             self.diagnostics["stopped_by_budget"] = float(self.meter.is_spent)
         return AttackResult(

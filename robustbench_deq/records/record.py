@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from datetime import datetime, timedelta
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
@@ -116,6 +116,15 @@ class Record(Fields):
     )
     num_unconverged: Count = Field(description="samples without an equilibrium; never robust")
     num_failed: Count = Field(description="samples on which the attack failed; never robust")
+    num_lagging: Count | None = Field(
+        None, description="samples whose state the attack has left behind its equilibrium; null: not looked at"
+    )
+    num_zero_gradient: Count | None = Field(
+        None, description="samples on which the attack has met only gradients of exactly zero; null: not looked at"
+    )
+    finished_by: Literal["joint", "sequential"] | None = Field(
+        None, description="which source of gradients had the last word on some sample; null: the attack has one only"
+    )
     max_perturbation: Amount | None = Field(description="the largest, in the threat's norm")
     cost: CostRecord
     curve: list[CurvePoint] = Field(description="accuracy against cost, where snapshots were asked for")

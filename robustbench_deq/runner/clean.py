@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from robustbench_deq.evaluate.clean import CleanBatch
 from robustbench_deq.evaluate.judge import Verdict
 from robustbench_deq.files import lock, replacing
+from robustbench_deq.optimise import Contraction
 from robustbench_deq.runner.suite import Run
 
 FOLDER = "clean"
@@ -69,7 +70,9 @@ class CleanStore:
 
 
 def _write(path: Path, clean: CleanBatch) -> None:
-    tensors = {"z": clean.z, "amplification": clean.amplification}
+    tensors = {"z": clean.z, "distance": clean.distance, "first": clean.first}
+    if clean.contraction is not None:
+        tensors |= {f"contraction.{name}": part for name, part in clean.contraction._asdict().items()}
     tensors |= {f"verdict.{field.name}": getattr(clean.verdict, field.name) for field in fields(Verdict)}
     tensors |= {f"adjoint.{name}": mu for name, mu in clean.adjoints.items()}
     with replacing(path) as temporary:
@@ -85,6 +88,9 @@ def _read(path: Path, device: torch.device) -> CleanBatch | None:
         adjoints = {
             name.removeprefix("adjoint."): mu.to(device) for name, mu in found.items() if name.startswith("adjoint.")
         }
-        return CleanBatch(verdict, found["z"].to(device), found["amplification"].to(device), adjoints)
+        z, distance, first = (found[name].to(device) for name in ("z", "distance", "first"))
+        names = [f"contraction.{name}" for name in Contraction._fields]
+        contraction = Contraction(*(found[name].to(device) for name in names)) if names[0] in found else None
+        return CleanBatch(verdict, z, distance, first, contraction, adjoints)
     except (OSError, safetensors.SafetensorError, KeyError):
         return None

@@ -2,29 +2,26 @@
 
     (I - J_f(z)) s = f(z) - z,      z' = z + t s
 
-GMRES builds an orthonormal Krylov basis per sample (Arnoldi, classical Gram-Schmidt, done twice) and minimises the
-residual over it. The step length t is found by backtracking over the loop's own evaluations: a step that did not reduce
-the residual is halved; after `max_halvings` a Picard step is taken from the base point. Where a step was accepted, but
-poor, the next direction is the residual itself, so that far from the equilibrium, where the Jacobian says little,
-Newton steps do not creep.
+GMRES minimises the residual over a Krylov space per sample (`krylov`). The step length t is found by backtracking over
+the loop's own evaluations: a step that did not reduce the residual is halved; after `max_halvings` a Picard step is
+taken from the base point. Where a step was accepted, but poor, the next direction is the residual itself, so that far
+from the equilibrium, where the Jacobian says little, Newton steps do not creep.
 
 Every Jacobian-vector product evaluates the cell once more, and the meter counts it as a cell evaluation.
 
-Source: Knoll and Keyes, "Jacobian-free Newton-Krylov methods", J. Comput. Phys. 2004, section 2; Saad and Schultz,
-"GMRES", 1986.
+Source: Knoll and Keyes, "Jacobian-free Newton-Krylov methods", J. Comput. Phys. 2004, section 2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from robustbench_deq.solvers.anderson import solve_small
 from robustbench_deq.solvers.base import FixedPointMap, Iterate, Solver, State
+from robustbench_deq.solvers.krylov import gmres
 
 POOR = 0.99
 """The share of the residual above which what a step left is poor: at that rate a hundred steps bring nothing home."""
@@ -79,31 +76,3 @@ class NewtonKrylov(Solver):
         direction = torch.where(pick, fresh, direction)
         moved = torch.where(gives_up[:, None], base_f, base + length[:, None] * direction)
         return moved.view_as(z), (base, base_f, direction, base_size, length, halvings)
-
-
-def gmres(operator: Callable[[Tensor], Tensor], rhs: Tensor, krylov_size: int) -> Tensor:
-    """Approximate solution of `operator(s) = rhs` per sample, `(batch, n)`, from a Krylov space of the given size."""
-    batch, size = rhs.shape
-    krylov_size = min(krylov_size, size)
-    norm = torch.linalg.vector_norm(rhs, dim=1)
-    basis = rhs.new_zeros(batch, krylov_size + 1, size)
-    hessenberg = rhs.new_zeros(batch, krylov_size + 1, krylov_size)
-    basis[:, 0] = rhs / norm.clamp_min(1e-30)[:, None]
-    for column in range(krylov_size):
-        w = operator(basis[:, column])
-        known = basis[:, : column + 1]
-        scale = torch.linalg.vector_norm(w, dim=1)
-        for _ in range(2):
-            overlap = torch.bmm(known, w[:, :, None])
-            hessenberg[:, : column + 1, column] += overlap[:, :, 0]
-            w = w - torch.bmm(overlap.mT, known)[:, 0]
-        length = torch.linalg.vector_norm(w, dim=1)
-        is_spent = length <= 1e-6 * scale  # the space is invariant: the exact solution lies in it
-        length = torch.where(is_spent, 0.0, length)
-        hessenberg[:, column + 1, column] = length
-        basis[:, column + 1] = torch.where(is_spent[:, None], 0.0, w / length.clamp_min(1e-30)[:, None])
-    wide = hessenberg.double()
-    target = wide.new_zeros(batch, krylov_size + 1, 1)
-    target[:, 0, 0] = norm.double()
-    coefficients = solve_small(wide.mT @ wide, wide.mT @ target, ridge=1e-12, sign=1.0)
-    return torch.bmm(coefficients.mT.to(rhs.dtype), basis[:, :krylov_size])[:, 0]

@@ -25,7 +25,7 @@ from robustbench_deq.solvers import (
 )
 from robustbench_deq.solvers.anderson import solve_small
 from robustbench_deq.solvers.base import Iterate, residual_norms
-from robustbench_deq.solvers.newton_krylov import gmres
+from robustbench_deq.solvers.krylov import gmres
 
 NAMES = list(SOLVERS)
 ACCELERATED = [name for name in NAMES if name != "picard"]

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
+from robustbench_deq.optimise.contraction import Contraction
 from robustbench_deq.optimise.domains import Domain
 from robustbench_deq.optimise.problem import Problem
 
@@ -41,14 +42,21 @@ class Settled(NamedTuple):
     z              the state
     mu             the adjoint of the loss that is ascended first; None where nobody has solved it
     amplification  the error of a state a unit of its residual, as seen from where a cold solve starts, one a row
+    size           what residuals are relative to, one a row: the distance from where a cold solve starts, which does
+                   not change with the origin of the coordinates; None: the size of the state itself
+    contraction    of the cell there; None where nobody has estimated it
     """
 
     z: Tensor
     mu: Tensor | None
     amplification: Tensor
+    size: Tensor | None = None
+    contraction: Contraction | None = None
 
     def take(self, rows: Tensor) -> Settled:
-        return Settled(self.z[rows], None if self.mu is None else self.mu[rows], self.amplification[rows])
+        z, mu, amplification, size = (None if part is None else part[rows] for part in self[:4])
+        assert z is not None and amplification is not None
+        return Settled(z, mu, amplification, size, self.contraction and self.contraction.take(rows))
 
 
 class Look(NamedTuple):

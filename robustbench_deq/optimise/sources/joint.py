@@ -24,10 +24,12 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from robustbench_deq.optimise.contraction import estimate_contraction
 from robustbench_deq.optimise.domains import Domain
 from robustbench_deq.optimise.pace import AdaptivePace, PaceState
 from robustbench_deq.optimise.problem import Problem
 from robustbench_deq.optimise.sources.base import Look, Moment, Settled, Source
+from robustbench_deq.rows import per_sample
 from robustbench_deq.solvers import CellMap, FixedPointMap, Solve, Solver
 from robustbench_deq.solvers.base import Iterate, State, residual_norms
 
@@ -46,6 +48,9 @@ class _NoMap(FixedPointMap):
 
 
 NO_MAP = _NoMap()
+SLOWER = 0.7
+LEAST_RELAXATION = 0.3
+"""By what a row's relaxation falls where its state goes the wrong way, and no lower than this."""
 
 
 class Mixing(enum.Enum):
@@ -61,6 +66,9 @@ class JointState(NamedTuple):
     history    of the accelerator, and the steps it has taken
     pace       of the adaptive mode
     num_moves  steps that each row of the variable has taken
+    relaxation of state and adjoint, a factor a row of the state; None: the plain iteration everywhere
+    size       what residuals are relative to, one a row of the state; None: the state's own
+    last       the residuals of the last look, one a row of the state
     """
 
     z: Tensor
@@ -70,6 +78,9 @@ class JointState(NamedTuple):
     num_mixed: int
     pace: PaceState | None
     num_moves: Tensor
+    relaxation: Tensor | None = None
+    size: Tensor | None = None
+    last: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -85,9 +96,11 @@ class Joint(Source):
         warmup: brings the state near its equilibrium first, where none is known; None starts at the initial state.
         has_loss_start: the adjoint starts at the loss's gradient with respect to the state, or at zero; from zero the
             first step has no gradient, and nothing moves.
+        relaxes: whether slowly contracting rows are relaxed (`optimise.contraction`); where no contraction is known, it
+            is estimated after the warm-up.
     """
 
-    check_every: ClassVar[int] = 4
+    check_every: ClassVar[int] = 2
     inner_steps: int | None = 1
     pace: AdaptivePace = field(default_factory=AdaptivePace)
     damping_z: float = 1.0
@@ -96,11 +109,18 @@ class Joint(Source):
     mixing: Mixing = Mixing.STATE
     warmup: Solve | None = None
     has_loss_start: bool = True
+    relaxes: bool = False
 
     def start(self, problem: Problem, variable: Tensor, settled: Settled | None) -> JointState:
-        z, mu, _ = settled or (self._warm_up(problem, variable), None, None)
+        z, mu, _, size, contraction = settled or (self._warm_up(problem, variable), None, None, None, None)
         if mu is None:
             mu = loss_gradient(problem, z, variable) if self.has_loss_start else torch.zeros_like(z)
+        relaxation = None
+        if self.relaxes:
+            if contraction is None:
+                contraction = estimate_contraction(problem.model, z, problem.inject(variable), mu)
+            if bool((contraction.relaxation > 1.0).any()):
+                relaxation = contraction.relaxation
         return JointState(
             z=z,
             mu=mu,
@@ -109,6 +129,8 @@ class Joint(Source):
             num_mixed=0,
             pace=self.pace.init(len(variable), z) if self.inner_steps is None else None,
             num_moves=torch.zeros(len(variable), dtype=torch.int32, device=z.device),
+            relaxation=relaxation,
+            size=size,
         )
 
     @torch.no_grad()
@@ -127,13 +149,35 @@ class Joint(Source):
             with torch.no_grad():
                 state = state._replace(u=problem.inject(variable))
         look = augmented(problem, state.z, state.mu, variable, moment.progress, None if may_move else state.u)
-        assert look.f is not None
+        assert look.f is not None and look.g is not None
         absolute, residual = residual_norms(state.z, look.f)
+        residual = residual if state.size is None else absolute / state.size
+        if self.relaxes:
+            state = state._replace(relaxation=self._relaxation(state, residual, moment), last=residual)
+        if state.relaxation is not None:
+            factor = state.relaxation
+            look = look._replace(f=_relaxed(state.z, look.f, factor), g=_relaxed(state.mu, look.g, factor))
+            absolute, residual = absolute * factor, residual * factor
         look = look._replace(residual=problem.worst(residual))
         if state.pace is not None:
             ready, pace = self.pace.decide(state.pace, problem.worst(absolute), moment.length)
             look, state = look._replace(is_moving=ready), state._replace(pace=pace)
         return look, state
+
+    def _relaxation(self, state: JointState, residual: Tensor, moment: Moment) -> Tensor | None:
+        """Less for rows whose state goes the wrong way: none where it is farther off than its equilibrium was from the
+        start, damping where its residual grows although the steps of the variable shrink."""
+        factor = state.relaxation
+        if factor is not None:
+            factor = torch.where((factor <= 1.0) | (factor * residual <= 1.0), factor, 1.0)
+        if state.last is None or moment.length > 0.5:
+            return factor
+        is_growing = residual > state.last
+        if factor is None:
+            if moment.number % self.check_every or not bool(is_growing.any()):
+                return None
+            factor = torch.ones_like(residual)
+        return torch.where(is_growing, (SLOWER * factor).clamp_min(LEAST_RELAXATION), factor)
 
     def advance(
         self, problem: Problem, domain: Domain, state: JointState, look: Look, variable: Tensor, moved: Tensor
@@ -156,13 +200,18 @@ class Joint(Source):
             if has_moved and self.mixing is Mixing.STATE:  # differences taken before the move are of another map
                 history = self.accelerator.restart(history, self._restarted(problem, state.z, look))
         u = None if has_moved else state.u
-        return JointState(f, g, u, history, num_mixed, pace, num_moves), moved
+        after = state._replace(z=f, mu=g, u=u, history=history, num_mixed=num_mixed, pace=pace, num_moves=num_moves)
+        return after, moved
 
     def close(self, problem: Problem, state: JointState, variable: Tensor) -> tuple[Look, JointState]:
         """One evaluation without a graph settles the loss of the last variable, at the state after it."""
         with torch.no_grad():
             f = problem.model.evaluate(state.z, problem.inject(variable))
-            residual = problem.worst(residual_norms(state.z, f)[1])
+            absolute, residual = residual_norms(state.z, f)
+            residual = residual if state.size is None else absolute / state.size
+            if state.relaxation is not None:
+                f, residual = _relaxed(state.z, f, state.relaxation), residual * state.relaxation
+            residual = problem.worst(residual)
             output = problem.model.head(f)
             loss = problem.losses(output, variable, 1.0).compared
         return Look(loss, residual, output, f=f, mu=state.mu, g=state.mu), state._replace(z=f)
@@ -175,8 +224,10 @@ class Joint(Source):
         pace = state.pace
         if pace is not None:
             pace = PaceState(pace.per_length[rows], pace.num_looks[rows], pace.has_moved[rows], pace.last_length)
-        u = None if state.u is None else state.u[kept]
-        return JointState(state.z[kept], state.mu[kept], u, history, state.num_mixed, pace, state.num_moves[rows])
+        whole = (state.u, state.relaxation, state.size, state.last)
+        u, relaxation, size, last = (None if part is None else part[kept] for part in whole)
+        z, mu, num_moves = state.z[kept], state.mu[kept], state.num_moves[rows]
+        return JointState(z, mu, u, history, state.num_mixed, pace, num_moves, relaxation, size, last)
 
     def tally(self, state: JointState) -> dict[str, Tensor]:
         return {"perturbation_steps": state.num_moves}
@@ -201,6 +252,11 @@ class Joint(Source):
         if look.is_moving is None:
             return torch.ones(2 * len(z), dtype=torch.bool, device=z.device)
         return problem.spread(look.is_moving).repeat(2)
+
+
+def _relaxed(old: Tensor, new: Tensor, factor: Tensor) -> Tensor:
+    """`old + factor (new - old)`, a factor a row."""
+    return torch.lerp(old, new, per_sample(factor, old))
 
 
 def augmented(

@@ -48,7 +48,7 @@ class Solved(Source):
     is_warm: bool = True
 
     def start(self, problem: Problem, variable: Tensor, settled: Settled | None) -> SolvedState:
-        z, mu, _ = settled if settled is not None and self.is_warm else (None, None, None)
+        z, mu = (settled.z, settled.mu) if settled is not None and self.is_warm else (None, None)
         none = torch.zeros(len(variable), dtype=torch.int32, device=variable.device)
         return SolvedState(z, mu, none, none)
 

@@ -30,6 +30,11 @@ def decimals(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else MISSING
 
 
+def count(value: float) -> str:
+    """A whole number, or that it is missing."""
+    return f"{value:.0f}" if math.isfinite(value) else MISSING
+
+
 def amount(value: float) -> str:
     """Three digits or all before the point: 0.0123, 1.70, 41.0, 1,234."""
     if value == 0:
