@@ -146,9 +146,7 @@ def _echo_result(result: Evaluation, out: Path | None) -> None:
     if record.num_lagging:
         click.echo(f"lagging           {record.num_lagging}: their states are behind their equilibria, robust or not")
     if record.num_zero_gradient:
-        click.echo(
-            f"zero gradient     {record.num_zero_gradient}: nothing to climb there; robust accuracy may be too high"
-        )
+        click.echo(f"zero gradient     {record.num_zero_gradient}: nothing to climb, robust accuracy may be too high")
     counts = {key: int(value) for key, value in record.diagnostics.items() if key.startswith("num_") and value}
     refuted = counts.pop("num_refuted", 0)
     if refuted:

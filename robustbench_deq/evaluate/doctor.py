@@ -38,6 +38,7 @@ from robustbench_deq.equilibrium import EquilibriumModel, check_labels
 from robustbench_deq.evaluate.judge import JUDGE_RTOL, LADDER, tight_solve
 from robustbench_deq.meter import Meter
 from robustbench_deq.models.diagnostics import picard_solution, spectral_radius
+from robustbench_deq.optimise import estimate_contraction
 from robustbench_deq.protocol import frozen
 from robustbench_deq.rows import per_sample
 from robustbench_deq.solvers import SOLVERS, Anderson, CellMap, Solution, Solve, Status
@@ -393,10 +394,18 @@ def _contraction(case: Case) -> Finding:
         found += f"takes {float(plain.num_steps.double().median()):.0f} steps to {QUICK_RTOL:g}"
     else:
         found += f"reaches {QUICK_RTOL:g} in {QUICK_STEPS} steps on {share:.0%} of the images"
-    if share == 1.0 and float(radius.max()) < 1.0:
-        return Finding(Grade.GOOD, found)
-    fix = "joint-pgd will fall back to damping, acceleration and full solves; Jacobian regularisation helps"
-    return Finding(Grade.NOTE, found, fix)
+    contraction = estimate_contraction(case.model, case.z, case.u, case.z - case.model.initial_state(case.u))
+    num_slow, num_hard = int((contraction.relaxation > 1.0).sum()), int(contraction.is_hard.sum())
+    what = []
+    if num_slow:
+        factor = float(contraction.relaxation[contraction.relaxation > 1.0].median())
+        what.append(f"relaxes the states of {num_slow} of {len(case.x)} images, by {factor:.2g} in the median")
+    if num_hard:
+        what.append(f"audits the {num_hard} of {len(case.x)} that are hard with full solves, and may finish with them")
+    plan = f"joint-pgd {', '.join(what)}" if what else ""
+    if share == 1.0 and float(radius.max()) < 1.0 and not num_hard:
+        return Finding(Grade.GOOD, found, plan)
+    return Finding(Grade.NOTE, found, f"{plan or 'joint-pgd takes it as it is'}; Jacobian regularisation helps")
 
 
 def _solver(case: Case) -> Finding:

@@ -21,6 +21,7 @@ from robustbench_deq.records.record import Record
 from robustbench_deq.report.settings import Setting, group_by_setting, setting_names
 from robustbench_deq.report.tables.text import (
     amount,
+    count,
     decimals,
     latex_table,
     markdown_table,
