@@ -40,12 +40,13 @@ class _Summed(nn.Module):
 
     def __init__(self, model: EquilibriumModel) -> None:
         super().__init__()
-        self.model, self.is_flat = model, None
+        self.model = model
+        self.is_flat: Tensor | None = None
         self.train(model.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad:
-            x.register_hook(self._note)
+            x.register_hook(self._note)  # type: ignore[no-untyped-call]  # torch has no type for it
         logits = self.model(x)
         if logits.requires_grad:
             logits.register_hook(lambda gradient: gradient * len(gradient))
