@@ -15,7 +15,8 @@ from robustbench_deq.protocol import ATTACKS, Batch, Proposal, Recorder
 
 
 class JointAPGDConfig(JointConfig):
-    steps: int = Field(64, ge=1, description="augmented iterations")
+    steps: int = Field(64, ge=1, description="augmented iterations of the first run")
+    rounds: int = Field(1, ge=1, description="runs, each twice as long, of samples on their way to being fooled")
 
 
 @ATTACKS.register("joint-apgd")
