@@ -2,9 +2,10 @@
 
     search   the joint iteration on all samples
     climb    again, twice as long, from where it ended, on those that are not fooled and have come half way to it
-    lagging  a sample whose state is behind its equilibrium at the end is attacked again with full solves
+    lagging  a sample whose state is behind its equilibrium at the end is attacked again with full solves; so is one
+             that was called fooled and is not, as the judge says: its loss was seen at another equilibrium
     audit    of those that would be called robust, a few steps with full solves from where the search ended: all that
-             are hard (`optimise.contraction`), and a keyed share of the others
+             are hard (`optimise.contraction`), all whose states have gone astray, and a keyed share of the others
     finish   where the audit fools more than `ALARM` of those it has looked at, all that are left are attacked again
              with full solves
 
@@ -36,7 +37,7 @@ FULL_RTOL = 1e-4
 AUDIT_STEPS = 3
 AUDIT_STEP_SIZE = 0.5
 AUDITED_SHARE = 1 / 16
-ALARM = 0.05
+ALARM = 0.15
 """The share of the audited samples that the audit may fool, and one more, before all are finished with full solves."""
 
 J = TypeVar("J", bound=JointConfig)
@@ -78,8 +79,9 @@ class JointAttack(ObjectiveAttack[J]):
         solve = Solve(Anderson(), rtol=FULL_RTOL, max_steps=100)
         again = _Again(self, model, batch, Solved(solve, Implicit(solve.with_(compact_below=0.5))), full_step)
 
-        lagging = (~(found.residual <= config.failure_residual) & ~found.is_done).nonzero()[:, 0]
-        found, is_behind = again.finish(found, lagging, isinstance(keep, HighestLoss))
+        is_lagging = ~(found.residual <= config.failure_residual) & ~found.is_done
+        lagging = (is_lagging | batch.is_again).nonzero()[:, 0]
+        found, is_behind = again.finish(found, lagging, isinstance(keep, HighestLoss) and not batch.is_again)
         counts["num_finished"] = float(len(lagging))
         if batch.leaves and not found.is_stopped:
             left = (~found.is_done).index_fill(0, lagging, False)
@@ -95,10 +97,11 @@ class JointAttack(ObjectiveAttack[J]):
 
     def _is_audited(self, batch: Batch, found: Optimum) -> Tensor:
         """Samples `(rows,)` whose outcome the audit looks at."""
-        is_drawn = keyed_uniform(batch.ids.to(found.loss.device), batch.seed, AUDIT_KEY) < AUDITED_SHARE
+        is_audited = keyed_uniform(batch.ids.to(found.loss.device), batch.seed, AUDIT_KEY) < AUDITED_SHARE
+        is_audited = is_audited | found.tally.get("is_astray", torch.zeros_like(is_audited))
         if batch.settled is None or batch.settled.contraction is None:
-            return is_drawn
-        return is_drawn | batch.settled.contraction.is_hard
+            return is_audited
+        return is_audited | batch.settled.contraction.is_hard
 
 
 AUDIT_KEY = 0x0A0D17
@@ -116,29 +119,33 @@ class _Again(NamedTuple):
     step: Step
 
     def finish(self, found: Optimum, rows: Tensor, has_trusted_losses: bool) -> tuple[Optimum, Tensor]:
-        """From the start, with all steps; also the samples of the batch whose solves have not reached the equilibrium.
+        """From the start, with all steps, and cold solves, which find the equilibrium that the judge finds where there
+        are several; where these reach none, again with warm ones. Also the samples of the batch that are left behind.
 
         Args:
             has_trusted_losses: whether the losses of `found` mean anything: only trusted ones were kept.
         """
         is_behind = torch.zeros_like(found.is_done)
-        if len(rows) == 0:
-            return found, is_behind
-        part = self.batch.take(rows)
-        again = self._search(part, self.step, FULL_STEPS)
-        is_behind = is_behind.index_put((rows,), ~(again.residual <= FULL_RTOL) & ~again.is_done)
-        return _merged(found, rows, again, has_trusted_losses), is_behind
+        for is_warm in (False, True):
+            if len(rows) == 0:
+                break
+            part = self.batch.take(rows)
+            again = self._search(part, replace(self.source, is_warm=is_warm), self.step, FULL_STEPS)
+            missed = ~(again.residual <= FULL_RTOL) & ~again.is_done
+            is_behind = is_behind.index_put((rows,), missed)
+            found, rows = _merged(found, rows, again, has_trusted_losses), rows[missed]
+        return found, is_behind
 
     def audit(self, found: Optimum, rows: Tensor) -> Optimum:
         """From where `found` ended, a few steps."""
         if len(rows) == 0:
             return found
         part = replace(self.batch.take(rows), start=found.variable[rows])
-        return _merged(found, rows, self._search(part, ProjectedAscent(AUDIT_STEP_SIZE), AUDIT_STEPS), True)
+        again = self._search(part, self.source, ProjectedAscent(AUDIT_STEP_SIZE), AUDIT_STEPS)
+        return _merged(found, rows, again, True)
 
-    def _search(self, part: Batch, step: Step, num_steps: int) -> Optimum:
-        keep = HighestLoss(FULL_RTOL, FULL_RTOL)
-        return self.attack.search(self.model, part, self.source, step, keep, num_steps)
+    def _search(self, part: Batch, source: Solved, step: Step, num_steps: int) -> Optimum:
+        return self.attack.search(self.model, part, source, step, HighestLoss(FULL_RTOL, FULL_RTOL), num_steps)
 
 
 def _proposal(found: Optimum, is_lagging: Tensor | None, counts: dict[str, float]) -> Proposal:
@@ -173,8 +180,14 @@ def _merged(found: Optimum, rows: Tensor, again: Optimum, has_trusted_losses: bo
         is_done=found.is_done.index_copy(0, rows, again.is_done),
         is_flat=found.is_flat.index_copy(0, rows, found.is_flat[rows] & again.is_flat),
         is_stopped=found.is_stopped or again.is_stopped,
-        tally=found.tally,
+        tally=found.tally | {"is_astray": _astray(found, rows, again)},
     )
+
+
+def _astray(found: Optimum, rows: Tensor, again: Optimum) -> Tensor:
+    """Rows whose state has gone astray in either; a source with full solves knows of none."""
+    known = found.tally.get("is_astray", torch.zeros_like(found.is_done))
+    return known.index_put((rows,), known[rows] | again.tally.get("is_astray", torch.zeros_like(again.is_done)))
 
 
 def full_ascent() -> ProjectedAscent:

@@ -29,6 +29,7 @@ class Batch:
     start    perturbation to begin with, like the images
     settled  the equilibrium at the clean images, if it is known
     leaves   whether samples that are done leave the batch
+    is_again whether the judge has refuted what the attack called fooled, so that all of these are attacked again
     """
 
     images: Tensor
@@ -39,6 +40,7 @@ class Batch:
     start: Tensor
     settled: Settled | None = None
     leaves: bool = False
+    is_again: bool = False
 
     def __len__(self) -> int:
         return len(self.images)

@@ -98,7 +98,7 @@ class Runs:
         refuted = claimed[~is_fooled.to(claimed.device)]
         self.diagnostics["num_refuted"] = float(len(refuted))
         if len(refuted):
-            self.batch = replace(self.batch, leaves=False)
+            self.batch = replace(self.batch, leaves=False, is_again=True)
             self.best = Best(self.best.delta, self.best.loss.index_fill(0, refuted, torch.nan))
             self.is_done = self.is_done.index_fill(0, refuted, False)
             self.attack(refuted)

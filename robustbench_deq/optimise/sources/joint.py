@@ -51,6 +51,10 @@ NO_MAP = _NoMap()
 SLOWER = 0.7
 LEAST_RELAXATION = 0.3
 """By what a row's relaxation falls where its state goes the wrong way, and no lower than this."""
+SETTLED = 0.03
+"""A residual up to which a state is not watched."""
+ASTRAY = 0.5
+"""A relaxation down to which a row's state has gone astray: twice the wrong way."""
 
 
 class Mixing(enum.Enum):
@@ -69,6 +73,7 @@ class JointState(NamedTuple):
     relaxation of state and adjoint, a factor a row of the state; None: the plain iteration everywhere
     size       what residuals are relative to, one a row of the state; None: the state's own
     last       the residuals of the last look, one a row of the state
+    is_astray  rows of the state that have gone the wrong way again and again, and were relaxed less and less
     """
 
     z: Tensor
@@ -81,6 +86,7 @@ class JointState(NamedTuple):
     relaxation: Tensor | None = None
     size: Tensor | None = None
     last: Tensor | None = None
+    is_astray: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,12 @@ class Joint(Source):
         absolute, residual = residual_norms(state.z, look.f)
         residual = residual if state.size is None else absolute / state.size
         if self.relaxes:
-            state = state._replace(relaxation=self._relaxation(state, residual, moment), last=residual)
+            relaxation = self._relaxation(state, residual, moment)
+            if relaxation is not None and relaxation is not state.relaxation:
+                is_astray = relaxation <= ASTRAY
+                is_astray = is_astray if state.is_astray is None else is_astray | state.is_astray
+                state = state._replace(is_astray=is_astray)
+            state = state._replace(relaxation=relaxation, last=residual)
         if state.relaxation is not None:
             factor = state.relaxation
             look = look._replace(f=_relaxed(state.z, look.f, factor), g=_relaxed(state.mu, look.g, factor))
@@ -172,7 +183,7 @@ class Joint(Source):
             factor = torch.where((factor <= 1.0) | (factor * residual <= 1.0), factor, 1.0)
         if state.last is None or moment.length > 0.5:
             return factor
-        is_growing = residual > state.last
+        is_growing = (residual > state.last) & (residual > SETTLED)
         if factor is None:
             if moment.number % self.check_every or not bool(is_growing.any()):
                 return None
@@ -224,13 +235,14 @@ class Joint(Source):
         pace = state.pace
         if pace is not None:
             pace = PaceState(pace.per_length[rows], pace.num_looks[rows], pace.has_moved[rows], pace.last_length)
-        whole = (state.u, state.relaxation, state.size, state.last)
-        u, relaxation, size, last = (None if part is None else part[kept] for part in whole)
+        whole = (state.u, state.relaxation, state.size, state.last, state.is_astray)
+        u, relaxation, size, last, is_astray = (None if part is None else part[kept] for part in whole)
         z, mu, num_moves = state.z[kept], state.mu[kept], state.num_moves[rows]
-        return JointState(z, mu, u, history, state.num_mixed, pace, num_moves, relaxation, size, last)
+        return JointState(z, mu, u, history, state.num_mixed, pace, num_moves, relaxation, size, last, is_astray)
 
     def tally(self, state: JointState) -> dict[str, Tensor]:
-        return {"perturbation_steps": state.num_moves}
+        is_astray = torch.zeros_like(state.num_moves, dtype=torch.bool) if state.is_astray is None else state.is_astray
+        return {"perturbation_steps": state.num_moves, "is_astray": is_astray}
 
     def _pack(self, z: Tensor, variable: Tensor, mu: Tensor) -> Tensor:
         if self.mixing is Mixing.STATE:
