@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.rows import per_sample
 from robustbench_deq.solvers import Anderson, Broyden, CellMap, NewtonKrylov, Picard, Solution, Solve, Status
 from robustbench_deq.solvers.base import residual_norms
 
@@ -135,8 +136,12 @@ def _unless_run_away(rung: Solve, model: EquilibriumModel, u: Tensor, z0: Tensor
 
 
 def _takes_first_steps(model: EquilibriumModel, u: Tensor, z0: Tensor, first: Tensor, z: Tensor) -> Tensor:
-    """Components of `z` that are far out, in units of their steps `first` at `z0`, and still take such steps."""
-    return ((z - z0).abs() > RUN_AWAY * first) & (_steps(model, u, z) > 0.1 * first)
+    """Components of `z` that are far out, in units of their steps `first` at `z0` and of the state, and still take such
+    steps."""
+    way = (z - z0).abs()
+    size = torch.linalg.vector_norm(way.flatten(1), dim=1)
+    is_far = (way > RUN_AWAY * first) & (way > 0.01 * per_sample(size, way))
+    return is_far & (_steps(model, u, z) > 0.1 * first)
 
 
 def _steps(model: EquilibriumModel, u: Tensor, z: Tensor) -> Tensor:
