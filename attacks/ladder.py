@@ -1,13 +1,13 @@
 """Joint attacks, and what is done where the joint iteration is not to be believed.
 
     search   the joint iteration on all samples
-    climb    again, twice as long, from where it ended, on those that are not fooled and have come half way to it
+    climb    again, twice as long, from where it ended, on those that are not fooled and have come most of the way
     lagging  a sample whose state is behind its equilibrium at the end is attacked again with full solves; so is one
              that was called fooled and is not, as the judge says: its loss was seen at another equilibrium
     audit    of those that would be called robust, a few steps with full solves from where the search ended: all that
              are hard (`optimise.contraction`), all whose states have gone astray, and a keyed share of the others
-    finish   where the audit fools more than `ALARM` of those it has looked at, all that are left are attacked again
-             with full solves
+    finish   where the audit fools more than `ALARM` of those it has looked at, the others of their kind (suspects, or
+             not) are attacked again with full solves
 
 The audit's verdict on some samples of a batch decides how the others of that batch are finished: the one place where a
 sample's batch mates matter. It can only add successes.
@@ -30,8 +30,8 @@ from robustbench_deq.randomness import keyed_uniform
 from robustbench_deq.rows import per_sample
 from robustbench_deq.solvers import Anderson, Solve
 
-REACH = 1.0
-"""A sample climbs when its loss has risen by at least this share of what is missing."""
+REACH = 0.5
+"""A sample climbs while what it has gained is at least `1 / REACH` times what is missing."""
 FULL_STEPS = 20
 FULL_RTOL = 1e-4
 AUDIT_STEPS = 3
@@ -85,23 +85,28 @@ class JointAttack(ObjectiveAttack[J]):
         counts["num_finished"] = float(len(lagging))
         if batch.leaves and not found.is_stopped:
             left = (~found.is_done).index_fill(0, lagging, False)
-            audited = (left & self._is_audited(batch, found)).nonzero()[:, 0]
+            is_suspect, is_drawn = self._suspects(batch, found), self._drawn(batch, found)
+            audited = (left & (is_suspect | is_drawn)).nonzero()[:, 0]
             found = again.audit(found, audited)
-            num_fooled = int(found.is_done[audited].sum())
-            counts |= {"num_audited": float(len(audited)), "num_audit_fooled": float(num_fooled)}
-            if num_fooled > 1 + ALARM * len(audited) and not found.is_stopped:
-                rest = (left & ~found.is_done).nonzero()[:, 0]
-                found, behind = again.finish(found, rest, True)
-                is_behind, counts["num_finished"] = is_behind | behind, float(len(lagging) + len(rest))
+            counts |= {"num_audited": float(len(audited)), "num_audit_fooled": float(found.is_done[audited].sum())}
+            for kind, looked_at in ((is_suspect, left & is_suspect), (~is_suspect, left & is_drawn & ~is_suspect)):
+                num_fooled, num_looked_at = int((found.is_done & looked_at).sum()), int(looked_at.sum())
+                if num_fooled > 1 + ALARM * num_looked_at and not found.is_stopped:
+                    rest = (left & kind & ~found.is_done).nonzero()[:, 0]
+                    found, behind = again.finish(found, rest, True)
+                    is_behind, counts["num_finished"] = is_behind | behind, counts["num_finished"] + len(rest)
         return _proposal(found, is_behind, counts)
 
-    def _is_audited(self, batch: Batch, found: Optimum) -> Tensor:
-        """Samples `(rows,)` whose outcome the audit looks at."""
-        is_audited = keyed_uniform(batch.ids.to(found.loss.device), batch.seed, AUDIT_KEY) < AUDITED_SHARE
-        is_audited = is_audited | found.tally.get("is_astray", torch.zeros_like(is_audited))
+    def _suspects(self, batch: Batch, found: Optimum) -> Tensor:
+        """Samples `(rows,)` that are hard, or whose states have gone astray."""
+        is_suspect = found.tally.get("is_astray", torch.zeros_like(found.is_done))
         if batch.settled is None or batch.settled.contraction is None:
-            return is_audited
-        return is_audited | batch.settled.contraction.is_hard
+            return is_suspect
+        return is_suspect | batch.settled.contraction.is_hard
+
+    def _drawn(self, batch: Batch, found: Optimum) -> Tensor:
+        """Samples `(rows,)` of the keyed share."""
+        return keyed_uniform(batch.ids.to(found.loss.device), batch.seed, AUDIT_KEY) < AUDITED_SHARE
 
 
 AUDIT_KEY = 0x0A0D17
