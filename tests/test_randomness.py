@@ -1,4 +1,4 @@
-"""Keyed normal numbers: their distribution, and that nothing but the key decides."""
+"""Keyed numbers: their distribution, and that nothing but the key decides."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from scipy.stats import kstest
 from torch import Tensor
 
-from robustbench_deq.randomness import keyed_normal
+from robustbench_deq.randomness import keyed_normal, keyed_uniform
 
 ROWS, COUNT = 400, 500
 
@@ -100,3 +100,25 @@ def test_bits_are_those_of_splitmix() -> None:
     expected = [math.sqrt(-2 * math.log(uniform[j])) * math.cos(2 * math.pi * uniform[count + j]) for j in range(count)]
     found = keyed_normal(torch.zeros(1, count, dtype=torch.float64), seed, torch.tensor([row]), counter)
     assert found[0].tolist() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("seed", "counter"), [(0, 0), (1, 7), (2**40, 1000), (-3, 0)])
+def test_one_number_a_row_is_uniform(seed: int, counter: int) -> None:
+    found = keyed_uniform(torch.arange(ROWS * COUNT), seed, counter)
+    assert found.dtype is torch.float64 and 0.0 < float(found.min()) < float(found.max()) < 1.0
+    assert kstest(found.numpy(), "uniform").pvalue > 1e-3
+    following = np.corrcoef(found[:-1].numpy(), found[1:].numpy())[0, 1]
+    assert abs(following) < 4.5 / math.sqrt(len(found))
+
+
+def test_one_number_a_row_depends_on_its_key_alone() -> None:
+    ids = torch.tensor([3, 2**40, 0, 17, 5])
+    whole = keyed_uniform(ids, 9, 4)
+    for rows in ([4, 0], [2], [1, 1, 3]):
+        assert torch.equal(keyed_uniform(ids[rows], 9, 4), whole[rows])
+    keys = [(0, 1, 0), (1, 0, 0), (0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 1), (0, 2, 0), (2, 0, 0), (0, 0, 2)]
+    drawn = torch.cat([keyed_uniform(torch.tensor([row]), seed, counter) for seed, row, counter in keys])
+    assert len(torch.unique(drawn)) == len(keys)
+    state = torch.get_rng_state()
+    keyed_uniform(ids, 0, 0)
+    assert torch.equal(torch.get_rng_state(), state)

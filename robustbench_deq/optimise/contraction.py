@@ -70,14 +70,14 @@ def estimate_contraction(model: Cell, z: Tensor, u: Tensor, start: Tensor) -> Co
         square = torch.nan_to_num(hessenberg[:, :krylov_size].double().cpu(), nan=torch.inf)
         is_finite = torch.isfinite(square).all(dim=(1, 2))
         eye = torch.eye(krylov_size, dtype=square.dtype)
-        # A space that is spent before it has all its dimensions leaves columns of zeros: put the identity there.
-        is_spent = (square == 0).all(1)
-        square = torch.where(is_finite[:, None, None], square - torch.diag_embed(is_spent.to(square)), eye)
-        ritz = -torch.linalg.eigvals(square)
-        relaxation = (1.0 / ritz.abs().amax(1).clamp_min(1e-12)).clamp_min(1.0)
-        plain, relaxed = (_left(eye + factor * square) for factor in (1.0, relaxation[:, None, None]))
+        square = torch.where(is_finite[:, None, None], square, eye)
+        # A space that is spent before it has all its dimensions leaves columns of zeros, and no error in them.
+        inside = torch.diag_embed((square != 0).any(1).to(square))
+        fastest = torch.linalg.eigvals(square).abs().amax(1)
+        relaxation = (1.0 / fastest.clamp_min(1e-12)).clamp_min(1.0)
+        plain, relaxed = (_left(inside + factor * square) for factor in (1.0, relaxation[:, None, None]))
         relaxation = torch.where(relaxed < plain, relaxation, 1.0)
-        rate = (1.0 - relaxation[:, None] * ritz).abs().amax(1)
+        rate = torch.linalg.eigvals(inside + relaxation[:, None, None] * square).abs().amax(1)
         found = ((relaxation, 1.0), (rate, 1.0), (torch.minimum(plain, relaxed), torch.inf))
         return Contraction(*(torch.where(is_finite, part, otherwise).to(z) for part, otherwise in found))
 

@@ -69,9 +69,9 @@ class CrossEntropy(Objective):
     def __call__(self, logits: Tensor) -> Tensor:
         spread = logits.detach().std(1, correction=0, keepdim=True)
         temperature = (spread / SPREAD).clamp_min(torch.finfo(logits.dtype).tiny)
-        scaled = logits / temperature
-        wrong = scaled.scatter(1, self.labels[:, None], -torch.inf).logsumexp(1)
-        return temperature[:, 0] * (wrong - scaled.gather(1, self.labels[:, None])[:, 0])
+        leads = logits - logits.gather(1, self.labels[:, None])  # before they are scaled: equal logits lead by nothing
+        wrong = (leads / temperature).scatter(1, self.labels[:, None], -torch.inf)
+        return temperature[:, 0] * wrong.logsumexp(1)
 
 
 @OBJECTIVES.register("margin")

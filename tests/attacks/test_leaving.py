@@ -51,12 +51,7 @@ class Setting(NamedTuple):
         """What is known of the rows `rows`."""
         with frozen(self.model):
             known = self.batch.known(self.model, self.x, attack.first_objective(self.y, None))
-        settled = known.settled
-        mu = None if settled.mu is None else settled.mu[rows]
-        return Clean(
-            settled._replace(z=settled.z[rows], mu=mu, amplification=settled.amplification[rows]),
-            known.is_correct[rows],
-        )
+        return Clean(known.settled.take(torch.arange(NUM)[rows]), known.is_correct[rows])
 
     def run(self, attack: Attack, rows: Tensor | slice = slice(None), **options: Any) -> AttackResult:
         ids = options.pop("sample_ids", torch.arange(NUM) + 40)
@@ -89,6 +84,10 @@ def setting(make_model, make_images) -> Setting:
 
 def attack_of(case: Case, **settings: Any) -> Attack:
     return case.attack(**{"epsilon": radius_of(case), "stop_at_success": True, "steps": 12, **settings})
+
+
+ONE_SEARCH = {"rounds": 1, "has_fallback": False}
+"""Joint attacks go on with samples that are left, which those without anybody leaving do not."""
 
 
 def refuses(rows: Tensor, images: Tensor) -> Tensor:
@@ -139,8 +138,8 @@ def test_all_are_attacked_where_none_may_leave_or_nothing_is_known(case: Case, s
 @every_case
 def test_leaving_saves_cost_and_loses_no_success(case: Case, setting: Setting) -> None:
     right = setting.batch.verdict.is_correct.nonzero()[:, 0]
-    stay = setting.run(attack_of(case, stop_at_success=False), right)
-    leave = setting.run(attack_of(case), right)
+    stay = setting.run(attack_of(case, stop_at_success=False, **ONE_SEARCH), right)
+    leave = setting.run(attack_of(case, **ONE_SEARCH), right)
     if case in LEAVING:
         assert float(cost_of(leave, len(right))[0]) < float(cost_of(stay, len(right))[0])
     else:
@@ -148,6 +147,23 @@ def test_leaving_saves_cost_and_loses_no_success(case: Case, setting: Setting) -
     fooled = setting.is_fooled(setting.x.index_copy(0, right, stay.x_adv))
     assert torch.equal(setting.is_fooled(setting.x.index_copy(0, right, leave.x_adv)), fooled)
     assert len(WRONG) < int(fooled.sum()) < NUM, "the radius must fool some of the samples, not all"
+
+
+@pytest.mark.parametrize("case", [case for case in LEAVING if case.name == "joint-pgd"], ids=named)
+def test_samples_that_are_left_are_attacked_further(case: Case, setting: Setting) -> None:
+    """Rounds, audit and full solves only add successes, and only those that are left pay for them."""
+    right = setting.batch.verdict.is_correct.nonzero()[:, 0]
+    whole, once = (setting.run(attack_of(case, **settings), right) for settings in ({}, {"rounds": 1}))
+    search = setting.run(attack_of(case, **ONE_SEARCH), right)
+    stay = setting.run(attack_of(case, stop_at_success=False), right)
+    fooled = [setting.is_fooled(setting.x.index_copy(0, right, found.x_adv)) for found in (search, once, whole, stay)]
+    for weaker, stronger in ((fooled[0], fooled[1]), (fooled[1], fooled[2]), (fooled[3], fooled[2])):
+        assert bool((stronger | ~weaker).all())
+    is_left = ~fooled[0][right]
+    assert torch.equal(whole.delta[~is_left], search.delta[~is_left]) and bool(is_left.any())
+    # Rounds of 24 and of 48 steps, on samples that are left alone: an evaluation and a product a step, one look more.
+    climbs = cost_of(whole, len(right)) - cost_of(once, len(right))
+    assert 0 < float(climbs[0]) <= int(is_left.sum()) * (24 + 1 + 48 + 1)
 
 
 # ---------------------------------------------------------------- who has the last word
@@ -188,7 +204,7 @@ def test_samples_that_leave_are_fooled_and_are_what_is_returned(case: Case, sett
 @every_case_that_leaves
 def test_samples_that_are_refuted_are_attacked_to_the_end(case: Case, settings: dict, setting: Setting) -> None:
     """A judge that believes nothing: all is as without leaving, at the cost of both."""
-    asked = Asked(refuses)
+    asked, settings = Asked(refuses), settings | ONE_SEARCH
     refuted = setting.run(attack_of(case, **settings), confirm=asked)
     leave, stay = (setting.run(attack_of(case, stop_at_success=leaves, **settings)) for leaves in (True, False))
     (rows,) = asked.rows
@@ -311,9 +327,19 @@ def test_what_was_refuted_is_forgotten_though_its_loss_was_higher(setting: Setti
     assert result.loss.tolist() == [5.0] * 3 + [1.0] + [5.0] * 6
 
 
-def test_a_success_on_a_rung_beats_a_higher_loss_below() -> None:
+def test_a_success_with_full_solves_beats_a_higher_loss_without() -> None:
+    no = torch.zeros(2, dtype=torch.bool)
     below = Optimum(
-        torch.zeros(2, 3), torch.full((2,), 2.0), torch.ones(2), None, None, torch.zeros(2).bool(), False, {}
+        variable=torch.zeros(2, 3),
+        loss=torch.full((2,), 2.0),
+        gain=torch.ones(2),
+        residual=torch.ones(2),
+        z=None,
+        mu=None,
+        is_done=no,
+        is_flat=no,
+        is_stopped=False,
+        tally={},
     )
     again = below._replace(
         variable=torch.ones(2, 3), loss=torch.ones(2), residual=torch.zeros(2), is_done=torch.tensor([True, False])

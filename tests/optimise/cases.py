@@ -51,13 +51,25 @@ SOURCES = {
 }
 
 
+def log_odds(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale-free cross-entropy and its gradient with respect to the logits, by hand: at a temperature T the loss is
+    `-T log(p_y / (1 - p_y))`, and its gradient the odds of the wrong classes among themselves, minus one at the true
+    class."""
+    temperature = logits.std(1, correction=0, keepdim=True) / 3.0
+    p = (logits / temperature).softmax(1)
+    true = F.one_hot(y, logits.shape[1]).to(p)
+    p_true = (p * true).sum(1)
+    loss = -temperature[:, 0] * (p_true / (1 - p_true)).log()
+    return loss, p * (1 - true) / (1 - p_true)[:, None] - true
+
+
 def exact(model: Linear, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Equilibrium `(I - A)^-1 u` and adjoint `(I - A^T)^-1 dL/dz*` of the cross-entropy."""
     with torch.no_grad():
         matrix = torch.eye(len(model.a), dtype=x.dtype) - model.a
         z = torch.linalg.solve(matrix, model.inject(x).mT).mT
-        wrong = model.head(z).softmax(1) - F.one_hot(y, model.num_classes)
-        return z, torch.linalg.solve(matrix.mT, (wrong @ model.readout.weight).mT).mT
+        slope = log_odds(model.head(z), y)[1]
+        return z, torch.linalg.solve(matrix.mT, (slope @ model.readout.weight).mT).mT
 
 
 def slope(model: Linear, x: Tensor, y: Tensor) -> Tensor:

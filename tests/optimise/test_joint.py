@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from robustbench_deq.attacks import JointPGD, JointPGDConfig
+from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.meter import Meter
+from robustbench_deq.models import Linear, LinearConfig
 from robustbench_deq.optimise import (
     NORMS,
     Classification,
+    Contraction,
     HighestLoss,
     Joint,
     Last,
@@ -19,17 +21,21 @@ from robustbench_deq.optimise import (
     Mixing,
     Norm,
     Objective,
+    Optimum,
     ProjectedAscent,
+    Settled,
     Shared,
+    estimate_contraction,
     optimise,
 )
+from robustbench_deq.optimise.contraction import NUM_PRODUCTS
 from robustbench_deq.optimise.objectives import CrossEntropy, CrossEntropyThenMargin, Margin
 from robustbench_deq.optimise.sources.base import Moment
 from robustbench_deq.optimise.sources.joint import augmented, loss_gradient
 from robustbench_deq.optimise.steps import At
 from robustbench_deq.solvers import Anderson, Picard, Solve
 from robustbench_deq.threats import Threat
-from tests.optimise.cases import DRIVERS, LABELS, best_of_linear, exact, run, slope
+from tests.optimise.cases import DRIVERS, LABELS, best_of_linear, exact, log_odds, run, slope
 
 every_driver = pytest.mark.parametrize("driver", DRIVERS.values(), ids=DRIVERS)
 every_norm = pytest.mark.parametrize("norm", [NORMS.get(name) for name in NORMS])
@@ -43,11 +49,11 @@ def test_one_look_gives_all_three_right_hand_sides(make_model, make_images) -> N
     z, mu = torch.randn(2, 4, 5, dtype=x.dtype, generator=torch.Generator().manual_seed(3))
     found = augmented(Classification(model, x, CrossEntropy(LABELS)), z, mu, delta)
     with torch.no_grad():
-        wrong = model.head(z).softmax(1) - F.one_hot(LABELS, 3)
+        loss, of_logits = log_odds(model.head(z), LABELS)
         torch.testing.assert_close(found.f, z @ model.a.mT + model.inject(x + delta))
-        torch.testing.assert_close(found.g, mu @ model.a + wrong @ model.readout.weight)
+        torch.testing.assert_close(found.g, mu @ model.a + of_logits @ model.readout.weight)
         torch.testing.assert_close(found.gradient, (mu @ model.injection.weight).view_as(x))
-        torch.testing.assert_close(found.loss, -model.head(z).log_softmax(1)[torch.arange(4), LABELS])
+        torch.testing.assert_close(found.loss, loss)
         torch.testing.assert_close(found.output, model.head(z))
     assert not any(part.requires_grad for part in found if part is not None)
 
@@ -73,8 +79,7 @@ def test_gradient_of_the_loss_with_respect_to_the_state_costs_no_evaluation(make
     with Meter(model) as meter:
         found = loss_gradient(Classification(model, x, CrossEntropy(LABELS)), z, torch.zeros_like(x))
     with torch.no_grad():
-        wrong = model.head(z).softmax(1) - F.one_hot(LABELS, 3)
-        torch.testing.assert_close(found, wrong @ model.readout.weight)
+        torch.testing.assert_close(found, log_odds(model.head(z), LABELS)[1] @ model.readout.weight)
     assert (meter.eval_rows, meter.vjp_rows) == (0, 0)
 
 
@@ -170,6 +175,24 @@ def test_a_step_costs_one_evaluation_and_one_product(driver: dict, make_model, m
     assert meter.num_steps == 12 * 4
 
 
+@pytest.mark.parametrize("has_contraction", [False, True], ids=["unknown", "known"])
+@pytest.mark.parametrize("family", ["test-linear", "deq-fc", "deq-conv"])
+def test_an_unknown_contraction_costs_one_evaluation_and_a_few_products(
+    family: str, has_contraction: bool, make_model, make_images
+) -> None:
+    model, x = make_model(family), make_images(4)
+    model.requires_grad_(False)
+    settled, more = known_at(model, x), 1 + 1
+    if has_contraction:
+        settled, more = settled._replace(contraction=contraction_at(model, x, settled)), 1
+    products = 0 if has_contraction else min(NUM_PRODUCTS, settled.z[0].numel())
+    problem, ball = Classification(model, x, CrossEntropy(LABELS)), Threat(Norm.L2, 0.3).ball(x)
+    options = {"num_steps": 12, "settled": settled}
+    with Meter(model) as meter:
+        optimise(problem, Joint(relaxes=True), ball, ProjectedAscent(0.5), Last(), torch.zeros_like(x), **options)
+    assert (meter.eval_rows, meter.vjp_rows) == (4 * (12 + more), 4 * (12 + products))
+
+
 class CountsInjections(Classification):
     calls = 0
 
@@ -209,6 +232,101 @@ def test_inner_steps_see_the_variable_that_has_just_moved(make_model, make_image
     torch.testing.assert_close(found.variable, delta)
     torch.testing.assert_close(found.mu, mu)
     torch.testing.assert_close(found.z, model.cell(z, model.inject(x + delta)).detach())
+
+
+# ---------------------------------------------------------------- relaxation
+
+
+class Damped(Linear):
+    """`f(z, u) = z + w (A z + u - z)`: the equilibria of the linear cell, whatever w is."""
+
+    damping = 1.0
+
+    def cell(self, z: Tensor, u: Tensor) -> Tensor:
+        return z + self.damping * (super().cell(z, u) - z)
+
+
+def damped(eigenvalues: list[float], damping: float = 1.0) -> Damped:
+    """With a symmetric matrix A of the given eigenvalues."""
+    config = LinearConfig(input_shape=(1, 4, 4), num_classes=3, hidden=len(eigenvalues))
+    model = Damped(config).double().eval().requires_grad_(False)
+    drawn = torch.randn(len(eigenvalues), len(eigenvalues), generator=torch.Generator().manual_seed(5))
+    basis = torch.linalg.qr(drawn.double())[0]
+    model.a.copy_(basis @ torch.diag(torch.tensor(eigenvalues, dtype=torch.float64)) @ basis.mT)
+    model.damping = damping
+    return model
+
+
+def known_at(model: EquilibriumModel, x: Tensor) -> Settled:
+    """The clean equilibrium, of known size."""
+    z = model.equilibrium(x).value.detach()
+    return Settled(z, None, torch.ones_like(z.flatten(1)[:, 0]), z.flatten(1).norm(dim=1))
+
+
+def contraction_at(model: EquilibriumModel, x: Tensor, settled: Settled) -> Contraction:
+    return estimate_contraction(model, settled.z, model.inject(x).detach(), settled.z)
+
+
+SLOW_EIGENVALUES = [0.85, 0.7, 0.55, 0.4, 0.3, 0.2]
+
+
+def relaxed_run(
+    eigenvalues: list[float], damping: float, x: Tensor, num_steps: int = 20, **options
+) -> tuple[Optimum, Meter]:
+    model = damped(eigenvalues, damping)
+    z, mu = exact(model, x, LABELS)
+    ones = torch.ones(4, dtype=x.dtype)
+    settled = Settled(z, mu / damping, ones, z.norm(dim=1))
+    settled = settled._replace(contraction=contraction_at(model, x, settled))
+    problem, ball = Classification(model, x, CrossEntropy(LABELS)), Threat(Norm.L2, 0.5).ball(x)
+    source, step, start = Joint(**{"relaxes": True, **options}), ProjectedAscent(0.8), torch.zeros_like(x)
+    with Meter(model) as meter:
+        keep, known = HighestLoss(0.1, 0.1), {"num_steps": num_steps, "settled": settled}
+        found = optimise(problem, source, ball, step, keep, start, **known)
+    return found, meter
+
+
+@pytest.mark.parametrize("inner_steps", [1, 3, None])
+@pytest.mark.parametrize("damping", [0.3, 0.1, 0.01, 1e-4])
+def test_a_damped_cell_is_attacked_as_the_undamped_one(damping: float, inner_steps: int | None, make_images) -> None:
+    x, options = make_images(4), {"inner_steps": inner_steps}
+    (plain, meter), (found, other) = (relaxed_run(SLOW_EIGENVALUES, w, x, **options) for w in (1.0, damping))
+    torch.testing.assert_close(found.variable, plain.variable, rtol=0, atol=1e-9)
+    torch.testing.assert_close(found.z, plain.z, rtol=0, atol=1e-9)
+    torch.testing.assert_close(damping * found.mu, plain.mu, rtol=0, atol=1e-8)
+    torch.testing.assert_close(found.loss, plain.loss, rtol=0, atol=1e-9)
+    torch.testing.assert_close(found.residual, plain.residual, rtol=1e-5, atol=1e-10)
+    assert (other.eval_rows, other.vjp_rows) == (meter.eval_rows, meter.vjp_rows) == (4 * 21, 4 * 20)
+    behind = relaxed_run(SLOW_EIGENVALUES, damping, x, relaxes=False, **options)[0]
+    assert float((behind.z - plain.z).norm()) > 0.05 * float(plain.z.norm())  # which is what it is for
+
+
+def test_a_cell_that_swings_up_is_damped_on_the_way_and_settles(make_images) -> None:
+    """An eigenvalue of -1.1: 60 plain steps multiply an error by 300. Steps of a half, where a row is damped down to
+    them, leave a twentieth of it each."""
+    x, eigenvalues = make_images(4), [-1.1, 0.5, 0.4, 0.3, 0.2, 0.1]
+    (found, _), (plain, _) = (relaxed_run(eigenvalues, 1.0, x, 60, relaxes=relaxes) for relaxes in (True, False))
+    z = exact(damped(eigenvalues), x + found.variable, LABELS)[0]
+    assert bool((found.residual < 1e-3).all()) and bool((plain.residual > 0.5).all())
+    assert bool(((found.z - z).norm(dim=1) < 1e-2 * z.norm(dim=1)).all())
+
+
+def test_relaxation_of_a_row_knows_nothing_of_its_batch_mates(make_images) -> None:
+    """Nor does the damping of rows that swing up."""
+    for eigenvalues in (SLOW_EIGENVALUES, [-1.1, 0.5, 0.4, 0.3, 0.2, 0.1]):
+        model, x = damped(eigenvalues, 0.9), make_images(4)
+        problem, settled = Classification(model, x, CrossEntropy(LABELS)), known_at(model, x)
+
+        def found_of(rows: list[int], problem=problem, settled=settled, x=x) -> Optimum:
+            take, ball = torch.tensor(rows), Threat(Norm.L2, 0.5).ball(x[rows])
+            arguments = (problem.take(take), Joint(relaxes=True), ball, ProjectedAscent(0.8), HighestLoss(0.1, 0.1))
+            return optimise(*arguments, torch.zeros_like(x[rows]), num_steps=20, settled=settled.take(take))
+
+        whole = found_of([0, 1, 2, 3])
+        for rows in ([2], [3, 0], [1, 3, 2, 0]):
+            part = found_of(rows)
+            torch.testing.assert_close(part.variable, whole.variable[rows], rtol=0, atol=1e-8)
+            torch.testing.assert_close(part.residual, whole.residual[rows], rtol=1e-5, atol=1e-9)
 
 
 def test_warm_up_is_a_solve_at_the_first_variable(make_model, make_images) -> None:

@@ -24,6 +24,7 @@ from robustbench_deq.optimise import (
     Norm,
     Optimum,
     ProjectedAscent,
+    Schedule,
     Settled,
     Source,
     Step,
@@ -175,7 +176,116 @@ def test_rows_of_a_large_residual_never_leave(amplification: float | None, limit
     )
     assert found.is_done.tolist() == [True, False, True, False, False]
     assert seen == [5] + [3] * 6
-    assert (found.variable == 0).flatten(1).all(1).tolist() == [True, False, True, False, False]
+    assert not bool(found.variable.any())  # they seem successful, and wait
+
+
+class Acted(Source):
+    """Shows at every look what a script says of each row, `(looks, rows)`: whether it seems successful, and its
+    residual."""
+
+    def __init__(self, is_success: list[list[bool]], residual: list[list[float]]) -> None:
+        self.is_success, self.residual = torch.tensor(is_success), torch.tensor(residual, dtype=torch.float64)
+        self.seen: list[Tensor] = []
+
+    def start(self, problem, variable: Tensor, settled: Settled | None) -> Acting:
+        return Acting(torch.arange(len(variable)))
+
+    def look(self, problem, state: Acting, variable: Tensor, moment) -> tuple[Look, Acting]:
+        self.seen.append(variable.clone())
+        return self._at(moment.number, problem, state, variable), state
+
+    def close(self, problem, state: Acting, variable: Tensor) -> tuple[Look, Acting]:
+        return self._at(-1, problem, state, variable)._replace(gradient=None), state
+
+    def take(self, problem, state: Acting, rows: Tensor) -> Acting:
+        return Acting(state.row[rows])
+
+    def _at(self, number: int, problem, state: Acting, variable: Tensor) -> Look:
+        is_success = self.is_success[number][state.row]
+        label = torch.where(is_success, 1 - problem.objective.labels, problem.objective.labels)
+        output = torch.nn.functional.one_hot(label, 2).to(variable)
+        residual = self.residual[number][state.row]
+        return Look(problem.losses(output, variable, 1.0).compared, residual, output, torch.ones_like(variable))
+
+
+class Acting(NamedTuple):
+    row: Tensor
+    z: Tensor | None = None
+    mu: Tensor | None = None
+
+
+def act(source: Source, leaves: bool, make_images, **options) -> Optimum:
+    """Constant steps of a tenth of the radius, so that the size of a variable tells how often it has moved."""
+    x, y = 0.3 + 0.4 * make_images(3), torch.tensor([0, 1, 0])
+    problem, step = Classification(None, x, Margin(y)), ProjectedAscent(0.1, Schedule.CONSTANT)
+    ball, start = Ball(Norm.L2, 0.3, x), torch.zeros_like(x)
+    return optimise(problem, source, ball, step, Last(), start, num_steps=6, leaves=leaves, **options)
+
+
+def num_moves(variable: Tensor) -> list[int]:
+    return [round(float(size)) for size in Norm.L2.size(variable) / 0.03]
+
+
+def test_what_seems_successful_stands_still_until_its_state_has_settled(make_images) -> None:
+    """The first row is right, and leaves where its state has settled; the second was wrong, and moves on; the third
+    never seems successful."""
+    yes, no = True, False
+    is_success = [[no, no, no], [yes, yes, no], [yes, yes, no], [yes, no, no], [yes, no, no], [yes, no, no]]
+    residual = [[0.1] * 3, [0.1] * 3, [0.05] * 3, [1e-3] * 3, [1e-3] * 3, [1e-3] * 3]
+    source = Acted(is_success, residual)
+    found = act(source, True, make_images)
+    assert [num_moves(variable) for variable in source.seen] == [
+        [0, 0, 0],
+        [1, 1, 1],
+        [1, 1, 2],
+        [1, 1, 3],  # here the first has left with its one step
+        [2, 4],
+        [3, 5],
+    ]
+    assert num_moves(found.variable) == [1, 4, 6] and found.is_done.tolist() == [True, False, False]
+    stayed = act(Acted(is_success, residual), False, make_images)
+    assert num_moves(stayed.variable) == [6, 6, 6] and not bool(stayed.is_done.any())
+
+
+def test_gain_is_from_the_first_look_to_what_is_kept(make_images) -> None:
+    yes, no = True, False
+    found = act(Acted([[no, yes, no]] + [[no] * 3] * 4 + [[yes, no, no]], [[1.0] * 3] * 6), False, make_images)
+    assert found.loss.tolist() == [1.0, -1.0, -1.0] and found.gain.tolist() == [2.0, -2.0, 0.0]
+
+
+class Flat(Acted):
+    """No slope at the first looks, as many for each row as `flats` says."""
+
+    flats = (1, 2, 6)
+
+    def look(self, problem, state: Acting, variable: Tensor, moment) -> tuple[Look, Acting]:
+        look, state = super().look(problem, state, variable, moment)
+        is_flat = torch.tensor(self.flats)[state.row] > moment.number
+        return look._replace(gradient=(~is_flat).to(variable)[:, None, None, None] * look.gradient), state
+
+
+def test_rows_without_a_slope_in_the_first_two_looks_are_flat(make_images) -> None:
+    found = act(Flat([[False] * 3] * 6, [[0.0] * 3] * 6), False, make_images)
+    assert found.is_flat.tolist() == [False, True, True]
+    gone = act(Flat([[True, False, True]] * 6, [[0.0] * 3] * 6), True, make_images)
+    assert gone.is_done.tolist() == [True, False, True] and gone.is_flat.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("leaves", [False, True], ids=["stay", "leave"])
+def test_without_a_closing_look_the_last_variable_costs_none_and_has_no_loss(leaves: bool, fooled_by_half) -> None:
+    model, options = fooled_by_half[0], {"keep": Last(), "leaves": leaves, "num_steps": 7}
+    model.requires_grad_(False)
+    with Meter(model) as whole:
+        closed = attacked(fooled_by_half, Joint(), **options)
+    with Meter(model) as meter:
+        found = attacked(fooled_by_half, Joint(), settles=False, **options)
+    left = int((~(found.is_done if leaves else torch.zeros(9, dtype=torch.bool))).sum())
+    assert whole.eval_rows - meter.eval_rows == left and whole.vjp_rows == meter.vjp_rows
+    assert torch.equal(found.variable, closed.variable)
+    is_left = torch.isnan(found.loss)
+    assert int(is_left.sum()) == left and torch.equal(found.loss[~is_left], closed.loss[~is_left])
+    if not leaves:
+        assert meter.eval_rows == 7 * 9
 
 
 class FooledAtTheEnd(Given):

@@ -18,6 +18,7 @@ from robustbench_deq.optimise.objectives import (
     Margin,
     Targeted,
 )
+from tests.optimise.cases import log_odds
 
 LABELS = torch.tensor([0, 2, 1, 3, 3])
 NAMED = [OBJECTIVES.get(name) for name in OBJECTIVES]
@@ -68,15 +69,65 @@ def test_margin_is_the_gap_to_the_best_wrong_class() -> None:
     assert Margin(torch.tensor([1, 0]))(logits).tolist() == [-2.0, 4.0]
 
 
-@given(seeds)
-def test_cross_entropy_is_the_log_loss_and_targeted_its_negative(seed: int) -> None:
+@given(seeds, st.floats(1e-3, 1e3), st.floats(-50.0, 50.0))
+def test_cross_entropy_is_the_log_odds_at_a_temperature_of_the_logits(seed: int, scale: float, shift: float) -> None:
     logits = logits_of(seed)
-    expected = -logits.log_softmax(1)[torch.arange(5), LABELS]
-    torch.testing.assert_close(CrossEntropy(LABELS)(logits), expected)
+    expected, slope = log_odds(logits, LABELS)
+    leaf = (scale * logits + shift).requires_grad_()
+    found = CrossEntropy(LABELS)(leaf)
+    torch.testing.assert_close(found / scale, expected, rtol=1e-7, atol=1e-9)
     torch.testing.assert_close(Targeted(CrossEntropy(LABELS))(logits), -expected)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), leaf)[0], slope, rtol=1e-7, atol=1e-9)
 
 
-def test_staged_objective_ascends_the_log_loss_then_the_margin() -> None:
+@given(seeds)
+def test_cross_entropy_points_where_the_log_loss_at_its_temperature_does(seed: int) -> None:
+    """The log-loss is `log(1 + exp(loss / T))`, an increasing function of it: autograd of torch's own."""
+    logits = logits_of(seed)
+    leaf = logits.clone().requires_grad_()
+    mine = torch.autograd.grad(CrossEntropy(LABELS)(leaf).sum(), leaf)[0]
+    temperature = logits.std(1, correction=0, keepdim=True) / 3.0
+    other = torch.autograd.grad(F.cross_entropy(leaf / temperature, LABELS, reduction="sum"), leaf)[0]
+    torch.testing.assert_close(F.cosine_similarity(mine, other), torch.ones(5).double(), rtol=0, atol=1e-9)
+    direct = (CrossEntropy(LABELS)(logits) / temperature[:, 0]).exp().log1p()
+    torch.testing.assert_close(direct, F.cross_entropy(logits / temperature, LABELS, reduction="none"))
+
+
+@pytest.mark.parametrize("is_targeted", [False, True], ids=["untargeted", "targeted"])
+@pytest.mark.parametrize("kind", NAMED)
+def test_no_scale_of_the_logits_changes_a_direction_of_ascent(kind: type, is_targeted: bool) -> None:
+    """In single precision, where the log-loss of logits times 1000 has no slope left."""
+    logits = 2.0 * torch.randn(300, 10, generator=torch.Generator().manual_seed(3))
+    labels = torch.arange(300) % 10
+    logits[torch.arange(200), labels[:200]] += 8.0  # most of them are sure of their class
+    is_third = (logits.topk(3).indices[:, 2] == labels) if kind is DLR else torch.zeros(300, dtype=torch.bool)
+    assert int(is_third.sum()) < 20  # where the true class is the third, DLR is the constant 1
+    logits, labels = logits[~is_third], labels[~is_third]
+    objective = Targeted(kind(labels)) if is_targeted else kind(labels)
+
+    def directions(scale: float, progress: float) -> Tensor:
+        leaf = (scale * logits).requires_grad_()
+        slope = torch.autograd.grad(objective.at(progress)(leaf).sum(), leaf)[0]
+        assert bool((slope != 0).any(1).all()), scale
+        return slope / slope.norm(dim=1, keepdim=True)
+
+    for progress in (0.0, 0.9):
+        expected = directions(1.0, progress)
+        for scale in (1e-3, 1e-1, 1e2, 1e3, 1e5):
+            torch.testing.assert_close(directions(scale, progress), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", NAMED)
+@pytest.mark.parametrize("value", [0.0, 5.0, -1e4])
+def test_equal_logits_have_a_loss_and_a_slope(kind: type, value: float) -> None:
+    leaf = torch.full((5, 4), value, requires_grad=True)
+    loss = kind(LABELS).at(0.0)(leaf)
+    slope = torch.autograd.grad(loss.sum(), leaf)[0]
+    assert bool(torch.isfinite(loss).all()) and bool((loss.abs() < 1e-6).all())
+    assert bool(torch.isfinite(slope).all()) and bool((slope[torch.arange(5), LABELS] < 0).all())
+
+
+def test_staged_objective_ascends_the_cross_entropy_then_the_margin() -> None:
     logits, staged = logits_of(3), CrossEntropyThenMargin(LABELS)
     for progress, kind in ((0.0, CrossEntropy), (0.49, CrossEntropy), (0.5, Margin), (1.0, Margin)):
         torch.testing.assert_close(staged.at(progress)(logits), kind(LABELS)(logits))

@@ -48,13 +48,12 @@ class _NoMap(FixedPointMap):
 
 
 NO_MAP = _NoMap()
-SLOWER = 0.7
+SLOWER = 0.5
 LEAST_RELAXATION = 0.3
-"""By what a row's relaxation falls where its state goes the wrong way, and no lower than this."""
+"""By what a row's relaxation falls at every look of `check_every` where its state goes the wrong way, and no lower than
+this. A row that comes down to it has gone astray."""
 SETTLED = 0.03
 """A residual up to which a state is not watched."""
-ASTRAY = 0.5
-"""A relaxation down to which a row's state has gone astray: twice the wrong way."""
 
 
 class Mixing(enum.Enum):
@@ -72,7 +71,7 @@ class JointState(NamedTuple):
     num_moves  steps that each row of the variable has taken
     relaxation of state and adjoint, a factor a row of the state; None: the plain iteration everywhere
     size       what residuals are relative to, one a row of the state; None: the state's own
-    last       the residuals of the last look, one a row of the state
+    last       the absolute residuals of the last look, one a row of the state
     is_astray  rows of the state that have gone the wrong way again and again, and were relaxed less and less
     """
 
@@ -159,12 +158,12 @@ class Joint(Source):
         absolute, residual = residual_norms(state.z, look.f)
         residual = residual if state.size is None else absolute / state.size
         if self.relaxes:
-            relaxation = self._relaxation(state, residual, moment)
+            relaxation = self._relaxation(state, absolute, residual, moment)
             if relaxation is not None and relaxation is not state.relaxation:
-                is_astray = relaxation <= ASTRAY
+                is_astray = relaxation <= LEAST_RELAXATION
                 is_astray = is_astray if state.is_astray is None else is_astray | state.is_astray
                 state = state._replace(is_astray=is_astray)
-            state = state._replace(relaxation=relaxation, last=residual)
+            state = state._replace(relaxation=relaxation, last=absolute)
         if state.relaxation is not None:
             factor = state.relaxation
             look = look._replace(f=_relaxed(state.z, look.f, factor), g=_relaxed(state.mu, look.g, factor))
@@ -175,19 +174,19 @@ class Joint(Source):
             look, state = look._replace(is_moving=ready), state._replace(pace=pace)
         return look, state
 
-    def _relaxation(self, state: JointState, residual: Tensor, moment: Moment) -> Tensor | None:
+    def _relaxation(self, state: JointState, absolute: Tensor, residual: Tensor, moment: Moment) -> Tensor | None:
         """Less for rows whose state goes the wrong way: none where it is farther off than its equilibrium was from the
         start, damping where its residual grows although the steps of the variable shrink."""
         factor = state.relaxation
         if factor is not None:
             factor = torch.where((factor <= 1.0) | (factor * residual <= 1.0), factor, 1.0)
-        if state.last is None or moment.length > 0.5:
+        if state.last is None or moment.length > 0.5 or moment.number % self.check_every:
             return factor
-        is_growing = (residual > state.last) & (residual > SETTLED)
+        is_growing = (absolute > state.last) & (residual > SETTLED)
         if factor is None:
-            if moment.number % self.check_every or not bool(is_growing.any()):
+            if not bool(is_growing.any()):
                 return None
-            factor = torch.ones_like(residual)
+            factor = torch.ones_like(absolute)
         return torch.where(is_growing, (SLOWER * factor).clamp_min(LEAST_RELAXATION), factor)
 
     def advance(
