@@ -191,9 +191,12 @@ def start_of(case: Case) -> At:
 
 
 def step_works(model: EquilibriumModel, case: Case, at: At) -> dict[str, Work]:
-    """The three parts at `at`, by name; what each returns first is compared with what others return."""
+    """The three parts at `at`, by name; what each returns first is compared with what others return.
+
+    The whole run is that of training: relaxation looks at values on the host, which a graph cannot.
+    """
     x, y, steps = case.x, case.y, case.size.steps
-    config = JointPGDConfig()
+    config = JointPGDConfig(has_fallback=False)
     problem = Classification(model, x, config.bind(y, None))
     parts = (config.source(), THREAT.ball(x), ProjectedAscent(config.step_size, config.schedule), config.highest_loss())
     settled = Settled(at.z, at.mu, x.new_ones(len(x)))

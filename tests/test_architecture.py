@@ -39,12 +39,12 @@ MAY_IMPORT = {
     "records": "configs errors files",
     "evaluate": "adjoints data equilibrium errors memory meter models optimise proportions protocol records rows "
     "solvers",
-    "runner": "configs data equilibrium errors evaluate files memory models proportions protocol quiet records "
-    "solvers specs threats",
+    "runner": "configs data equilibrium errors evaluate files memory models optimise proportions protocol quiet "
+    "records solvers specs threats",
     "training": "adjoints configs data equilibrium errors evaluate files models protocol registry rows solvers specs "
     "threats",
     "report": "configs errors files proportions records",
-    "attacks": "adjoints configs equilibrium errors optimise protocol rows solvers threats",
+    "attacks": "adjoints configs equilibrium errors optimise protocol randomness rows solvers threats",
     "commands": "*",
 }
 """For each part of the package (a module or a folder), the other parts that it may import, as seen from the source

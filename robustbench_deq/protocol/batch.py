@@ -68,7 +68,7 @@ class Proposal:
     is_lagging   samples `(rows,)` whose state is behind its equilibrium to the end, full solves or not; None: unknown
     is_flat      samples `(rows,)` that have no slope to climb, a gradient of exactly zero; None: unknown
     z, mu        state and adjoint at the end, if the attack has them: training starts from these
-    diagnostics  counts and means worth recording, such as samples that needed a fallback
+    diagnostics  counts and means worth recording, such as samples that were attacked again
     """
 
     delta: Tensor

@@ -1,6 +1,6 @@
 """The clean equilibria of a suite's folder: solved once a batch of a model, whichever attack or worker comes first.
 
-    DIR/clean/KEY.safetensors   what the judge has found on a batch (`evaluate.clean`), with the adjoints asked for
+    DIR/clean/KEY.safetensors   what the judge has found on a batch (`evaluate.clean`), with what attacks have asked for
     DIR/clean/KEY.lock          while a process solves, others that need the same batch wait for it
 
 The folder goes when all shards are done. A file that is missing or damaged is solved again.
@@ -40,7 +40,7 @@ class CleanStore:
         self, run: Run, rows: slice, device: torch.device, solve: Callable[[], CleanBatch]
     ) -> Iterator[CleanBatch]:
         """The clean batch of the samples `rows` of a run, from `solve` if nobody has solved it. Adjoints that it gains
-        in the block are kept."""
+        in the block are kept, and the contraction that comes with the first."""
         content = json.dumps([run.model_digest, run.digest, rows.start, rows.stop, device.type])
         path = self.folder / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.safetensors"
         with self._alone(path):
@@ -53,7 +53,9 @@ class CleanStore:
         if set(clean.adjoints) - known:
             with self._alone(path):
                 others = _read(path, device)
-                clean.adjoints = {**clean.adjoints, **(others.adjoints if others is not None else {})}
+                if others is not None:
+                    clean.adjoints = {**clean.adjoints, **others.adjoints}
+                    clean.contraction = clean.contraction or others.contraction
                 _write(path, clean)
 
     def clear(self) -> None:

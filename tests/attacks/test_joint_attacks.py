@@ -361,7 +361,7 @@ def test_who_is_searched_again_with_what(make_model, make_images) -> None:
         "is_done": rows < 2,
         "residual": torch.where((rows == 2) | (rows == 3), 0.2, 0.0).double(),
         "loss": torch.full((10,), -1.0).double(),
-        "gain": torch.where((rows == 4) | (rows == 5), 1.5, 0.5).double(),
+        "gain": torch.where((rows == 4) | (rows == 5), 2.5, 0.5).double(),
     }
     seed = next(seed for seed in range(100) if is_drawn(rows, seed).tolist()[6:] == [True, False, False, False])
     result = attack(model, x, y, seed=seed)

@@ -219,8 +219,9 @@ def test_samples_that_are_refuted_are_attacked_to_the_end(case: Case, settings: 
 @every_case_that_leaves
 def test_only_samples_that_are_refuted_are_attacked_again(case: Case, setting: Setting) -> None:
     asked = Asked(lambda rows, images: torch.arange(len(rows)) != 1)
-    mixed, leave = setting.run(attack_of(case), confirm=asked), setting.run(attack_of(case))
-    stay = setting.run(attack_of(case, stop_at_success=False))
+    attack = attack_of(case, **ONE_SEARCH)
+    mixed, leave = setting.run(attack, confirm=asked), setting.run(attack)
+    stay = setting.run(attack_of(case, stop_at_success=False, **ONE_SEARCH))
     row = int(asked.rows[0][1])
     others = torch.arange(NUM) != row
     assert torch.equal(mixed.delta[others], leave.delta[others])

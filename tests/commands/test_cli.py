@@ -31,6 +31,7 @@ from robustbench_deq.commands import report as report_command
 from robustbench_deq.configs import read_yaml, validate
 from robustbench_deq.data import DATASETS, SplitName, load, sources, splits
 from robustbench_deq.errors import RunError
+from robustbench_deq.evaluate.evaluation import evaluate
 from robustbench_deq.models import FAMILIES, MODELS, describe_model, list_models, load_folder, load_model, save_model
 from robustbench_deq.optimise import Norm
 from robustbench_deq.records.store import load_records
@@ -175,6 +176,19 @@ def test_models_shows_what_the_cards_say() -> None:
 def test_models_that_are_none_are_one_line(args: tuple[str, ...], said: str) -> None:
     line = refused("models", *args)
     assert said in line and len(line) < 300
+
+
+@pytest.mark.parametrize(("num_lagging", "num_flat"), [(None, None), (0, 0), (2, 0), (0, 3)])
+def test_attack_shows_what_its_record_warns_of(num_lagging: int | None, num_flat: int | None, capsys) -> None:
+    threat = Threat(Norm.L2, 0.1)
+    found = evaluate(load_model("test-linear.tiny"), build_attack("noise", threat, {}), load("digits", limit=4))
+    changes = {"num_lagging": num_lagging, "num_zero_gradient": num_flat, "diagnostics": {"num_audited": 4.0}}
+    attack_command._echo_result(found._replace(record=found.record.model_copy(update=changes)), None)
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert ("lagging" in shown) == bool(num_lagging) and ("zero" in shown) == bool(num_flat)
+    assert not num_lagging or shown["lagging"].startswith(f"{num_lagging}: ")
+    assert not num_flat or shown["zero"].startswith(f"gradient     {num_flat}: ")
+    assert shown["full"].endswith("audited 4")
 
 
 def test_attacks_lists_every_setting_with_its_default() -> None:

@@ -1,4 +1,4 @@
-"""What is known of clean images: the judge's own verdict, the error a unit of residual, adjoints; each solved once."""
+"""What is known of clean images: the judge's verdict, sizes, how the cell contracts, adjoints; each solved once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from robustbench_deq.evaluate.evaluation import evaluate
 from robustbench_deq.evaluate.judge import judge
 from robustbench_deq.meter import Meter
 from robustbench_deq.models import FAMILIES, Linear, LinearConfig
-from robustbench_deq.optimise import Norm
+from robustbench_deq.optimise import Norm, estimate_contraction
 from robustbench_deq.optimise.objectives import CrossEntropy, Margin, Targeted
 from robustbench_deq.protocol import Attack
 from robustbench_deq.threats import Threat
@@ -89,14 +89,20 @@ def exact(model: Linear, x: Tensor) -> Tensor:
     return torch.linalg.solve(eye - model.a, Linear.inject(model, x).mT).mT.detach()
 
 
-def test_state_and_amplification_have_their_closed_form(build) -> None:
-    """From zero, `f(z0) - z0 = u`."""
+def test_what_is_known_of_a_state_has_its_closed_form(build) -> None:
+    """From zero, `f(z0) - z0 = u` and the way to the equilibrium is the equilibrium."""
     model, x, y = build()
     found, z = judge_clean(model, x, y), exact(model, x)
-    torch.testing.assert_close(found.z, z, rtol=1e-4, atol=1e-5)
-    expected = (z.norm(dim=1) / model.inject(x).norm(dim=1)).detach()
+    first = model.inject(x).norm(dim=1).detach()
+    for mine in (found.z, found.distance):
+        torch.testing.assert_close(mine, z, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.first, first)
+    settled = found.known(model, x, None).settled
+    assert settled.size is not None and settled.contraction is None and found.contraction is None
+    torch.testing.assert_close(settled.size, z.norm(dim=1), rtol=1e-4, atol=0)
+    expected = z.norm(dim=1) / first
     assert float(expected.min()) > 1.1
-    torch.testing.assert_close(found.amplification, expected, rtol=1e-3, atol=0)
+    torch.testing.assert_close(settled.amplification, expected, rtol=1e-3, atol=0)
 
 
 def test_no_amplification_is_below_one(build) -> None:
@@ -104,15 +110,92 @@ def test_no_amplification_is_below_one(build) -> None:
     model, x, y = build()
     with torch.no_grad():
         model.a.copy_(-0.5 * torch.eye(5))
-    assert judge_clean(model, x, y).amplification.tolist() == [1.0] * NUM
+    for objective in (None, CrossEntropy(y)):
+        known = judge_clean(model, x, y).known(model, x, objective)
+        assert known.settled.amplification.tolist() == [1.0] * NUM
 
 
-def test_a_damped_cell_has_the_same_equilibrium_at_a_larger_amplification(build) -> None:
+SPECTRUM = torch.tensor([0.1, 0.25, 0.4, 0.55, 0.7], dtype=torch.float64)
+"""Eigenvalues of a cell that is itself slow: those of `I - J` go up to 0.9, so that it is relaxed by 1 / 0.9."""
+
+
+@pytest.fixture
+def spectra(build):
+    """A cell of `SPECTRUM`, its damped copy, their images and labels, and an orthogonal matrix of eigenvectors."""
     (plain, x, y), (damped, _, _) = build(), build(Damped)
-    one, other = judge_clean(plain, x, y), judge_clean(damped, x, y)
+    basis = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    for model in (plain, damped):
+        with torch.no_grad():
+            model.a.copy_(basis @ torch.diag(SPECTRUM) @ basis.mT)
+    return plain, damped, x, y
+
+
+def test_a_damped_cell_has_the_same_amplification(spectra) -> None:
+    """Its residuals are smaller by the damping, its relaxation larger by it."""
+    plain, damped, x, y = spectra
+    one, other = (judge_clean(model, x, y).known(model, x, Margin(y)).settled for model in (plain, damped))
     torch.testing.assert_close(other.z, one.z, rtol=1e-3, atol=1e-4)
-    expected = exact(plain, x).norm(dim=1) / (damped.weight * plain.inject(x).norm(dim=1))
-    torch.testing.assert_close(other.amplification, expected.detach(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(other.size, one.size, rtol=1e-4, atol=0)
+    torch.testing.assert_close(other.amplification, one.amplification, rtol=1e-3, atol=0)
+    relaxation = 1 / (1 - SPECTRUM.min())
+    for settled, weight in ((one, 1.0), (other, damped.weight)):
+        torch.testing.assert_close(settled.contraction.relaxation, (relaxation / weight).expand(NUM), rtol=1e-6, atol=0)
+    expected = one.z.norm(dim=1) / plain.inject(x).norm(dim=1) / relaxation
+    torch.testing.assert_close(one.amplification, expected.detach(), rtol=1e-3, atol=0)
+
+
+def test_an_attack_without_a_gradient_sees_the_damped_cell_as_it_is(spectra) -> None:
+    plain, damped, x, y = spectra
+    one, other = (judge_clean(model, x, y).known(model, x, None).settled for model in (plain, damped))
+    torch.testing.assert_close(other.amplification, one.amplification / damped.weight, rtol=1e-3, atol=0)
+
+
+def test_contraction_has_its_closed_form(spectra) -> None:
+    """Five products span all of the state, so that every eigenvalue is known: the slowest is left of an error."""
+    plain, damped, x, y = spectra
+    for model, weight in ((plain, 1.0), (damped, damped.weight)):
+        found = judge_clean(model, x, y)
+        found.known(model, x, CrossEntropy(y))
+        assert found.contraction is not None
+        slowest = 1 - (1 - SPECTRUM.max()) / (1 - SPECTRUM.min())
+        torch.testing.assert_close(found.contraction.rate, slowest.expand(NUM), rtol=1e-6, atol=1e-9, msg=str(weight))
+        torch.testing.assert_close(found.contraction.left, (slowest**16).expand(NUM), rtol=1e-6, atol=1e-9)
+        assert not found.contraction.is_hard.any()
+
+
+class Shifted(Linear):
+    """The state of `Linear` plus a constant: another origin of the same coordinates."""
+
+    shift = 100.0
+
+    def cell(self, z: Tensor, u: Tensor) -> Tensor:
+        return super().cell(z - self.shift, u) + self.shift
+
+    def head(self, z: Tensor) -> Tensor:
+        return super().head(z - self.shift)
+
+    def initial_state(self, u: Tensor) -> Tensor:
+        return super().initial_state(u) + self.shift
+
+
+class Started(Linear):
+    """Its iteration starts within rounding of the equilibrium."""
+
+    def initial_state(self, u: Tensor) -> Tensor:
+        return torch.linalg.solve(torch.eye(5, dtype=u.dtype) - self.a, u.mT).mT
+
+
+def test_sizes_do_not_change_with_the_origin(build) -> None:
+    (plain, x, y), (shifted, _, _) = build(), build(Shifted)
+    one, other = (judge_clean(model, x, y).known(model, x, None).settled for model in (plain, shifted))
+    torch.testing.assert_close(other.size, one.size, rtol=1e-2, atol=0)  # the judge's tolerance is of the whole state
+
+
+def test_a_start_at_the_equilibrium_takes_the_size_of_the_state(build) -> None:
+    model, x, y = build(Started)
+    settled = judge_clean(model, x, y).known(model, x, CrossEntropy(y)).settled
+    torch.testing.assert_close(settled.size, exact(model, x).norm(dim=1), rtol=1e-4, atol=0)
+    assert bool(torch.isfinite(settled.amplification).all())
 
 
 @pytest.mark.parametrize("make", [CrossEntropy, Margin, lambda y: Targeted(CrossEntropy((y + 1) % 3))])
@@ -137,7 +220,20 @@ def test_adjoint_that_no_solve_finds_is_the_losss_own_gradient(build) -> None:
     found = solve_adjoint(model, x, z, CrossEntropy(y))
     leaf = z.clone().requires_grad_()
     (v,) = torch.autograd.grad(CrossEntropy(y)(model.head(leaf)).sum(), leaf)
+    assert bool((v != 0).any(1).all())
     torch.testing.assert_close(found, v)
+
+
+def test_adjoint_of_a_slow_cell_is_found_for_all_its_size(spectra) -> None:
+    """It is 80 times the plain cell's, so that a residual of 1e-3 is much beside the loss's own gradient."""
+    _, damped, x, y = spectra
+    damped.weight = 0.0125
+    z = exact(damped, x)
+    found, leaf = solve_adjoint(damped, x, z, Margin(y)), z.clone().requires_grad_()
+    (v,) = torch.autograd.grad(Margin(y)(damped.head(leaf)).sum(), leaf)
+    expected = torch.linalg.solve(torch.eye(5, dtype=x.dtype) - damped.a.mT, v.mT).mT.detach() / damped.weight
+    assert bool((expected.norm(dim=1) > 80 * v.norm(dim=1)).all())
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.1 * float(expected.norm(dim=1).min()))
 
 
 def test_adjoints_are_solved_once_a_loss(build) -> None:
@@ -151,12 +247,43 @@ def test_adjoints_are_solved_once_a_loss(build) -> None:
         assert (known.settled.mu is None) == (objective is None)
         return meter.vjp_rows
 
-    assert spent(None) == 0 and clean.adjoints == {}
+    assert spent(None) == 0 and clean.adjoints == {} and clean.contraction is None
     assert spent(CrossEntropy(y)) >= NUM and spent(CrossEntropy(y)) == 0
+    contraction = clean.contraction
     assert spent(Margin(y)) >= NUM and spent(Targeted(Margin((y + 1) % 3))) >= NUM and spent(Margin(y)) == 0
-    assert len(clean.adjoints) == 3
+    assert len(clean.adjoints) == 3 and contraction is not None and clean.contraction is contraction
     different = clean.known(model, x, Margin(y)).settled.mu
     assert different is not None and not torch.equal(different, clean.adjoints["CrossEntropy"])
+
+
+def test_contraction_is_estimated_once_a_batch_at_the_judges_cost(build, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y = build()
+    calls: list[int] = []
+
+    def watched(model: EquilibriumModel, z: Tensor, *rest: Tensor) -> Any:
+        calls.append(len(z))
+        return estimate_contraction(model, z, *rest)
+
+    monkeypatch.setattr(clean_module, "estimate_contraction", watched)
+    clean = judge_clean(model, x, y)
+    seconds = [clean.seconds]
+    for objective in (None, CrossEntropy(y), Margin(y), Margin(y), CrossEntropy(y)):
+        with Meter(model) as meter:
+            clean.known(model, x, objective)
+        seconds.append(clean.seconds)
+        assert calls == [] if objective is None else calls == [NUM]
+    assert seconds[0] == seconds[1] < seconds[2] < seconds[3] == seconds[4] == seconds[5]
+    assert meter.eval_rows == meter.vjp_rows == 0
+
+
+def test_batch_mates_do_not_change_what_is_known(build) -> None:
+    model, x, y = build()
+    whole = judge_clean(model, x, y).known(model, x, CrossEntropy(y)).settled.take(torch.tensor([7, 2]))
+    alone = judge_clean(model, x[[7, 2]], y[[7, 2]]).known(model, x[[7, 2]], CrossEntropy(y[[7, 2]])).settled
+    for mine, its in ((whole.size, alone.size), (whole.amplification, alone.amplification)):
+        torch.testing.assert_close(mine, its, rtol=1e-4, atol=0)
+    for mine, its in zip(whole.contraction, alone.contraction, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-6, atol=1e-9)
 
 
 # ---------------------------------------------------------------- each image once

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -10,13 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustbench_deq.adjoints import Implicit
+from robustbench_deq.attacks import build_attack
 from robustbench_deq.data import Split, SplitName
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate import doctor
+from robustbench_deq.evaluate.clean import judge_clean
 from robustbench_deq.evaluate.doctor import Finding, Grade, examine
+from robustbench_deq.evaluate.evaluation import evaluate
 from robustbench_deq.models import FAMILIES
+from robustbench_deq.optimise import Classification, Joint, Norm
+from robustbench_deq.optimise.objectives import Margin
+from robustbench_deq.records.record import Record
 from robustbench_deq.solvers import SOLVERS, Anderson, Picard, Solve
+from robustbench_deq.threats import Threat
 
 CHECKS = ["parts", *doctor.NEAR_THE_START, "equilibrium", *doctor.AT_EQUILIBRIA]
 GOOD, NOTE, BAD = Grade.GOOD, Grade.NOTE, Grade.BAD
@@ -450,6 +458,62 @@ def test_a_cell_that_does_not_contract_is_a_note_with_its_radius() -> None:
     assert "spectral radius 1.50, at most 1.50" in findings["contraction"].found
     assert "on 0% of the images" in findings["contraction"].found
     assert "picard" not in findings["solver"].found.replace("damped-picard", "")
+
+
+def damped(weight: float) -> EquilibriumModel:
+    return having(cell=lambda self, z, u: torch.lerp(z, z @ self.a + u, weight))
+
+
+def attacked(model: EquilibriumModel, threat: Threat) -> Record:
+    """The record of joint-pgd on the samples that the doctor looks at."""
+    parts = (part[: doctor.NUM_IMAGES] for part in (SAMPLES.x, SAMPLES.y, SAMPLES.sample_ids))
+    data = Split("mine", SplitName.VALIDATION, *parts, "")
+    return evaluate(model, build_attack("joint-pgd", threat, {}), data).record
+
+
+def test_a_fast_cell_has_no_plan() -> None:
+    assert found_in(Sound())["contraction"].fix == ""
+
+
+def test_a_slow_cell_is_relaxed_as_the_doctor_says() -> None:
+    """`I - J` of the cell has a spectrum around 1, that of its damped copy one around the weight."""
+    finding = found_in(damped(0.05))["contraction"]
+    said = re.fullmatch(
+        r"joint-pgd relaxes the states of (\d+) of (\d+) images, by (\S+) in the median(;.*)?", finding.fix
+    )
+    assert said and said[1] == said[2] == str(doctor.NUM_IMAGES)
+    source = Joint(relaxes=True)
+    model, x = damped(0.05), SAMPLES.x[: doctor.NUM_IMAGES]
+    with torch.no_grad():
+        settled = (
+            judge_clean(model, x, SAMPLES.y[: doctor.NUM_IMAGES]).known(model, x, Margin(SAMPLES.y[: len(x)])).settled
+        )
+    problem = Classification(model, x, Margin(SAMPLES.y[: len(x)]))
+    relaxation = source.start(problem, torch.zeros_like(x), settled).relaxation
+    assert relaxation is not None and f"{float(relaxation.median()):.2g}" == said[3]
+    plain = Sound()
+    eigenvalues = torch.linalg.eigvals(torch.eye(6) - plain.a.detach()).abs()
+    assert float(said[3]) == pytest.approx(1 / (0.05 * float(eigenvalues.max())), rel=0.05)
+
+
+def test_hard_images_are_audited_as_the_doctor_says() -> None:
+    """And not finished: a threat too small to fool anything."""
+    model = having(cell=lambda self, z, u: u - 1.5 * z)
+    finding = found_in(model)["contraction"]
+    num = doctor.NUM_IMAGES
+    plan = f"joint-pgd audits the {num} of {num} that are hard with full solves, and may finish with them"
+    assert finding.grade is NOTE and finding.fix == f"{plan}; Jacobian regularisation helps"
+    record = attacked(model, Threat(Norm.L2, 1e-4))
+    assert record.num_attacked is not None and record.num_attacked > 10
+    expected = {"num_audited": record.num_attacked, "num_audit_fooled": 0, "num_finished": 0}
+    assert expected.items() <= record.diagnostics.items() and record.finished_by == "joint"
+
+
+def test_what_is_not_hard_is_audited_in_a_share_alone() -> None:
+    assert found_in(Sound())["contraction"].grade is GOOD
+    record = attacked(Sound(), Threat(Norm.L2, 1e-4))
+    assert record.num_attacked == doctor.NUM_IMAGES
+    assert record.diagnostics["num_audited"] < doctor.NUM_IMAGES / 3 and record.diagnostics["num_finished"] == 0
 
 
 def test_a_cell_that_ignores_its_state_contracts() -> None:

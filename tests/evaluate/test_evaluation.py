@@ -212,6 +212,74 @@ def test_means_are_weighted_by_the_batch_and_counts_add_up(setup, monkeypatch: p
     assert record.diagnostics == pytest.approx({"num_odd": 3, "unconverged_solves": 6, "mean_of_something": mean})
 
 
+class Warns(Attack):
+    """Marks samples of even number as behind, those divisible by three as flat; the last batch is finished."""
+
+    name, config_type = "warns", AttackConfig
+    is_done, num_finished = False, 0.0
+
+    def run(self, model: EquilibriumModel, batch: Batch, record: Recorder) -> Proposal:
+        return Proposal(
+            torch.zeros_like(batch.images),
+            torch.zeros(len(batch)),
+            is_done=(batch.ids % 4 == 0) & self.is_done,
+            is_lagging=batch.ids % 2 == 0,
+            is_flat=batch.ids % 3 == 0,
+            diagnostics={"num_finished": self.num_finished, "num_audited": 1.0},
+        )
+
+
+class WarnsOfNothing(Warns):
+    name = "warns-of-nothing"
+
+    def run(self, model: EquilibriumModel, batch: Batch, record: Recorder) -> Proposal:
+        return Proposal(torch.zeros_like(batch.images), torch.zeros(len(batch)))
+
+
+@pytest.mark.parametrize("batch_size", [4, NUM])
+def test_warnings_of_an_attack_are_counted_over_what_it_attacked(batch_size: int, setup) -> None:
+    model, data = setup()
+    ids = [number for row, number in enumerate(data.sample_ids.tolist()) if row % 5]
+    record = evaluate(model, Warns(THREAT), data, batch_size=batch_size).record
+    assert record.num_lagging == sum(number % 2 == 0 for number in ids) > 0
+    assert record.num_zero_gradient == sum(number % 3 == 0 for number in ids) > 0
+    assert record.finished_by == "joint"
+    assert record.diagnostics["num_audited"] == math.ceil(NUM / batch_size)
+    assert not {"num_lagging", "num_zero_gradient"} & set(record.diagnostics)
+
+
+def test_a_sample_that_is_fooled_is_not_warned_of(setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The judge has the last word on who is fooled: here it confirms all."""
+    model, data = setup()
+    monkeypatch.setattr(Warns, "is_done", True)
+    monkeypatch.setattr("robustbench_deq.evaluate.evaluation._Bench.confirm", lambda self, rows, images: rows >= 0)
+    ids = [number for row, number in enumerate(data.sample_ids.tolist()) if row % 5]
+    record = evaluate(model, Warns(THREAT), data).record
+    assert record.num_lagging == sum(number % 4 == 2 for number in ids) > 0
+    assert record.num_zero_gradient == sum(number % 3 == 0 and number % 4 != 0 for number in ids) > 0
+
+
+def test_full_solves_have_the_last_word_if_on_any_sample(setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = setup()
+    monkeypatch.setattr(Warns, "num_finished", 1.0)
+    assert evaluate(model, Warns(THREAT), data).record.finished_by == "sequential"
+
+
+def test_nothing_looked_at_is_missing(setup) -> None:
+    model, data = setup()
+    record = evaluate(model, WarnsOfNothing(THREAT), data).record
+    assert record.num_lagging is record.num_zero_gradient is record.finished_by is None
+
+
+@pytest.mark.parametrize(("attack", "source"), [(joint(), "joint"), (pgd(), None)])
+def test_the_attacks_of_the_package_say_what_they_looked_at(attack: Attack, source: str | None, setup) -> None:
+    model, data = setup()
+    record = evaluate(model, attack, data).record
+    assert record.num_zero_gradient == 0 and record.num_lagging == (0 if source else None)
+    assert record.finished_by in ((source, "sequential") if source else (None,))
+    assert ("num_audited" in record.diagnostics) == (source is not None)
+
+
 def test_batch_that_a_budget_ends_before_the_others_stays_in_the_curve_as_it_ended(setup) -> None:
     model, data = setup(n=60)
     whole = evaluate(model, joint(), data, batch_size=20, num_snapshots=8).record

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustbench_deq.evaluate.judge import JUDGE_RTOL, LADDER, judge, tight_solve
-from robustbench_deq.models import FAMILIES, Linear, LinearConfig
+from robustbench_deq.data import load
+from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.evaluate.judge import JUDGE_RTOL, LADDER, SLOW, _relaxation, judge, tight_solve
+from robustbench_deq.models import FAMILIES, Linear, LinearConfig, load_model
 from robustbench_deq.solvers import CellMap, Solve, Status
+from robustbench_deq.solvers.base import residual_norms
 
 
 class Escaping(Linear):
@@ -35,6 +38,33 @@ class Drifting(Linear):
 
     def cell(self, z: Tensor, u: Tensor) -> Tensor:
         return self.factor * z + u
+
+
+class OneDrifting(Linear):
+    """Beside an ordinary state one component grows by `u > 0` for ever, where the first pixel is above a half."""
+
+    speed = 1.0
+
+    def inject(self, x: Tensor) -> Tensor:
+        return torch.cat([super().inject(x), self.speed * torch.relu(x.flatten(1)[:, :1] - 0.5)], dim=1)
+
+    def cell(self, z: Tensor, u: Tensor) -> Tensor:
+        return torch.cat([super().cell(z[:, :-1], u[:, :-1]), z[:, -1:] + u[:, -1:]], dim=1)
+
+    def head(self, z: Tensor) -> Tensor:
+        return super().head(z[:, :-1])
+
+
+class OneSlow(OneDrifting):
+    """As `OneDrifting`, but that component has an equilibrium, `factor` first steps away."""
+
+    factor = 1e3
+
+    def cell(self, z: Tensor, u: Tensor) -> Tensor:
+        return torch.cat([Linear.cell(self, z[:, :-1], u[:, :-1]), (1 - 1 / self.factor) * z[:, -1:] + u[:, -1:]], 1)
+
+    def head(self, z: Tensor) -> Tensor:
+        return Linear.head(self, z[:, :-1]) + z[:, -1:] * torch.tensor([0.0, 1.0, -1.0])
 
 
 class Broken(Linear):
@@ -71,6 +101,109 @@ def test_a_state_far_out_is_no_equilibrium(build) -> None:
     solution = tight_solve(model, model.inject(x))
     assert not bool(solution.is_converged.any())
     assert not bool(judge(model, x, torch.zeros(len(x), dtype=torch.long)).is_correct.any())
+
+
+@pytest.mark.parametrize("speed", [100.0, 1.0, 0.01])
+def test_one_component_that_grows_for_ever_is_no_equilibrium(speed: float, build) -> None:
+    """Whatever the rest of the state does: it is small beside the rest, or the rest small beside it."""
+    model, x = build(OneDrifting, 32)
+    model.speed = speed
+    x[::4, 0, 0, 0] = 0.25
+    with torch.no_grad():
+        drift = model.inject(x)[:, -1]
+    assert int((drift == 0).sum()) >= 8 and int((drift > 0).sum()) > 8
+    verdict = judge(model, x, judge(model, x, torch.zeros(32, dtype=torch.long)).prediction)
+    assert verdict.is_converged.tolist() == verdict.is_correct.tolist() == (drift == 0).tolist()
+
+
+def test_one_component_that_grows_is_seen_beside_a_large_network() -> None:
+    """A shipped cell, with one component more that grows by the contrast of the image: half of the images drift."""
+    plain, data = load_model("deq-conv.digits-joint-l2").eval(), load("digits", limit=24)
+    limit = data.x.flatten(1).mean(1).median()
+
+    def inject(x: Tensor) -> Tensor:
+        return torch.cat([plain.inject(x).flatten(1), torch.relu(x.flatten(1).mean(1, keepdim=True) - limit)], 1)
+
+    with torch.no_grad():
+        shape = plain.inject(data.x[:1]).shape[1:]
+
+    def cell(z: Tensor, u: Tensor) -> Tensor:
+        inner = plain.cell(z[:, :-1].unflatten(1, shape), u[:, :-1].unflatten(1, shape))
+        return torch.cat([inner.flatten(1), z[:, -1:] + u[:, -1:]], 1)
+
+    def head(z: Tensor) -> Tensor:
+        return plain.head(z[:, :-1].unflatten(1, shape))
+
+    model = EquilibriumModel.from_callables(inject, cell, head, input_shape=(1, 8, 8), num_classes=10)
+    with torch.no_grad():
+        drift = inject(data.x)[:, -1]
+    is_clear = (drift == 0) | (drift > 1e-3)
+    verdict = judge(model, data.x, data.y)
+    assert verdict.is_converged[is_clear].tolist() == (drift == 0)[is_clear].tolist()
+
+
+@pytest.mark.parametrize("factor", [10.0, 1e3, 1e4])
+def test_one_component_whose_equilibrium_is_far_out_converges(factor: float, build) -> None:
+    model, x = build(OneSlow)
+    model.factor = factor
+    u = model.inject(x)
+    solution = tight_solve(model, u)
+    assert bool(solution.is_converged.all())
+    torch.testing.assert_close(solution.value[:, -1], factor * u[:, -1], rtol=0.05, atol=1e-3)
+    expected = exact_logits(model, x) + factor * u[:, -1:] * torch.tensor([0.0, 1.0, -1.0])
+    assert torch.equal(judge(model, x, torch.zeros(8, dtype=torch.long)).prediction, expected.argmax(1))
+
+
+SLOW_MODELS = ["deq-fc.digits-joint-l2", "mondeq-fc.digits-joint-l2", "deq-conv.digits-joint-l2"]
+"""The first has samples whose spectral radius is above 1; components of the second are cut off at their start."""
+
+
+@pytest.mark.parametrize("weight", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("name", SLOW_MODELS)
+def test_a_damped_copy_is_judged_as_the_cell_itself(name: str, weight: float) -> None:
+    """`z + weight (f - z)` has the equilibria of `f`; single precision knows them to about 1e-7 / weight."""
+    plain, data = load_model(name).eval(), load("digits", limit=24)
+    model = EquilibriumModel.from_callables(
+        plain.inject,
+        lambda z, u: torch.lerp(z, plain.cell(z, u), weight),
+        plain.head,
+        plain.initial_state,
+        input_shape=(1, 8, 8),
+        num_classes=10,
+    )
+    expected, found = judge(plain, data.x, data.y), judge(model, data.x, data.y)
+    assert torch.equal(found.prediction, expected.prediction)
+    assert torch.equal(found.is_converged, expected.is_converged) and bool(found.is_converged.all())
+    torch.testing.assert_close(found.loss, expected.loss, rtol=0, atol=1e-2)
+    with torch.no_grad():
+        u = model.inject(data.x)
+        value = tight_solve(model, u).value
+        _, residual = residual_norms(value, model.cell(value, u))
+    torch.testing.assert_close(found.residual, residual)  # of the cell itself, not of the relaxed one
+    assert bool((found.residual <= JUDGE_RTOL).all())
+
+
+def test_a_cell_that_is_only_slow_at_its_start_is_not_lost(build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the relaxed cell has no solver, the cell itself is solved."""
+    model, x = build(Linear)
+    with torch.no_grad():
+        u = model.inject(x)
+    expected = tight_solve(model, u)
+    monkeypatch.setattr("robustbench_deq.evaluate.judge._relaxation", lambda cell, z0: torch.full((8,), 1e30))
+    found = tight_solve(model, u)
+    assert bool(found.is_converged.all())
+    torch.testing.assert_close(found.value, expected.value)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5, 0.1, 1e-3])
+def test_relaxation_of_a_damped_linear_cell_is_that_of_its_pace(weight: float, build) -> None:
+    """`f(z) = z + weight (u - z)` is brought to where one step solves it, unless it is near that pace by itself."""
+    model, x = build(Linear)
+    with torch.no_grad():
+        u = model.inject(x)
+        found = _relaxation(CellMap(lambda z, u: torch.lerp(z, u, weight), u), torch.zeros_like(u))
+    expected = 1 / weight if 1 / weight > SLOW else 1.0
+    torch.testing.assert_close(found, torch.full((8,), expected), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("factor", [-1.5, 0.5, 0.999, 0.9999])

@@ -42,6 +42,9 @@ def values(**changes: Any) -> dict[str, Any]:
         "adversarial_loss": 0.78,
         "num_unconverged": 0,
         "num_failed": 0,
+        "num_lagging": 2,
+        "num_zero_gradient": None,
+        "finished_by": "sequential",
         "max_perturbation": 1.0,
         "cost": {
             "cell_evals": 41.0,
@@ -63,7 +66,7 @@ def values(**changes: Any) -> dict[str, Any]:
         ],
         "num_attacked": None,
         "residuals": [0.5, 0.25],
-        "diagnostics": {"fallback_samples": 1.0},
+        "diagnostics": {"num_audited": 1.0},
         "seed": 0,
         "batch_size": 128,
         "environment": {"torch": "2.9.0", "threads": 2, "commit": None, "load": 0.5},
@@ -137,6 +140,9 @@ def test_numbers_that_are_not_finite_become_null() -> None:
         ({"robust_accuracy": math.nan}, "robust_accuracy"),
         ({"robust_accuracy_ci": [0.75, 0.63]}, "lower end"),
         ({"num_failed": -1}, "num_failed"),
+        ({"num_lagging": -1}, "num_lagging"),
+        ({"num_zero_gradient": 0.5}, "num_zero_gradient"),
+        ({"finished_by": "luck"}, "finished_by"),
         ({"record_id": "../../etc/passwd"}, "record_id"),
         ({"created": "yesterday"}, "2025-01-31T12:00:00+00:00"),
         ({"created": "2025-01-31T12:00:00+02:00"}, "2025-01-31T12:00:00+00:00"),
@@ -146,6 +152,19 @@ def test_wrong_values_are_refused_by_name(changes: dict[str, Any], named: str) -
     with pytest.raises(UsageError, match=r"(?s)^here: ") as caught:
         validate(Record, values(**changes), "here")
     assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["num_lagging", "num_zero_gradient", "finished_by"])
+def test_a_line_from_before_a_field_has_it_missing(field: str, tmp_path: Path) -> None:
+    store_with(tmp_path, "a")
+    path = tmp_path / "records.jsonl"
+    older = json.loads(path.read_text())
+    del older[field]
+    path.write_text(json.dumps(older) + "\n")
+    (record,) = load_records(tmp_path)
+    assert getattr(record, field) is None
+    newer = Record(**values(record_id="b", **{field: "joint" if field == "finished_by" else 5}))
+    assert to_frame([record, newer])[field].isna().tolist() == [True, False]
 
 
 def test_records_are_frozen() -> None:
@@ -289,5 +308,5 @@ def test_frame_is_flat_with_a_row_for_each_record() -> None:
     assert frame["robust_accuracy_low"].tolist() == [0.63, 0.63]
     assert frame["robust_accuracy_high"].tolist() == [0.75, 0.75]
     assert frame["attack_config.solver.name"].tolist() == ["anderson", "anderson"]
-    assert frame["diagnostics.fallback_samples"].isna().tolist() == [False, True]
+    assert frame["diagnostics.num_audited"].isna().tolist() == [False, True]
     assert not {"curve", "residuals", "diagnostics"} & set(frame.columns)

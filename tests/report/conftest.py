@@ -71,7 +71,7 @@ def make_record() -> MakeRecord:
             },
             "curve": curve,
             "residuals": [0.5, 0.1, 0.0, None, 0.001],
-            "diagnostics": {"fallback_samples": 1.0},
+            "diagnostics": {"num_audited": 1.0},
             "seed": 0,
             "batch_size": 128,
             "environment": {"torch": "2.9.0", "threads": 2, "commit": None},

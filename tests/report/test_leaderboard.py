@@ -229,6 +229,18 @@ def test_page_holds_numbers_evidence_and_commands_and_loads_nothing(make_run, tm
     }
 
 
+def test_page_shows_what_a_record_warns_of_and_what_is_missing(make_run, tmp_path: Path) -> None:
+    warned = {"num_lagging": 0, "num_zero_gradient": 17, "finished_by": "sequential"}
+    runs = [make_run("warned of", [0], record_id="a", **warned), make_run("not looked at", [1], record_id="b")]
+    page = leaderboard_html(make_leaderboard(*stored(runs, tmp_path)))
+    (table,) = [part.split("</table>")[0] for part in page.split("<table")[1:] if "Finished by" in part]
+    cells = r"<t[hd]\b.*?>(.*?)</t[hd]>"
+    names, *rows = [re.findall(cells, line, re.DOTALL) for line in table.split("<tr")[1:]]
+    shown = {row[0]: dict(zip(names, row, strict=True)) for row in rows}
+    for name, values in {"Lagging": "0 –", "Zero gradient": "17 –", "Finished by": "sequential –"}.items():
+        assert [shown[label][name] for label in ("warned of", "not looked at")] == values.split()
+
+
 def test_page_depends_on_the_records_alone(make_run, tmp_path: Path) -> None:
     runs = [make_run(str(number), [number], model=f"model {number % 3}") for number in range(6)]
     records, supplements = stored(runs, tmp_path)

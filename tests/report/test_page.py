@@ -87,7 +87,7 @@ def test_page_loads_nothing_and_shows_numbers_settings_and_environment(make_reco
     assert all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
     assert not {"script", "link", "iframe"} & page.tags
     assert not re.search(r"url\(|@import", (tmp_path / "index.html").read_text())
-    for shown in ("68.8 [63.7, 73.8]", "87.5", "feedc0de99", "0123456789abcdef", "2.9.0", "fallback_samples"):
+    for shown in ("68.8 [63.7, 73.8]", "87.5", "feedc0de99", "0123456789abcdef", "2.9.0", "num_audited"):
         assert shown in page.text
     assert command_of(record) in page.text
     assert "prefers-color-scheme: dark" in page.text

@@ -60,7 +60,17 @@ def test_readable_cells(make_record) -> None:
         "Seconds": "123",
         "Unconverged": "3",
         "Failed": "0",
+        "Lagging": "–",
+        "Zero gradient": "–",
     }
+
+
+@pytest.mark.parametrize(("field", "column"), [("num_lagging", "Lagging"), ("num_zero_gradient", "Zero gradient")])
+@pytest.mark.parametrize(("value", "text"), [(None, "–"), (0, "0"), (12, "12")])
+def test_nothing_looked_at_is_not_nothing_found(field: str, column: str, value: int | None, text: str, make_record):
+    others = [make_record("other", **{field: 3})]  # a column of both kinds holds no whole numbers
+    rows = readable(summary_table([make_record("mine", **{field: value}), *others]))
+    assert rows.set_index("Attack")[column].to_dict() == {"mine": text, "other": "3"}
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from robustbench_deq.evaluate import judge as judge_module
 from robustbench_deq.evaluate.clean import CleanBatch, judge_clean
 from robustbench_deq.evaluate.evaluation import evaluate
 from robustbench_deq.models import load_model
+from robustbench_deq.optimise.objectives import CrossEntropy, Margin
 from robustbench_deq.records.store import RecordStore, load_records
 from robustbench_deq.runner.clean import CleanStore
 from robustbench_deq.runner.run import run_shard, task_of
@@ -197,10 +198,44 @@ def test_adjoints_are_kept_with_the_batch_and_add_up(tmp_path: Path) -> None:
     with store.batch(run, rows, cpu, never) as found:
         assert set(found.adjoints) == {"one", "other"}
         assert torch.equal(found.adjoints["one"], clean.z + 1) and torch.equal(found.adjoints["other"], clean.z + 2)
-        assert torch.equal(found.z, clean.z) and torch.equal(found.amplification, clean.amplification)
+        for name in ("z", "distance", "first"):
+            assert torch.equal(getattr(found, name), getattr(clean, name))
+        assert found.contraction is None
         for mine, its in zip(found.verdict.parts(), clean.verdict.parts(), strict=True):
             assert torch.equal(mine, its) and mine.dtype == its.dtype
     assert not list((tmp_path / "clean").glob(".*"))  # no temporary file stays
+
+
+def test_contraction_is_kept_with_the_first_adjoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = runs_of(suite())[0][0]
+    model, data, rows = load_model(MODEL), load("digits", limit=20), slice(0, 8)
+    store, cpu, (x, y) = CleanStore(tmp_path), torch.device("cpu"), (data.x[rows], data.y[rows])
+    with store.batch(run, rows, cpu, lambda: judge_clean(model, x, y)) as first:
+        expected = first.known(model, x, Margin(y)).settled.contraction
+
+    def never(*_: Any) -> Any:
+        pytest.fail("estimated twice")
+
+    monkeypatch.setattr(clean_module, "estimate_contraction", never)
+    with store.batch(run, rows, cpu, never) as second:
+        known = second.known(model, x, CrossEntropy(y)).settled
+    with store.batch(run, rows, cpu, never) as third:
+        assert set(third.adjoints) == {"Margin", "CrossEntropy"}
+    for found in (known.contraction, third.contraction):
+        assert found is not None and expected is not None
+        assert all(torch.equal(mine, its) for mine, its in zip(found, expected, strict=True))
+
+
+def test_contraction_of_another_worker_is_not_lost(tmp_path: Path) -> None:
+    run = runs_of(suite())[0][0]
+    model, data, rows = load_model(MODEL), load("digits", limit=20), slice(0, 8)
+    store, cpu, (x, y) = CleanStore(tmp_path), torch.device("cpu"), (data.x[rows], data.y[rows])
+    with store.batch(run, rows, cpu, lambda: judge_clean(model, x, y)) as first:
+        with store.batch(run, rows, cpu, lambda: judge_clean(model, x, y)) as second:
+            second.known(model, x, Margin(y))
+        first.adjoints["own"] = first.z + 1
+    with store.batch(run, rows, cpu, lambda: judge_clean(model, x, y)) as found:
+        assert set(found.adjoints) == {"own", "Margin"} and found.contraction is not None
 
 
 # ---------------------------------------------------------------- two at once
