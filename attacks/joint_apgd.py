@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from robustbench_deq.attacks.ladder import JointAttack
+from robustbench_deq.attacks.joint import JointAttack
 from robustbench_deq.attacks.settings import JointConfig
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.optimise import APGD

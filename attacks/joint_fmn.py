@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from robustbench_deq.attacks.ladder import JointAttack
+from robustbench_deq.attacks.joint import JointAttack
 from robustbench_deq.attacks.settings import JointConfig
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.optimise import MinimalNorm, SmallestNorm

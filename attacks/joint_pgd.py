@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from robustbench_deq.attacks.ladder import JointAttack, full_ascent
+from robustbench_deq.attacks.joint import JointAttack, full_ascent
 from robustbench_deq.attacks.settings import AdjointStart, JointConfig
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.optimise import JIIORule, Keep, Last, Mixing, ProjectedAscent, Schedule

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from robustbench_deq.attacks import JointPGD, JointPGDConfig, build_attack
+from robustbench_deq.attacks.joint import AUDIT_KEY, AUDIT_STEPS, AUDITED_SHARE, FULL_STEPS
 from robustbench_deq.attacks.joint_pgd import KeepRule
-from robustbench_deq.attacks.ladder import AUDIT_KEY, AUDIT_STEPS, AUDITED_SHARE, FULL_STEPS
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.evaluate.clean import judge_clean
 from robustbench_deq.evaluate.judge import judge

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustbench_deq.attacks.ladder import _merged
+from robustbench_deq.attacks.joint import _merged
 from robustbench_deq.data import Split, SplitName
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.evaluate.clean import CleanBatch, judge_clean
