@@ -63,6 +63,6 @@ $(VENV)/.locked: requirements.lock
 		'$(UV)' pip install --quiet --python $(PYTHON) --require-hashes --only-binary :all: -r requirements.lock; \
 	else \
 		"$$python" -m venv $(VENV) && \
-		$(PYTHON) -m pip install -qq --disable-pip-version-check --require-hashes --only-binary :all: -r requirements.lock; \
+		$(PYTHON) -m pip install -qq --disable-pip-version-check --no-compile --require-hashes --only-binary :all: -r requirements.lock; \
 	fi
 	@touch $@

@@ -126,13 +126,13 @@ def test_attack_with_fewer_steps_is_caught(baseline: Baseline, tmp_path: Path, m
 
 
 def test_changed_setting_is_named(baseline: Baseline, tmp_path: Path) -> None:
-    weaker = [{"name": "joint-pgd", "config": {"steps": 16, "step_size": 0.3}}, SUITE["attacks"][1]]
+    weaker = [{"name": "joint-pgd", "config": {"steps": 16, "step_size": 0.01}}, SUITE["attacks"][1]]
     folder = run(tmp_path, attacks=weaker)
     found = alarms(baseline, folder)
     assert {"settings", "robust"} <= found["joint-pgd"] and not found["warm PGD"]
     rows = compare(baseline, to_entries(read_run(folder)))
     named = next(row for row in rows if row.field == "settings")
-    assert (named.baseline, named.now) == ("step_size=2.0", "step_size=0.3")
+    assert (named.baseline, named.now) == ("step_size=2.0", "step_size=0.01")
 
 
 def test_projection_that_leaves_the_ball_is_caught(baseline: Baseline, tmp_path: Path, monkeypatch) -> None:
