@@ -17,31 +17,10 @@ from torch import Tensor
 
 from robustbench_deq.data import Split
 from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.models.defences import Wrapped
 
 
-class Dressed(EquilibriumModel):
-    """Hands everything on to `model`."""
-
-    def __init__(self, model: EquilibriumModel) -> None:
-        super().__init__()
-        self.model = model
-        self.input_shape, self.num_classes = model.input_shape, model.num_classes
-        self.eval()
-
-    def inject(self, x: Tensor) -> Tensor:
-        return self.model.inject(x)
-
-    def cell(self, z: Tensor, u: Tensor) -> Tensor:
-        return self.model.cell(z, u)
-
-    def head(self, z: Tensor) -> Tensor:
-        return self.model.head(z)
-
-    def initial_state(self, u: Tensor) -> Tensor:
-        return self.model.initial_state(u)
-
-
-class Damped(Dressed):
+class Damped(Wrapped):
     """weight: w in (0, 1]."""
 
     def __init__(self, model: EquilibriumModel, weight: float) -> None:
@@ -52,7 +31,7 @@ class Damped(Dressed):
         return torch.lerp(z, self.model.cell(z, u), self.weight)
 
 
-class Coordinates(Dressed):
+class Coordinates(Wrapped):
     """condition: of T, whose singular values are spread evenly on a logarithmic scale; 1 is a rotation."""
 
     def __init__(self, model: EquilibriumModel, condition: float, seed: int = 0) -> None:
@@ -80,7 +59,7 @@ class Coordinates(Dressed):
         return (z.flatten(1) @ matrix.mT).view_as(z)
 
 
-class Shifted(Dressed):
+class Shifted(Wrapped):
     """shift: added to every component of the state."""
 
     def __init__(self, model: EquilibriumModel, shift: float) -> None:
@@ -97,7 +76,7 @@ class Shifted(Dressed):
         return self.model.initial_state(u) + self.shift
 
 
-class Scaled(Dressed):
+class Scaled(Wrapped):
     """factor: of the logits."""
 
     def __init__(self, model: EquilibriumModel, factor: float) -> None:

@@ -38,8 +38,8 @@ from robustbench_deq.optimise import (
 )
 
 
-class _Defence(EquilibriumModel):
-    """Hands everything on to `model`."""
+class Wrapped(EquilibriumModel):
+    """A model that hands everything on to `model`; wrappers override a part of it."""
 
     def __init__(self, model: EquilibriumModel) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class _Defence(EquilibriumModel):
         return self.model.initial_state(u)
 
 
-class StateEnsemble(_Defence):
+class StateEnsemble(Wrapped):
     """State as the model's: the mean of the iterates `first` to `last`, counted from 1.
 
     Raises:
@@ -90,7 +90,7 @@ class EarlyState(StateEnsemble):
         super().__init__(model, num_steps, num_steps)
 
 
-class EntropyReduction(_Defence):
+class EntropyReduction(Wrapped):
     """`x <- x - step_size * sign(dH/dx)` within `radius` (Linf) and the pixel box, `num_steps` times, then the model.
 
     H is the entropy of the softmax at the iterate `num_states` of the plain iteration. Every injection costs

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.hard_cells import Coordinates, Damped, Dressed, Scaled, Shifted, nonnormal
+from benchmarks.hard_cells import Coordinates, Damped, Scaled, Shifted, nonnormal
 from robustbench_deq.attacks import build_attack
 from robustbench_deq.data import Split, SplitName, load
 from robustbench_deq.evaluate.evaluation import Evaluation, evaluate
@@ -96,7 +96,7 @@ def test_the_dress_changes_no_prediction(data: Split) -> None:
     model = load_model(MODELS[0])
     with torch.no_grad():
         expected = model(data.x)
-        for other in (Damped(model, 0.3), Coordinates(model, 10.0), Shifted(model, 3.0), Dressed(model)):
+        for other in (Damped(model, 0.3), Coordinates(model, 10.0), Shifted(model, 3.0)):
             other.solve = model.solve.with_(rtol=1e-6, max_steps=500)
             torch.testing.assert_close(other(data.x), expected, rtol=5e-2, atol=5e-2)
         torch.testing.assert_close(Scaled(model, 1e3)(data.x), 1e3 * expected)
