@@ -11,10 +11,9 @@ Source: Kim, "Torchattacks: a PyTorch repository for adversarial attacks", arXiv
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
-import torchattacks  # type: ignore[import-untyped]  # the library ships no types
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -58,11 +57,12 @@ class _Summed(nn.Module):
 
 
 class _TorchattacksPGD(Attack[TorchattacksConfig]):
-    """What both have in common; subclasses name the library's class and the norm it is for."""
+    """What both have in common; subclasses name the library's class and the norm it is for. The library brings SciPy's
+    statistics and half a second of imports along, and is imported when an attack runs."""
 
     config_type = TorchattacksConfig
     norm: Norm
-    library_type: type[torchattacks.attack.Attack]
+    library_name: ClassVar[str]
 
     def __init__(self, threat: Threat, config: TorchattacksConfig | None = None) -> None:
         super().__init__(threat, config)
@@ -79,8 +79,10 @@ class _TorchattacksPGD(Attack[TorchattacksConfig]):
         record.plan(config.steps)
         if epsilon == 0.0:  # the library would divide zero by zero
             return Proposal(torch.zeros_like(x), x.new_full((len(x),), -torch.inf))
+        import torchattacks  # type: ignore[import-untyped]  # the library ships no types
+
         summed = _Summed(model)
-        library = self.library_type(
+        library = getattr(torchattacks, self.library_name)(
             summed, eps=epsilon, alpha=config.step_size * epsilon, steps=config.steps, random_start=False
         )
         if batch.targets is not None:
@@ -95,7 +97,7 @@ class TorchattacksPGD(_TorchattacksPGD):
     name = "torchattacks-pgd"
     summary = "torchattacks' PGD (Linf) through forward and autograd"
     norm = Norm.LINF
-    library_type = torchattacks.PGD
+    library_name = "PGD"
 
 
 @ATTACKS.register("torchattacks-pgdl2")
@@ -103,4 +105,4 @@ class TorchattacksPGDL2(_TorchattacksPGD):
     name = "torchattacks-pgdl2"
     summary = "torchattacks' PGDL2 (L2) through forward and autograd"
     norm = Norm.L2
-    library_type = torchattacks.PGDL2
+    library_name = "PGDL2"

@@ -4,6 +4,8 @@ one accuracy                   Wilson's interval (1927)
 two, on other samples          Newcombe's hybrid score interval of the difference (1998, method 10); Fisher's exact
                                test
 two, on the same samples       McNemar's exact test: of the samples whose verdict differs, is either way too many?
+
+SciPy's statistics take half a second to import, and are imported when something is computed.
 """
 
 from __future__ import annotations
@@ -11,12 +13,12 @@ from __future__ import annotations
 import functools
 import math
 
-from scipy.stats import binomtest, fisher_exact
-
 
 @functools.lru_cache(maxsize=4096)  # SciPy takes half a millisecond, and models have one clean accuracy in many records
 def wilson_interval(num_correct: int, count: int) -> tuple[float, float]:
     """Of the fraction `num_correct / count`."""
+    from scipy.stats import binomtest
+
     interval = binomtest(num_correct, count).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -33,10 +35,14 @@ def newcombe_interval(num_before: int, count_before: int, num_after: int, count_
 
 def mcnemar_p_value(num_lost: int, num_gained: int) -> float:
     """Two-sided, from the samples that were right only before (lost) and only after (gained)."""
+    from scipy.stats import binomtest
+
     return float(binomtest(num_lost, num_lost + num_gained).pvalue) if num_lost + num_gained else 1.0
 
 
 def fisher_p_value(num_before: int, count_before: int, num_after: int, count_after: int) -> float:
     """Two-sided, for two counts of independent samples."""
+    from scipy.stats import fisher_exact
+
     table = [[num_before, count_before - num_before], [num_after, count_after - num_after]]
     return float(fisher_exact(table)[1])

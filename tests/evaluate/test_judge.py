@@ -118,7 +118,7 @@ def test_one_component_that_grows_for_ever_is_no_equilibrium(speed: float, build
 
 def test_one_component_that_grows_is_seen_beside_a_large_network() -> None:
     """A shipped cell, with one component more that grows by the contrast of the image: half of the images drift."""
-    plain, data = load_model("deq-conv.digits-joint-l2").eval(), load("digits", limit=24)
+    plain, data = load_model("deq-conv.digits-joint-l2").eval(), load("digits", limit=10)
     limit = data.x.flatten(1).mean(1).median()
 
     def inject(x: Tensor) -> Tensor:
