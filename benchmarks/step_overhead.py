@@ -33,7 +33,7 @@ def main(repeats: int, batch_size: int, pattern: str) -> None:
     rows = []
     for name in MODELS.list(pattern):
         model, data = load_model(name), load("fashion-mnist" if "fashion" in name else "digits", limit=batch_size)
-        config = JointPGDConfig(steps=STEPS)
+        config = JointPGDConfig(steps=STEPS, has_fallback=False)  # without the estimate before the first step
         problem = Classification(model, data.x, config.bind(data.y, None))
         parts = (config.source(), Threat(Norm.L2, 1.0).ball(data.x), ProjectedAscent(1.0), config.highest_loss())
         with frozen(model), Meter(model):
