@@ -38,7 +38,8 @@ AUDIT_STEPS = 3
 AUDIT_STEP_SIZE = 0.5
 AUDITED_SHARE = 1 / 16
 ALARM = 0.15
-"""The share of the audited samples that the audit may fool, and one more, before all are finished with full solves."""
+"""The share of the audited samples of a kind that the audit may fool, and one more, before the others of that kind are
+finished with full solves."""
 
 J = TypeVar("J", bound=JointConfig)
 

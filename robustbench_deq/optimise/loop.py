@@ -99,7 +99,7 @@ def optimise(
 
     Args:
         num_steps: looks with a gradient.
-        settled: the equilibrium where the variable is zero, if somebody knows it.
+        settled: an equilibrium near where the variable starts, if somebody knows it.
         leaves: rows that are successful at a settled state leave the batch.
         settles: a last look, without a gradient, at the last variable. Without it that variable's loss is not known
             (NaN), so that only `Last` returns it.
@@ -190,6 +190,8 @@ def optimise(
     except BudgetSpent:
         is_stopped = True
 
+    if num_gradients == 0:  # the budget was spent before: nothing is known of slopes
+        is_flat = torch.zeros_like(is_flat)
     tally = {} if state is None else source.tally(state)
     z, mu = (None, None) if state is None else (state.z, state.mu)
     if whole is None:

@@ -411,3 +411,10 @@ def test_outer_budget_stops_as_well(fooled_by_half) -> None:
             found = attacked(fooled_by_half, Joint(), leaves=False, num_steps=20)
         assert found.is_stopped and outer.is_spent and not inner.is_spent
     assert inner.eval_rows == outer.eval_rows == 4 * 9
+
+
+def test_nothing_is_called_flat_where_the_budget_ends_before_the_first_look(fooled_by_half) -> None:
+    model, x, _, _ = fooled_by_half
+    with Meter(model, max_rows=1):
+        found = attacked(fooled_by_half, Joint())
+    assert found.is_stopped and not bool(found.is_flat.any())

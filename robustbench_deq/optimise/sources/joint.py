@@ -72,7 +72,7 @@ class JointState(NamedTuple):
     relaxation of state and adjoint, a factor a row of the state; None: the plain iteration everywhere
     size       what residuals are relative to, one a row of the state; None: the state's own
     last       the absolute residuals of the last look, one a row of the state
-    is_astray  rows of the state that have gone the wrong way again and again, and were relaxed less and less
+    is_astray  rows of the variable whose state has gone the wrong way again and again, and was relaxed less and less
     """
 
     z: Tensor
@@ -160,7 +160,7 @@ class Joint(Source):
         if self.relaxes:
             relaxation = self._relaxation(state, absolute, residual, moment)
             if relaxation is not None and relaxation is not state.relaxation:
-                is_astray = relaxation <= LEAST_RELAXATION
+                is_astray = problem.worst((relaxation <= LEAST_RELAXATION).to(absolute)) > 0
                 is_astray = is_astray if state.is_astray is None else is_astray | state.is_astray
                 state = state._replace(is_astray=is_astray)
             state = state._replace(relaxation=relaxation, last=absolute)
@@ -234,8 +234,9 @@ class Joint(Source):
         pace = state.pace
         if pace is not None:
             pace = PaceState(pace.per_length[rows], pace.num_looks[rows], pace.has_moved[rows], pace.last_length)
-        whole = (state.u, state.relaxation, state.size, state.last, state.is_astray)
-        u, relaxation, size, last, is_astray = (None if part is None else part[kept] for part in whole)
+        whole = (state.u, state.relaxation, state.size, state.last)
+        u, relaxation, size, last = (None if part is None else part[kept] for part in whole)
+        is_astray = None if state.is_astray is None else state.is_astray[rows]
         z, mu, num_moves = state.z[kept], state.mu[kept], state.num_moves[rows]
         return JointState(z, mu, u, history, state.num_mixed, pace, num_moves, relaxation, size, last, is_astray)
 
