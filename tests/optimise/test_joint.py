@@ -12,6 +12,7 @@ from robustbench_deq.meter import Meter
 from robustbench_deq.models import Linear, LinearConfig
 from robustbench_deq.optimise import (
     NORMS,
+    Box,
     Classification,
     Contraction,
     HighestLoss,
@@ -309,6 +310,15 @@ def test_a_cell_that_swings_up_is_damped_on_the_way_and_settles(make_images) -> 
     z = exact(damped(eigenvalues), x + found.variable, LABELS)[0]
     assert bool((found.residual < 1e-3).all()) and bool((plain.residual > 0.5).all())
     assert bool(((found.z - z).norm(dim=1) < 1e-2 * z.norm(dim=1)).all())
+
+
+def test_a_variable_of_many_rows_has_gone_astray_with_any_of_them(make_images) -> None:
+    """A cell with an eigenvalue of -9, which no damping down to the least brings home."""
+    model, x, owner = damped([-9.0, 0.5, 0.4, 0.3, 0.2, 0.1], 1.0), make_images(4), torch.tensor([0, 1, 1, 0])
+    problem = Shared(Classification(model, x, CrossEntropy(LABELS)), owner)
+    step, keep, start = ProjectedAscent(0.1), HighestLoss(0.1, 0.1), torch.zeros_like(x[:2])
+    found = optimise(problem, Joint(relaxes=True), Box(-0.1, 0.1), step, keep, start, num_steps=30)
+    assert found.tally["is_astray"].tolist() == [True, True]
 
 
 def test_relaxation_of_a_row_knows_nothing_of_its_batch_mates(make_images) -> None:

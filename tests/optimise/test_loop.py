@@ -414,7 +414,7 @@ def test_outer_budget_stops_as_well(fooled_by_half) -> None:
 
 
 def test_nothing_is_called_flat_where_the_budget_ends_before_the_first_look(fooled_by_half) -> None:
-    model, x, _, _ = fooled_by_half
+    model = fooled_by_half[0]
     with Meter(model, max_rows=1):
         found = attacked(fooled_by_half, Joint())
     assert found.is_stopped and not bool(found.is_flat.any())
