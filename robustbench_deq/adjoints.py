@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from robustbench_deq.registry import Registry
+from robustbench_deq.rows import per_sample
 from robustbench_deq.solvers import Anderson, Cell, CellMap, FixedPointMap, Picard, Solution, Solve
 
 DEFAULT_ADJOINT_SOLVE = Solve(Anderson(), rtol=1e-4, max_steps=100)
@@ -107,10 +108,13 @@ class Implicit(Adjoint):
         backward: solver and stopping rule of the adjoint solve.
         mu0: where the adjoint starts, `(batch, ...)`; None starts at `v`, so that even the first iterate is the
             Jacobian-free gradient and a failed solve never returns zero.
+        fits_start: `mu0` belongs to another loss, whose gradient may be larger or smaller: it is multiplied, row by
+            row, by what leaves the least residual. Costs one product, and saves several solver steps.
     """
 
     backward: Solve = DEFAULT_ADJOINT_SOLVE
     mu0: Tensor | None = field(default=None, repr=False, compare=False)
+    fits_start: bool = False
 
     def warm_started(self, mu0: Tensor | None) -> Implicit:
         return replace(self, mu0=mu0)
@@ -120,14 +124,23 @@ class Implicit(Adjoint):
         f = model.evaluate(leaf, u)
 
         def adjoint_of(v: Tensor) -> Tensor:
-            solution = self.backward(
-                AdjointMap(model, leaf, u, v, graph=(f, leaf)), v if self.mu0 is None else self.mu0
-            )
+            step = AdjointMap(model, leaf, u, v, graph=(f, leaf))
+            solution = self.backward(step, self._start(step))
             model.report(solution)
             trace.mu, trace.solution = solution.value, solution
             return solution.value
 
         return _AttachAdjoint.apply(f, adjoint_of)
+
+    def _start(self, step: AdjointMap) -> Tensor:
+        if self.mu0 is None:
+            return step.v
+        if not self.fits_start:
+            return self.mu0
+        image = self.mu0 - step.transpose(self.mu0)
+        factor = (step.v * image).flatten(1).sum(1) / image.square().flatten(1).sum(1)
+        factor = per_sample(factor, step.v)
+        return torch.where(torch.isfinite(factor), factor * self.mu0, step.v)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from robustbench_deq.adjoints import (
     jacobian_free,
 )
 from robustbench_deq.models import FAMILIES
+from robustbench_deq.rows import per_sample
 from robustbench_deq.solvers import SOLVERS, Anderson, NewtonKrylov, Picard, Solve, Status
 
 TIGHT = Solve(Anderson(), rtol=1e-12, max_steps=500)
@@ -166,6 +167,22 @@ def test_warm_start_takes_fewer_steps_to_the_same_gradient(make_model, make_imag
     loss_of(model, leaves[1], Implicit(backward).warm_started(before.mu), warm).backward()
     assert bool((warm.solution.num_steps < cold.solution.num_steps).all())
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_start_of_another_scale_is_fitted(make_model, make_images) -> None:
+    """The adjoint of a loss with other factors a row; of one row nothing is known."""
+    model, x = make_model("deq-fc", hidden=12), make_images(4)
+    backward = Solve(Picard(), rtol=1e-6, max_steps=200)
+    exact, plain, fitted = AdjointTrace(), AdjointTrace(), AdjointTrace()
+    loss_of(model, x.clone().requires_grad_(), Implicit(TIGHT), exact).backward()
+    factors = torch.tensor([1e3, 1e-3, -2.0, 0.0])[torch.arange(len(x)) % 4].to(x)
+    mu0 = per_sample(factors, exact.mu) * exact.mu
+    leaf, leaf_of_plain = x.clone().requires_grad_(), x.clone().requires_grad_()
+    loss_of(model, leaf_of_plain, Implicit(backward, mu0), plain).backward()
+    loss_of(model, leaf, Implicit(backward, mu0, fits_start=True), fitted).backward()
+    assert bool((fitted.solution.num_steps[factors != 0] <= 1).all())
+    assert bool((fitted.solution.num_steps <= plain.solution.num_steps).all())
+    torch.testing.assert_close(leaf.grad, leaf_of_plain.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_warm_started_keeps_the_backward_solve() -> None:

@@ -4,8 +4,8 @@
 
 After a joint attack the state and the adjoint are already close to their fixed points, so both solves start from there;
 that is what makes joint adversarial training nearly as cheap as the attack alone (Gurumurthy et al., NeurIPS 2021,
-section 3.3). The adjoint is that of the loss which the attack ascends: with another objective than cross-entropy the
-backward solve starts further away, and is right all the same. The Jacobian term is Hutchinson's estimate with one
+section 3.3). The adjoint is that of the loss which the attack ascends, whatever its objective is: its direction is kept
+and its size fitted to the cross-entropy's, sample by sample. The Jacobian term is Hutchinson's estimate with one
 Rademacher probe (Bai, Koltun, Kolter, "Stabilizing equilibrium models by Jacobian regularization", ICML 2021, Eq. 4).
 """
 
@@ -61,12 +61,10 @@ def batch_loss(
     z0, mu0 = None, None
     if attack is not None:
         result = attack(model, x, y, sample_ids=sample_ids, seed=seed)
-        x, z0 = result.x_adv, result.z
-        if result.mu is not None:
-            mu0 = result.mu / len(x)  # attacks sum the loss over the batch, training takes the mean
-        z0, mu0 = _usable_start(model, x, z0, mu0)
+        x = result.x_adv
+        z0, mu0 = _usable_start(model, x, result.z, result.mu)
     trace = AdjointTrace()
-    solution = model.equilibrium(x, z0, solve=forward, adjoint=Implicit(backward, mu0), trace=trace)
+    solution = model.equilibrium(x, z0, solve=forward, adjoint=Implicit(backward, mu0, fits_start=True), trace=trace)
     logits = model.head(solution.value)
     cross_entropy = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
     total = cross_entropy
