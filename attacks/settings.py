@@ -107,7 +107,7 @@ class JointConfig(ObjectiveConfig):
             mixing=self.mixing,
             warmup=self.warmup(self.damping_z),
             has_loss_start=self.adjoint_start is AdjointStart.LOSS,
-            relaxes=self.has_fallback and not self.is_cold and self.accelerator is None,
+            relaxes=self.has_fallback and not self.is_cold,
         )
 
     def warmup(self, damping: float) -> Solve | None:

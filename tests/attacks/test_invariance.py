@@ -55,6 +55,15 @@ def test_a_slower_cell_of_the_same_equilibria(name: str, weight: float, attacked
     assert other.record.cost.cell_evals <= 2 * plain.record.cost.cell_evals
 
 
+def test_a_slower_cell_under_an_accelerator() -> None:
+    settings = {"inner_steps": None, "accelerator": "anderson", "steps": 40}
+    attack, data = build_attack("joint-pgd", Threat(Norm.L2, 1.0), settings), load("fashion-mnist", limit=NUM)
+    model = load_model("deq-fc.fashion-joint-l2")
+    plain, other = evaluate(model, attack, data), evaluate(Damped(model, 0.01), attack, data)
+    same_robust_accuracy(plain, other)
+    assert other.record.cost.cell_evals <= 2 * plain.record.cost.cell_evals
+
+
 @pytest.mark.parametrize("condition", [1.0, 10.0])
 @pytest.mark.parametrize("name", MODELS)
 def test_other_coordinates_of_the_state(name: str, condition: float, attacked) -> None:
