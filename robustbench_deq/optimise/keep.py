@@ -80,7 +80,7 @@ class HighestLoss(Keep):
     ) -> Kept:
         is_trusted = look.residual <= (self.last_residual if is_last else self.trusted_residual)
         loss = torch.where(is_trusted, look.loss, -torch.inf)
-        takes = (loss >= kept.loss) & torch.isfinite(look.residual)
+        takes = (loss >= kept.loss) & (look.residual < torch.inf)
         return Kept(where_rows(takes, variable, kept.variable), torch.where(takes, loss, kept.loss), kept.score)
 
 
@@ -99,7 +99,7 @@ class JIIORule(Keep):
         takes = (joint < kept.score) | ((look.loss > kept.loss) & (joint < 1.3 * kept.score))
         takes = takes | (count < 10)
         score = torch.where(takes, joint, kept.score)
-        takes = takes & torch.isfinite(look.residual)
+        takes = takes & (look.residual < torch.inf)
         variable = where_rows(takes, variable, kept.variable)
         return Kept(variable, torch.where(takes, look.loss, kept.loss), score)
 
@@ -133,7 +133,7 @@ class SmallestNorm(Keep):
             size = torch.where(problem.is_success(look.output) & is_trusted & is_beyond, own, size)
         loss = torch.where(is_trusted, look.loss, -torch.inf)
         has_none = torch.isinf(kept.score)
-        takes = (size < kept.score) | (has_none & (loss >= kept.loss) & torch.isfinite(look.residual))
+        takes = (size < kept.score) | (has_none & (loss >= kept.loss) & (look.residual < torch.inf))
         return Kept(
             where_rows(takes, variable, kept.variable),
             torch.where(takes, loss, kept.loss),

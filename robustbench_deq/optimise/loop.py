@@ -144,7 +144,7 @@ def optimise(
                     kept = _with_done(kept, variable, look, is_done)
                     if whole is None:
                         whole = _Whole(kept.variable.clone(), kept.loss.clone(), residual.clone(), is_done.clone(), {})
-                    whole.put(rows, kept, residual, is_done, source.tally(state))
+                    whole.put(rows, kept, residual, is_done, source.tally(problem, state))
                     left = (~is_done).nonzero()[:, 0]
                     rows, state = rows[left], source.take(problem, state, left)
                     look = look.take(problem, left)
@@ -192,7 +192,7 @@ def optimise(
 
     if num_gradients == 0:  # the budget was spent before: nothing is known of slopes
         is_flat = torch.zeros_like(is_flat)
-    tally = {} if state is None else source.tally(state)
+    tally = {} if state is None else source.tally(problem, state)
     z, mu = (None, None) if state is None else (state.z, state.mu)
     if whole is None:
         gain = kept.loss - first

@@ -113,6 +113,6 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def take(self, problem: Problem, state: Any, rows: Tensor) -> Any: ...
 
-    def tally(self, state: Any) -> dict[str, Tensor]:
+    def tally(self, problem: Problem, state: Any) -> dict[str, Tensor]:
         """Counts to be reported, `(rows of the variable,)` each."""
         return {}

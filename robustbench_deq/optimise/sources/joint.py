@@ -72,7 +72,6 @@ class JointState(NamedTuple):
     relaxation of state and adjoint, a factor a row of the state; None: the plain iteration everywhere
     size       what residuals are relative to, one a row of the state; None: the state's own
     last       the absolute residuals of the last look, one a row of the state
-    is_astray  rows of the variable whose state has gone the wrong way again and again, and was relaxed less and less
     """
 
     z: Tensor
@@ -85,7 +84,6 @@ class JointState(NamedTuple):
     relaxation: Tensor | None = None
     size: Tensor | None = None
     last: Tensor | None = None
-    is_astray: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -158,12 +156,7 @@ class Joint(Source):
         absolute, residual = residual_norms(state.z, look.f)
         residual = residual if state.size is None else absolute / state.size
         if self.relaxes:
-            relaxation = self._relaxation(state, absolute, residual, moment)
-            if relaxation is not None and relaxation is not state.relaxation:
-                is_astray = problem.worst((relaxation <= LEAST_RELAXATION).to(absolute)) > 0
-                is_astray = is_astray if state.is_astray is None else is_astray | state.is_astray
-                state = state._replace(is_astray=is_astray)
-            state = state._replace(relaxation=relaxation, last=absolute)
+            state = state._replace(relaxation=self._relaxation(state, absolute, residual, moment), last=absolute)
         if state.relaxation is not None:
             factor = state.relaxation
             look = look._replace(f=_relaxed(state.z, look.f, factor), g=_relaxed(state.mu, look.g, factor))
@@ -236,12 +229,15 @@ class Joint(Source):
             pace = PaceState(pace.per_length[rows], pace.num_looks[rows], pace.has_moved[rows], pace.last_length)
         whole = (state.u, state.relaxation, state.size, state.last)
         u, relaxation, size, last = (None if part is None else part[kept] for part in whole)
-        is_astray = None if state.is_astray is None else state.is_astray[rows]
         z, mu, num_moves = state.z[kept], state.mu[kept], state.num_moves[rows]
-        return JointState(z, mu, u, history, state.num_mixed, pace, num_moves, relaxation, size, last, is_astray)
+        return JointState(z, mu, u, history, state.num_mixed, pace, num_moves, relaxation, size, last)
 
-    def tally(self, state: JointState) -> dict[str, Tensor]:
-        is_astray = torch.zeros_like(state.num_moves, dtype=torch.bool) if state.is_astray is None else state.is_astray
+    def tally(self, problem: Problem, state: JointState) -> dict[str, Tensor]:
+        """Steps that each row has taken, and whether its state has gone the wrong way again and again, and was relaxed
+        less and less."""
+        is_astray = torch.zeros_like(state.num_moves, dtype=torch.bool)
+        if state.relaxation is not None:
+            is_astray = problem.worst((state.relaxation <= LEAST_RELAXATION).to(state.relaxation)) > 0
         return {"perturbation_steps": state.num_moves, "is_astray": is_astray}
 
     def _pack(self, z: Tensor, variable: Tensor, mu: Tensor) -> Tensor:

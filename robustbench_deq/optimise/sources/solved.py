@@ -78,7 +78,7 @@ class Solved(Source):
         z, mu = (None if part is None else part[kept] for part in (state.z, state.mu))
         return SolvedState(z, mu, state.num_forward[rows], state.num_adjoint[rows])
 
-    def tally(self, state: SolvedState) -> dict[str, Tensor]:
+    def tally(self, problem: Problem, state: SolvedState) -> dict[str, Tensor]:
         return {
             "unconverged_forward_solves": state.num_forward,
             "unconverged_adjoint_solves": state.num_adjoint,
