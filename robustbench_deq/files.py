@@ -77,6 +77,27 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """As `write_json`, and under "sha256" a digest of the content, so that damage does not pass unseen."""
+    write_text(path, _sealed(content))
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """What `write_sealed` has written; None where a single bit of it has changed. Raises `OSError` as reading does."""
+    text = path.read_bytes()
+    try:
+        content = json.loads(text)
+        del content["sha256"]
+        return content if _sealed(content).encode() == text else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _sealed(content: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps({**content, "sha256": digest}, indent=2) + "\n"
+
+
 def check_json(path: Path, content: dict[str, Any], but: Collection[str] = ()) -> None:
     """See that a folder's `path` was written from `content`, whatever it has under the keys in `but`.
 

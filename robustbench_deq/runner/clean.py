@@ -1,6 +1,7 @@
 """The clean equilibria of a suite's folder: solved once a batch of a model, whichever attack or worker comes first.
 
     DIR/clean/KEY.safetensors   what the judge has found on a batch (`evaluate.clean`), with what attacks have asked for
+    DIR/clean/KEY.sha256        its digest
     DIR/clean/KEY.lock          while a process solves, others that need the same batch wait for it
 
 The folder goes when all shards are done. A file that is missing or damaged is solved again.
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from robustbench_deq.evaluate.clean import CleanBatch
 from robustbench_deq.evaluate.judge import Verdict
-from robustbench_deq.files import lock, replacing
+from robustbench_deq.files import lock, replacing, sha256_of, write_text
 from robustbench_deq.optimise import Contraction
 from robustbench_deq.runner.suite import Run
 
@@ -79,11 +80,15 @@ def _write(path: Path, clean: CleanBatch) -> None:
     tensors |= {f"adjoint.{name}": mu for name, mu in clean.adjoints.items()}
     with replacing(path) as temporary:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary)
+        digest = sha256_of(temporary)
+    write_text(path.with_suffix(".sha256"), digest)
 
 
 def _read(path: Path, device: torch.device) -> CleanBatch | None:
     """None where there is none, or a damaged one."""
     try:
+        if path.with_suffix(".sha256").read_text(encoding="utf-8") != sha256_of(path):
+            return None
         # Copied: within the file they lie where arithmetic rounds otherwise than on tensors of torch's own.
         found = {name: tensor.clone() for name, tensor in load_file(path).items()}
         verdict = Verdict(*(found[f"verdict.{field.name}"] for field in fields(Verdict)))
@@ -94,5 +99,5 @@ def _read(path: Path, device: torch.device) -> CleanBatch | None:
         names = [f"contraction.{name}" for name in Contraction._fields]
         contraction = Contraction(*(found[name].to(device) for name in names)) if names[0] in found else None
         return CleanBatch(verdict, z, distance, first, contraction, adjoints)
-    except (OSError, safetensors.SafetensorError, KeyError):
+    except (OSError, ValueError, safetensors.SafetensorError, KeyError):
         return None
