@@ -79,6 +79,8 @@ def bench(
             except KeyboardInterrupt:
                 raise RunError("interrupted; finished shards are kept, go on with --resume") from None
         seconds = time.monotonic() - start
+        if not (folder / SUITE_FILE).exists():  # somebody has removed it; without it there is no going on
+            claim_folder(folder, parsed, [run for run, _ in runs])
     records = load_records(target) if (target / RECORDS_FILE).exists() else []
     shown = f"; 'robustbench-deq report {target}' shows them" if records else ""
     click.echo(f"{len(records)} of {len(runs)} records in {target}{shown}")
@@ -88,6 +90,11 @@ def bench(
         listed = "; ".join(f"{count} x {reason}" for reason, count in reasons)
         raise RunError(
             f"{len(outcome.failures)} of {progress.num_shards} shards failed: {listed}; try them again with --resume"
+        )
+    if len(records) < len(runs):
+        raise RunError(
+            f"{len(runs) - len(records)} of {len(runs)} records are missing: files were removed from {target} while the "
+            "suite ran; go on with --resume"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,29 @@ def test_interrupted_suite_says_how_to_go_on(path: Path, tmp_path: Path, monkeyp
     assert "got no records.jsonl in it" in CliRunner().invoke(cli.main, words).stderr
     again = bench(path, "--out", tmp_path / "new")
     assert again.exit_code == 2 and "got that of a suite; add --resume, or name another" in again.stderr
+
+
+def test_a_folder_that_is_removed_meanwhile_is_exit_code_1_and_can_be_resumed(
+    path: Path, undisturbed: Path, tmp_path: Path, monkeypatch
+) -> None:
+    save, folder, calls = ShardStore.save, tmp_path / "new", []
+
+    def remove_at_the_fifth(self: ShardStore, *args: Any) -> None:
+        save(self, *args)
+        calls.append(1)
+        if len(calls) == 5:
+            shutil.rmtree(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardStore, "save", remove_at_the_fifth)
+        result = bench(path, "--out", folder)
+    assert result.exit_code == 1 and result.stdout.startswith("2 of 4 records")
+    said = (
+        f"Error: 2 of 4 records are missing: files were removed from {folder} while the suite ran; go on with --resume"
+    )
+    assert result.stderr.splitlines()[-1] == said
+    assert bench(path, "--out", folder, "--resume").exit_code == 0
+    assert sorted(contents(folder), key=str) == sorted(contents(undisturbed), key=str)
 
 
 def test_failed_shards_are_named_the_rest_is_done_and_the_exit_code_is_one(tmp_path: Path) -> None:

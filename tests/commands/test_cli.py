@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -735,6 +736,22 @@ def test_an_interrupted_checkpoint_leaves_the_last_one(tmp_path: Path, monkeypat
         interrupted(*args, "--out", tmp_path / "cut")
     succeeds(*args, "--resume", tmp_path / "cut")
     assert pd.read_csv(tmp_path / "cut" / "history.csv")["epoch"].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_folder_that_is_removed_during_training_is_exit_code_1(epoch: int, tmp_path: Path, monkeypatch) -> None:
+    validate, calls = Trainer._validate, []
+
+    def remove(self: Trainer):
+        calls.append(1)
+        if len(calls) == epoch:
+            shutil.rmtree(tmp_path / "run")
+        return validate(self)
+
+    monkeypatch.setattr(Trainer, "_validate", remove)
+    said = refused("train", CONFIG, *TINY, "--set", "epochs=2", "--out", tmp_path / "run", code=1)
+    assert f"{tmp_path / 'run' / 'config.json'} was removed while the training ran; train again with --out" in said
+    assert len(calls) == epoch  # not an epoch more than it takes to see it
 
 
 def test_training_that_diverges_is_exit_code_1_and_one_line(tmp_path: Path, monkeypatch) -> None:
