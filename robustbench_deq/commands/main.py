@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from robustbench_deq.errors import RunError, UsageError
+from robustbench_deq.files import is_disk_full
 from robustbench_deq.memory import keep_freed_memory
 from robustbench_deq.quiet import ignore_torch_deprecations
 
@@ -61,6 +62,8 @@ class Commands(click.Group):
         except Exception as error:
             if os.environ.get(DEBUG_VARIABLE):
                 raise
+            if is_disk_full(error):
+                _fail(1, "no space left on the disk; make room, and run the command again")
             reason = " ".join(str(error).split())[:300] or "no message"
             _fail(1, f"the run failed with {type(error).__name__}: {reason}; set {DEBUG_VARIABLE}=1 for the traceback")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -19,11 +20,11 @@ from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from robustbench_deq.evaluate.clean import CleanBatch
 from robustbench_deq.evaluate.judge import Verdict
-from robustbench_deq.files import lock, replacing, sha256_of, write_text
+from robustbench_deq.files import lock, open_own, replacing, sha256_of, write_text
 from robustbench_deq.optimise import Contraction
 from robustbench_deq.runner.suite import Run
 
@@ -67,9 +68,12 @@ class CleanStore:
     def _alone(self, path: Path) -> Iterator[None]:
         """Waits until no other process has the batch."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_suffix(".lock").open("w") as handle:
-            lock(handle.fileno())
+        handle = open_own(path.with_suffix(".lock"))
+        try:
+            lock(handle)
             yield
+        finally:
+            os.close(handle)
 
 
 def _write(path: Path, clean: CleanBatch) -> None:
@@ -79,7 +83,7 @@ def _write(path: Path, clean: CleanBatch) -> None:
     tensors |= {f"verdict.{field.name}": getattr(clean.verdict, field.name) for field in fields(Verdict)}
     tensors |= {f"adjoint.{name}": mu for name, mu in clean.adjoints.items()}
     with replacing(path) as temporary:
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary)
+        temporary.write_bytes(save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}))
         digest = sha256_of(temporary)
     write_text(path.with_suffix(".sha256"), digest)
 

@@ -25,7 +25,7 @@ from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate.clean import judge_clean
 from robustbench_deq.evaluate.evaluation import Part, Task, check_data, evaluate_batch, summarise
-from robustbench_deq.files import check_json, write_json
+from robustbench_deq.files import check_json, is_blank, refuse_links, remove_temporaries, write_json
 from robustbench_deq.models import load_model
 from robustbench_deq.protocol import Attack
 from robustbench_deq.records.environment import describe_environment, merge_environments
@@ -200,6 +200,7 @@ def run_suite(
         watch: called after each shard, with the reason if it failed.
     """
     folder = folder.resolve()  # workers may have another current folder
+    remove_temporaries(folder)
     store = ShardStore(folder)
     shards = [shard for _, cut in runs for shard in cut]
     missing = {shard.key: shard for shard in shards if not store.is_done(shard)}
@@ -233,9 +234,10 @@ def check_folder(folder: Path, suite: SuiteConfig, runs: Sequence[Run]) -> None:
 
     Raises:
         UsageError: when it holds something but no suite, or another one, or records of models, data or defaults that
-            are others by now.
+            are others by now, or symbolic links.
     """
-    if all(entry.name.startswith(".") for entry in folder.glob("*")):
+    refuse_links(folder)
+    if is_blank(folder):
         return
     check_json(folder / SUITE_FILE, suite.model_dump(mode="json"), but=["resources"])
     strange = RecordStore(folder).identifiers() - {run.key for run in runs}

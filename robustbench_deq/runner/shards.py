@@ -24,10 +24,18 @@ import pyarrow
 
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.evaluate.evaluation import Part
-from robustbench_deq.files import lock, read_sealed, remove_temporaries, replacing, sha256_of, write_json, write_sealed
-from robustbench_deq.records.images import IMAGES_FOLDER
+from robustbench_deq.files import (
+    lock,
+    open_own,
+    read_sealed,
+    remove_temporaries,
+    replacing,
+    sha256_of,
+    write_json,
+    write_sealed,
+)
 from robustbench_deq.records.record import CostRecord, CurvePoint
-from robustbench_deq.records.store import SAMPLES_FOLDER, SHARDS_FOLDER
+from robustbench_deq.records.store import SHARDS_FOLDER
 from robustbench_deq.runner.suite import Shard
 
 LOCK_SUFFIX = ".lock"
@@ -153,7 +161,7 @@ class ShardStore:
         """The right to do the shard, None when it is done or another process has it. Ends with the block or process."""
         path = self._path(shard, LOCK_SUFFIX)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = open_own(path)
         try:
             if not lock(handle, waits=False):
                 yield None
@@ -194,14 +202,16 @@ class ShardStore:
     def alone(self) -> Iterator[None]:
         """Waits until no other process is in such a block."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / ASSEMBLY_LOCK).open("w") as handle:
-            lock(handle.fileno())
+        handle = open_own(self.folder / ASSEMBLY_LOCK)
+        try:
+            lock(handle)
             yield
+        finally:
+            os.close(handle)
 
     def tidy(self) -> None:
         """Remove what killed processes have left: temporary files and locks. Only once all shards are done."""
-        for folder in (self.folder, self.root / SAMPLES_FOLDER, self.root / IMAGES_FOLDER):
-            remove_temporaries(folder)
+        remove_temporaries(self.root)
         for path in self.folder.glob(f"*{LOCK_SUFFIX}"):
             if path.name != ASSEMBLY_LOCK and path.is_file():
                 path.unlink(missing_ok=True)

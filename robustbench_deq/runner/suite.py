@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from robustbench_deq.configs import Config, merge, named_in, read_yaml, validate
+from robustbench_deq.configs import Config, FolderName, merge, named_in, read_yaml, validate
 from robustbench_deq.data import Split, SplitName, load
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import sha256_of
@@ -106,7 +106,7 @@ class Resources(Config):
 class SuiteConfig(Config):
     """A suite as its file says it."""
 
-    name: str = Field(description="of the suite and its default output folder")
+    name: FolderName = Field(description="of the suite and its default output folder")
     models: list[str] = Field(min_length=1, description="names, wildcards, folders or file.py:function")
     attacks: list[AttackGrid] = Field(min_length=1)
     threats: list[ThreatGrid] | None = Field(None, description="null: the threat of each model's card")

@@ -12,7 +12,7 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from robustbench_deq.equilibrium import EquilibriumModel
@@ -42,7 +42,7 @@ class Checkpoint:
         old = self._meta().get("tensors") if self.meta_path.exists() else None
         name = "checkpoint-b.safetensors" if old == "checkpoint-a.safetensors" else "checkpoint-a.safetensors"
         with replacing(self.folder / name) as temporary:
-            save_file({key: value.contiguous().cpu().clone() for key, value in tensors.items()}, temporary)
+            temporary.write_bytes(save({key: value.contiguous().cpu().clone() for key, value in tensors.items()}))
         digest = sha256_of(self.folder / name)
         write_sealed(self.meta_path, {**meta, "tensors": name, "tensors_sha256": digest})
         if old is not None:

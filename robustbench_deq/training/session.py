@@ -23,7 +23,7 @@ from robustbench_deq.equilibrium import EquilibriumModel, check_labels
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.evaluate.evaluation import evaluate
 from robustbench_deq.evaluate.judge import judge, tight_solve
-from robustbench_deq.files import check_json, replacing, write_json
+from robustbench_deq.files import check_json, is_blank, refuse_links, remove_temporaries, replacing, write_json
 from robustbench_deq.models import (
     FAMILIES,
     Card,
@@ -94,11 +94,11 @@ class TrainingSession:
                 )
         return load_model(initial)
 
-    def prepare(self, folder: Path, is_resumed: bool) -> None:
-        """Write the config to `folder`, or load the checkpoint that lies there.
+    def prepare(self, folder: Path) -> None:
+        """Write the config to `folder` where nothing is yet, else load the checkpoint that lies there.
 
         Raises:
-            UsageError: when a resumed folder is not one of `train`, or was made from another config.
+            UsageError: when the folder is not one of `train`, was made from another config, or has symbolic links.
         """
         self.folder = folder
         validation = load(self.config.data, SplitName.VALIDATION, self.config.validation.limit)
@@ -116,8 +116,10 @@ class TrainingSession:
             folder,
             self.device,
         )
+        refuse_links(folder)
+        remove_temporaries(folder)
         path, content = folder / CONFIG_FILE, self.config.model_dump(mode="json")
-        if not is_resumed:
+        if is_blank(folder):
             write_json(path, content)
             return
         check_json(path, content)
