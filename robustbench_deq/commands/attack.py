@@ -74,7 +74,8 @@ def attack(
 ) -> None:
     """Attack MODEL and judge the result.
 
-    MODEL is a name from 'models', a folder with a saved model, or file.py:function.
+    MODEL is a name from 'models', a folder with a saved model, or file.py:function. Such a file is run as code, with
+    all your rights: name only one that you trust.
     """
     settings = parse_assignments(assignments)
     if steps is not None:

@@ -587,6 +587,11 @@ def test_every_command_is_there_and_no_other() -> None:
     assert "No such command 'atack'" in refused("atack")
 
 
+@pytest.mark.parametrize("name", ["attack", "models"])
+def test_help_says_that_model_files_are_run(name: str) -> None:
+    assert re.search(r"file\.py:function[^:]* is\s+run as code", succeeds(name, "--help"))
+
+
 def test_records_are_read_reported_and_checked_without_torch(tmp_path: Path) -> None:
     """Torch takes longer to import than a report to be made."""
     kept = (ROOT / "results" / "radii" / "records.jsonl").read_text().splitlines(keepends=True)
