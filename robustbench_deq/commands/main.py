@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from robustbench_deq.commands.interrupts import ending_at_once
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.files import is_disk_full
 from robustbench_deq.memory import keep_freed_memory
@@ -42,7 +43,9 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        return getattr(importlib.import_module(f"{__package__}.{COMMANDS[name]}"), name)
+        with ending_at_once():
+            module = importlib.import_module(f"{__package__}.{COMMANDS[name]}")
+        return getattr(module, name)
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         ignore_torch_deprecations()

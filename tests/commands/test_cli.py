@@ -606,6 +606,42 @@ def test_records_are_read_reported_and_checked_without_torch(tmp_path: Path) -> 
         assert answer.returncode == 0, answer.stderr
 
 
+SLOW_MODULE = """
+import time
+print("importing", flush=True)
+try:
+    time.sleep(60)
+except BaseException:  # as code within imports does
+    pass
+"""
+
+
+@pytest.mark.parametrize("module", ["click", "torch"])
+def test_ctrl_c_during_any_import_is_one_line(module: str, tmp_path: Path) -> None:
+    (tmp_path / f"{module}.py").write_text(SLOW_MODULE)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "cli.py"), "models"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", "Error: interrupted\n")
+    assert process.returncode == 1
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.default_int_handler], ids=["ignored", "default"])
+def test_ctrl_c_is_handled_as_before_once_modules_are_imported(handler: Any) -> None:
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        succeeds("datasets", "--help")
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_an_interrupt_while_a_command_is_imported_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli.importlib, "import_module", fails_with(KeyboardInterrupt()))
     interrupted("models")

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -566,6 +566,21 @@ def test_pool_that_breaks_while_it_is_given_work_is_begun_anew(undisturbed: Path
     outcome = do(tmp_path, executor=Processes(2))
     assert not outcome.failures and len(calls) > 12
     assert contents(tmp_path) == contents(undisturbed)
+
+
+def test_workers_never_get_ctrl_c_not_even_while_they_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *args: Any) -> Any:
+            return super().submit(lambda: mask_of_a_new_process())
+
+    def mask_of_a_new_process() -> str:
+        code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+
+    monkeypatch.setattr(Processes, "_pool", lambda self: Pool(1))
+    shard = runs_of(suite())[0][1][0]
+    assert list(Processes(1).map(lambda shard: None, [shard])) == [(shard, "True\n")]
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_workers_share_the_cpus_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
