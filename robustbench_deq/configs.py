@@ -8,13 +8,16 @@ from __future__ import annotations
 import difflib
 import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pydantic
 import yaml
 
 from robustbench_deq.errors import UsageError
 from robustbench_deq.registry import Registry
+
+MAX_FOLDER_NAME = 200
+"""Bytes; temporary files beside it have longer names, and 255 is the limit of most file systems."""
 
 
 class Config(pydantic.BaseModel):
@@ -46,6 +49,15 @@ def named_in(registry: Registry[Any]) -> pydantic.AfterValidator:
 
     return pydantic.AfterValidator(check)
 
+
+def _folder_name(name: str) -> str:
+    if name in ("", ".", "..") or "/" in name or not name.isprintable() or len(name.encode()) > MAX_FOLDER_NAME:
+        raise ValueError(f"a name of one folder: no /, no control characters, 1 to {MAX_FOLDER_NAME} bytes")
+    return name
+
+
+FolderName = Annotated[str, pydantic.AfterValidator(_folder_name)]
+"""A name that is also that of a folder."""
 
 M = TypeVar("M", bound=pydantic.BaseModel)
 

@@ -117,7 +117,7 @@ def test_hook_for_other_repositories_is_an_installed_command() -> None:
     (hook,) = read(".pre-commit-hooks.yaml")
     script, command = hook["entry"].split()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["scripts"][script] == "robustbench_deq.commands.main:main" and command in cli.main.list_commands(
+    assert project["scripts"][script] == "robustbench_deq.commands.start:start" and command in cli.main.list_commands(
         None
     )
     assert hook["pass_filenames"] is False

@@ -11,11 +11,11 @@ from robustbench_deq.attacks import build_attack
 from robustbench_deq.commands.display import bar
 from robustbench_deq.commands.shared import choose_device, tell_split
 from robustbench_deq.configs import parse_assignments, parse_fraction
-from robustbench_deq.data import SplitName, load
+from robustbench_deq.data import Split, SplitName, load
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate.evaluation import Evaluation, check_data, evaluate
-from robustbench_deq.files import output_folder
+from robustbench_deq.files import needing_space, output_folder
 from robustbench_deq.models import Card, describe_model, load_model
 from robustbench_deq.optimise import Norm
 from robustbench_deq.records.images import choose_images, save_images
@@ -74,7 +74,8 @@ def attack(
 ) -> None:
     """Attack MODEL and judge the result.
 
-    MODEL is a name from 'models', a folder with a saved model, or file.py:function.
+    MODEL is a name from 'models', a folder with a saved model, or file.py:function. Such a file is run as code, with
+    all your rights: name only one that you trust.
     """
     settings = parse_assignments(assignments)
     if steps is not None:
@@ -96,29 +97,32 @@ def attack(
         loaded.check_gradient(samples.x)
     target = choose_device(device)
     tell_split(name, split, "--split all takes all")
-    with output_folder(out) as folder, bar(f"{attack_name} on {model}", len(samples), "robust {:.1%}") as advance:
-        result = evaluate(
-            loaded,
-            chosen,
-            samples,
-            model_name=model,
-            label=label,
-            batch_size=batch_size,
-            seed=seed,
-            is_targeted=is_targeted,
-            num_snapshots=NUM_SNAPSHOTS,
-            device=target,
-            **digests,
-            progress=lambda done, total, accuracy: advance(done, accuracy),
-        )
+    with output_folder(out) as folder:
+        with bar(f"{attack_name} on {model}", len(samples), "robust {:.1%}") as advance:
+            result = evaluate(
+                loaded,
+                chosen,
+                samples,
+                model_name=model,
+                label=label,
+                batch_size=batch_size,
+                seed=seed,
+                is_targeted=is_targeted,
+                num_snapshots=NUM_SNAPSHOTS,
+                device=target,
+                **digests,
+                progress=lambda done, total, accuracy: advance(done, accuracy),
+            )
         if folder is not None:
-            RecordStore(folder).append(result.record, result.samples)
-            images = choose_images(result.samples, samples.x.numpy(), result.x_adv.numpy())
-            save_images(folder, result.record.record_id, images)
-    if is_json:
-        click.echo(json.dumps(to_json(result.record)))
-    else:
-        _echo_result(result, out)
+            try:
+                with needing_space(f"the result is printed, but {folder} does not hold all of it"):
+                    _keep(result, samples, folder)
+            except Exception:
+                _echo(result, is_json)
+                raise
+    _echo(result, is_json)
+    if out is not None and not is_json:
+        click.echo(f"record            {out}")
 
 
 def _load(model: str) -> tuple[EquilibriumModel, Card | None, dict[str, str | None]]:
@@ -130,8 +134,17 @@ def _load(model: str) -> tuple[EquilibriumModel, Card | None, dict[str, str | No
     return loaded, described.card, {"model_sha256": described.sha256 or None}
 
 
-def _echo_result(result: Evaluation, out: Path | None) -> None:
+def _keep(result: Evaluation, samples: Split, folder: Path) -> None:
+    RecordStore(folder).append(result.record, result.samples)
+    images = choose_images(result.samples, samples.x.numpy(), result.x_adv.numpy())
+    save_images(folder, result.record.record_id, images)
+
+
+def _echo(result: Evaluation, is_json: bool) -> None:
     record = result.record
+    if is_json:
+        click.echo(json.dumps(to_json(record)))
+        return
     low, high = record.robust_accuracy_ci
     click.echo(
         f"{record.model}  {record.attack}  {record.threat.norm} {record.threat.epsilon:g}  "
@@ -153,5 +166,3 @@ def _echo_result(result: Evaluation, out: Path | None) -> None:
         click.echo(f"refuted           {refuted} by the judge: called fooled and not so, attacked on")
     if counts:
         click.echo("full solves       " + ", ".join(f"{key.removeprefix('num_')} {n}" for key, n in counts.items()))
-    if out is not None:
-        click.echo(f"record            {out}")

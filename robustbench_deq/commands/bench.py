@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from robustbench_deq.commands.display import suite_display
 from robustbench_deq.commands.shared import choose_device, named_device, tell_split
 from robustbench_deq.configs import merge, parse_assignments, read_yaml, validate
 from robustbench_deq.errors import RunError, UsageError
-from robustbench_deq.files import output_folder
+from robustbench_deq.files import needing_space, output_folder
 from robustbench_deq.records.store import RECORDS_FILE, load_records
 from robustbench_deq.runner.executors import Executor, Processes, Ray, Serial
 from robustbench_deq.runner.progress import EarlierPaces, SuiteProgress
@@ -68,8 +67,8 @@ def bench(
         missing = missing_shards(runs, target) if resume else [shard for _, shards in runs for shard in shards]
         _echo_plan(runs, missing, EarlierPaces([Path("results"), target], device), workers or 1)
         return
-    place = contextlib.nullcontext(target) if resume else output_folder(target)
-    with place as folder:
+    advice = "finished shards are kept: make room, and go on with --resume"
+    with output_folder(target, resume) as folder, needing_space(advice):
         executor = _make_executor(parsed, kind, address, workers, device)
         claim_folder(folder, parsed, [run for run, _ in runs])
         progress, start = SuiteProgress(runs, folder), time.monotonic()
@@ -79,6 +78,8 @@ def bench(
             except KeyboardInterrupt:
                 raise RunError("interrupted; finished shards are kept, go on with --resume") from None
         seconds = time.monotonic() - start
+        if not (folder / SUITE_FILE).exists():  # somebody has removed it; without it there is no going on
+            claim_folder(folder, parsed, [run for run, _ in runs])
     records = load_records(target) if (target / RECORDS_FILE).exists() else []
     shown = f"; 'robustbench-deq report {target}' shows them" if records else ""
     click.echo(f"{len(records)} of {len(runs)} records in {target}{shown}")
@@ -88,6 +89,11 @@ def bench(
         listed = "; ".join(f"{count} x {reason}" for reason, count in reasons)
         raise RunError(
             f"{len(outcome.failures)} of {progress.num_shards} shards failed: {listed}; try them again with --resume"
+        )
+    if len(records) < len(runs):
+        raise RunError(
+            f"{len(runs) - len(records)} of {len(runs)} records are missing: files were removed from {target} while "
+            "the suite ran; go on with --resume"
         )
 
 

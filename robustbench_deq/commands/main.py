@@ -14,7 +14,9 @@ from typing import Any
 
 import click
 
+from robustbench_deq.commands.interrupts import ending_at_once
 from robustbench_deq.errors import RunError, UsageError
+from robustbench_deq.files import is_disk_full
 from robustbench_deq.memory import keep_freed_memory
 from robustbench_deq.quiet import ignore_torch_deprecations
 
@@ -41,7 +43,9 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        return getattr(importlib.import_module(f"{__package__}.{COMMANDS[name]}"), name)
+        with ending_at_once():
+            module = importlib.import_module(f"{__package__}.{COMMANDS[name]}")
+        return getattr(module, name)
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         ignore_torch_deprecations()
@@ -61,6 +65,8 @@ class Commands(click.Group):
         except Exception as error:
             if os.environ.get(DEBUG_VARIABLE):
                 raise
+            if is_disk_full(error):
+                _fail(1, "no space left on the disk; make room, and run the command again")
             reason = " ".join(str(error).split())[:300] or "no message"
             _fail(1, f"the run failed with {type(error).__name__}: {reason}; set {DEBUG_VARIABLE}=1 for the traceback")
 

@@ -31,8 +31,8 @@ def models(
 ) -> None:
     """List registered models; PATTERN may hold wildcards.
 
-    With --check, PATTERN is a model as for 'attack': a name, a folder or file.py:function. Exit code 1 means that a
-    finding is bad.
+    With --check, PATTERN is a model as for 'attack': a name, a folder or file.py:function, which is run as code.
+    Exit code 1 means that a finding is bad.
     """
     if checked is not None:
         if family or dataset or threat:

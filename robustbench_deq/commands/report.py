@@ -8,7 +8,7 @@ import click
 
 import robustbench_deq
 from robustbench_deq.errors import UsageError
-from robustbench_deq.files import whole_folder, write_text
+from robustbench_deq.files import own_path, whole_folder, write_text
 from robustbench_deq.memory import no_collection
 from robustbench_deq.records.store import load_folders, load_records
 from robustbench_deq.report.pages.comparison import comparison_html, comparison_markdown, headline
@@ -41,7 +41,7 @@ def report(folders: tuple[Path, ...], out: Path | None, compared: tuple[Path, Pa
         if compared is not None:
             _compare_runs(*compared, out)
         else:
-            _report_on(folders, out or folders[0] / "report")
+            _report_on(folders, out or own_path(folders[0] / "report"))
 
 
 def _report_on(folders: tuple[Path, ...], out: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from robustbench_deq.commands.display import bar
 from robustbench_deq.commands.shared import choose_device
 from robustbench_deq.configs import merge, parse_assignments, read_yaml, validate
 from robustbench_deq.errors import RunError, UsageError
-from robustbench_deq.files import output_folder
+from robustbench_deq.files import alone_in, needing_space, output_folder
 from robustbench_deq.report.figures.history import plot_history
 from robustbench_deq.training.config import TrainingConfig
 from robustbench_deq.training.session import TrainingSession
@@ -23,7 +22,12 @@ from robustbench_deq.training.session import TrainingSession
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any key of the config, dotted.")
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="New folder.  [default: results/runs/NAME]")
-@click.option("--resume", type=click.Path(path_type=Path), default=None, help="Folder of an interrupted run.")
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Folder of an interrupted run. Begins where nothing is yet.",
+)
 @click.option("--device", default=None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]")
 def train(
     config: Path, assignments: tuple[str, ...], out: Path | None, resume: Path | None, device: str | None
@@ -31,7 +35,7 @@ def train(
     """Train the model that CONFIG describes, evaluate it on the test split, and save it with its card."""
     values = merge(read_yaml(config), parse_assignments(assignments))
     parsed = validate(TrainingConfig, values, str(config))
-    target = choose_device(device)
+    chosen = choose_device(device)
     if resume is not None and out is not None:
         raise UsageError.of("train", expected="--out or --resume", got="both", fix="--resume writes to its own folder")
     command = "robustbench-deq train " + " ".join(
@@ -47,12 +51,13 @@ def train(
         attack=attack,
         validation_attack=validation_attack,
         evaluation_attack=evaluation_attack,
-        device=target,
+        device=chosen,
         plot_history=plot_history,
     )
-    place = contextlib.nullcontext(resume) if resume else output_folder(out or Path("results/runs") / parsed.name)
-    with place as folder:
-        session.prepare(folder, is_resumed=resume is not None)
+    target = resume or out or Path("results/runs") / parsed.name
+    advice = f"what is finished is kept: make room, and continue with --resume {target}"
+    with output_folder(target, resume is not None) as folder, needing_space(advice), alone_in(folder):
+        session.prepare(folder)
         try:
             with bar(parsed.name, session.num_batches, "loss {:.4f}") as advance:
                 described = session.run(lambda done, loss: advance(done, loss))

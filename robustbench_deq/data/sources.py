@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from robustbench_deq.errors import UsageError
-from robustbench_deq.files import replacing
+from robustbench_deq.files import remove_temporaries, replacing
 from robustbench_deq.registry import Registry
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -131,6 +131,7 @@ def _images_of(part: object) -> np.ndarray:
 
 
 def _unpack_fashion_mnist(debian: Path, cache: Path) -> None:
+    remove_temporaries(cache / "FashionMNIST")
     for packed in sorted(debian.glob("*-ubyte.gz")):
         target = cache / "FashionMNIST" / "raw" / packed.stem
         if target.exists():

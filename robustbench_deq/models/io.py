@@ -20,7 +20,7 @@ from typing import Any
 import safetensors
 import torch
 from pydantic import Field
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from robustbench_deq.configs import Config, validate
 from robustbench_deq.equilibrium import EquilibriumModel
@@ -116,9 +116,8 @@ def save_model(model: EquilibriumModel, folder: str | Path, name: str, card: Car
         with contextlib.suppress(UsageError):
             os.replace(_weights_of(folder, describe(folder).sha256), weights)
     with replacing(waiting) as temporary:
-        save_file(
-            {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}, temporary
-        )
+        tensors = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+        temporary.write_bytes(save(tensors))
     description = ModelDescription(
         name=name,
         family=model.family,

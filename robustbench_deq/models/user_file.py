@@ -7,9 +7,11 @@ prints goes to standard error, since standard output belongs to results.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ import torch
 
 from robustbench_deq.equilibrium import EquilibriumModel, check_model
 from robustbench_deq.errors import UsageError
+from robustbench_deq.files import sha256_of
 
 
 def model_from_file(source: str) -> EquilibriumModel:
@@ -60,6 +63,51 @@ def model_from_file(source: str) -> EquilibriumModel:
         ) from error
     check_model(model, f"model {source}")
     return model.eval()
+
+
+def digest_of_file(path: Path) -> str:
+    """The sha256 of a model's file; where it imports modules that lie beside it, one of it and all of these.
+
+    Imports are read from the text, since nothing may be run to plan a suite: a computed name is not seen, nor are the
+    files that the code reads. Raises `OSError` where the file cannot be read.
+    """
+    path = path.resolve()
+    digest, found, waiting = sha256_of(path), {path}, [path]
+    while waiting:
+        places = {place for name in _imports(waiting.pop(), path.parent) for place in _places(name, path.parent)}
+        new = {place for place in places - found if place.is_file()}
+        found |= new
+        waiting += new
+    if found == {path}:
+        return digest
+    listed = sorted((file.relative_to(path.parent).as_posix(), sha256_of(file)) for file in found)
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def _imports(path: Path, folder: Path) -> set[str]:
+    """Dotted names that a file below `folder` imports, absolute ones as they are seen from there."""
+    try:
+        nodes = list(ast.walk(ast.parse(path.read_bytes())))
+    except (SyntaxError, ValueError, RecursionError):  # running it will say what is wrong
+        return set()
+    package, names = path.relative_to(folder).parent.parts, set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*parents, *filter(None, [node.module])])
+            names |= {base, *(f"{base}.{alias.name}".lstrip(".") for alias in node.names)}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            names |= {part.value for part in node.args[:1] if isinstance(part, ast.Constant)}
+    return {name for name in names if isinstance(name, str) and all(map(str.isidentifier, name.split(".")))}
+
+
+def _places(name: str, folder: Path) -> set[Path]:
+    """Where a module of `folder` and the packages that it is in may lie."""
+    parts = name.split(".")
+    stems = [folder.joinpath(*parts[: end + 1]) for end in range(len(parts))]
+    return {place for stem in stems for place in (stem.with_name(f"{stem.name}.py"), stem / "__init__.py")}
 
 
 @contextlib.contextmanager

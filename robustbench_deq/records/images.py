@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from robustbench_deq.files import replacing
+from robustbench_deq.files import own_path, replacing
 
 IMAGES_FOLDER = "images"
 NUM_IMAGES = 8
@@ -47,6 +47,7 @@ def images_path(folder: Path, record_id: str) -> Path:
 
 def save_images(folder: Path, record_id: str, images: Images) -> None:
     """Write the images of a record into the folder of its records."""
+    own_path(Path(folder) / IMAGES_FOLDER)
     with replacing(images_path(folder, record_id)) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **images._asdict())
 

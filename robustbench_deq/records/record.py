@@ -101,7 +101,7 @@ class Record(Fields):
     created: str = Field(description="ISO 8601, in UTC; of a suite's record, when its first shard was begun")
     model: str = Field(description="name in the registry, folder, or `file.py:function`")
     model_sha256: str | None = Field(description="of the weights; null for a model without a file of them")
-    file_sha256: str | None = Field(None, description="of the file, where the model is a `file.py:function`")
+    file_sha256: str | None = Field(None, description="of a `file.py:function` and what it imports from beside it")
     attack: str = Field(description="name in the registry")
     label: str = Field(description="what tables and plots call the attack")
     attack_config: dict[str, JsonValue] = Field(description="every setting of the attack, and `targeted`")

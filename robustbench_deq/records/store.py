@@ -25,8 +25,8 @@ import pyarrow.parquet
 from pydantic import ValidationError
 
 from robustbench_deq.configs import validate
-from robustbench_deq.errors import RunError, UsageError
-from robustbench_deq.files import lock, replacing
+from robustbench_deq.errors import UsageError
+from robustbench_deq.files import is_disk_full, lock, open_own, own_path, replacing
 from robustbench_deq.records.record import SCHEMA_VERSION, Record, to_json
 
 logger = logging.getLogger(__name__)
@@ -60,8 +60,9 @@ class RecordStore:
             samples: one row a sample, `record.data.num_samples` of them.
 
         Raises:
-            UsageError: when the number of rows is wrong, the identifier is taken or the folder cannot be written.
-            RunError: when the disk takes only a part of the line; nothing of it is kept.
+            UsageError: when the number of rows is wrong, the identifier is taken, or the folder cannot be written or
+                leads elsewhere by a symbolic link.
+            OSError: when the disk is full; nothing of the record is kept.
         """
         if len(samples) != record.data.num_samples:
             raise UsageError.of(
@@ -71,6 +72,7 @@ class RecordStore:
                 fix="pass one row for every sample of the record",
             )
         line = json.dumps(to_json(record), allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        own_path(self.folder / SAMPLES_FOLDER)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with _appending(self.folder / RECORDS_FILE) as handle:
@@ -83,6 +85,8 @@ class RecordStore:
                     samples.to_parquet(temporary, index=False)
                 _write_line(handle, line)
         except OSError as error:
+            if is_disk_full(error):
+                raise
             raise UsageError.of(
                 f"folder {self.folder}",
                 expected="one that can be written",
@@ -137,7 +141,7 @@ class RecordStore:
 @contextlib.contextmanager
 def _appending(path: Path) -> Iterator[int]:
     """A handle for appending that no other writer has at the same time."""
-    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    handle = open_own(path, os.O_APPEND)
     try:
         lock(handle)
         yield handle
@@ -147,11 +151,13 @@ def _appending(path: Path) -> Iterator[int]:
 
 def _write_line(handle: int, line: bytes) -> None:
     start = os.fstat(handle).st_size
-    written = os.write(handle, line)
-    if written != len(line):
+    try:
+        while line:
+            line = line[os.write(handle, line) :]
+        os.fsync(handle)
+    except OSError:
         os.ftruncate(handle, start)
-        raise RunError(f"records: only {written} of {len(line)} bytes could be written, the record was not kept")
-    os.fsync(handle)
+        raise
 
 
 def load_records(folder: Path) -> list[Record]:

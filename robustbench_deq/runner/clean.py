@@ -1,6 +1,7 @@
 """The clean equilibria of a suite's folder: solved once a batch of a model, whichever attack or worker comes first.
 
     DIR/clean/KEY.safetensors   what the judge has found on a batch (`evaluate.clean`), with what attacks have asked for
+    DIR/clean/KEY.sha256        its digest
     DIR/clean/KEY.lock          while a process solves, others that need the same batch wait for it
 
 The folder goes when all shards are done. A file that is missing or damaged is solved again.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -18,11 +20,11 @@ from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from robustbench_deq.evaluate.clean import CleanBatch
 from robustbench_deq.evaluate.judge import Verdict
-from robustbench_deq.files import lock, replacing
+from robustbench_deq.files import lock, open_own, replacing, sha256_of, write_text
 from robustbench_deq.optimise import Contraction
 from robustbench_deq.runner.suite import Run
 
@@ -66,9 +68,12 @@ class CleanStore:
     def _alone(self, path: Path) -> Iterator[None]:
         """Waits until no other process has the batch."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_suffix(".lock").open("w") as handle:
-            lock(handle.fileno())
+        handle = open_own(path.with_suffix(".lock"))
+        try:
+            lock(handle)
             yield
+        finally:
+            os.close(handle)
 
 
 def _write(path: Path, clean: CleanBatch) -> None:
@@ -78,12 +83,16 @@ def _write(path: Path, clean: CleanBatch) -> None:
     tensors |= {f"verdict.{field.name}": getattr(clean.verdict, field.name) for field in fields(Verdict)}
     tensors |= {f"adjoint.{name}": mu for name, mu in clean.adjoints.items()}
     with replacing(path) as temporary:
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary)
+        temporary.write_bytes(save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}))
+        digest = sha256_of(temporary)
+    write_text(path.with_suffix(".sha256"), digest)
 
 
 def _read(path: Path, device: torch.device) -> CleanBatch | None:
     """None where there is none, or a damaged one."""
     try:
+        if path.with_suffix(".sha256").read_text(encoding="utf-8") != sha256_of(path):
+            return None
         # Copied: within the file they lie where arithmetic rounds otherwise than on tensors of torch's own.
         found = {name: tensor.clone() for name, tensor in load_file(path).items()}
         verdict = Verdict(*(found[f"verdict.{field.name}"] for field in fields(Verdict)))
@@ -94,5 +103,5 @@ def _read(path: Path, device: torch.device) -> CleanBatch | None:
         names = [f"contraction.{name}" for name in Contraction._fields]
         contraction = Contraction(*(found[name].to(device) for name in names)) if names[0] in found else None
         return CleanBatch(verdict, z, distance, first, contraction, adjoints)
-    except (OSError, safetensors.SafetensorError, KeyError):
+    except (OSError, ValueError, safetensors.SafetensorError, KeyError):
         return None

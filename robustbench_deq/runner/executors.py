@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import collections
 import concurrent.futures
+import contextlib
 import logging
 import math
 import multiprocessing
@@ -64,7 +65,8 @@ class Processes(Executor):
             batch = suspects[:1] or list(waiting.values())
             with self._pool() as pool:
                 try:
-                    futures = {pool.submit(work, shard): shard for shard in batch}
+                    with _interrupts_held():
+                        futures = {pool.submit(work, shard): shard for shard in batch}
                     for future in concurrent.futures.as_completed(futures):
                         shard, reason = futures[future], future.result()
                         del waiting[shard.key]
@@ -84,9 +86,18 @@ class Processes(Executor):
         )
 
 
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Within, Ctrl-C waits. Processes that are started leave it to this one, even while they import their modules."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin_process(num_threads: int) -> None:
-    """A worker ends with its parent, which may have been killed, and leaves Ctrl-C to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A worker ends with its parent, which may have been killed."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _begin_worker(num_threads)
 

@@ -25,7 +25,7 @@ from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate.clean import judge_clean
 from robustbench_deq.evaluate.evaluation import Part, Task, check_data, evaluate_batch, summarise
-from robustbench_deq.files import check_json, write_json
+from robustbench_deq.files import check_json, is_blank, refuse_links, remove_temporaries, write_json
 from robustbench_deq.models import load_model
 from robustbench_deq.protocol import Attack
 from robustbench_deq.records.environment import describe_environment, merge_environments
@@ -57,14 +57,23 @@ def _model(name: str, digest: str, device: str) -> EquilibriumModel:
 
 
 @functools.lru_cache(maxsize=4)
-def _data(name: str, split: str, num_samples: int) -> Split:
-    return load(name, SplitName(split), num_samples)
+def _data(name: str, split: str, num_samples: int, digest: str) -> Split:
+    """The samples of the plan. Raises `UsageError` when they have become others."""
+    data = load(name, SplitName(split), num_samples)
+    if data.digest != digest:
+        raise UsageError.of(
+            f"data {name}",
+            expected="the samples that were planned",
+            got="changed ones",
+            fix="use a new output folder",
+        )
+    return data
 
 
 @functools.lru_cache(maxsize=4)
-def _warm_up(name: str, model_digest: str, device: str, data: str, split: str, num_samples: int) -> None:
+def _warm_up(name: str, model_digest: str, device: str, data: str, split: str, num_samples: int, digest: str) -> None:
     """One gradient, once: what a process does for the first time must not count as the time of its first attack."""
-    x = _data(data, split, num_samples).x[:2].to(device).requires_grad_()
+    x = _data(data, split, num_samples, digest).x[:2].to(device).requires_grad_()
     logits = _model(name, model_digest, device)(x)
     if logits.requires_grad:  # a model without a gradient is refused by the attacks that need one
         torch.autograd.grad(logits.sum(), x, allow_unused=True)
@@ -99,16 +108,10 @@ def run_shard(shard: Shard, folder: Path, build_attack: BuildAttack, device: str
 def _attack(shard: Shard, folder: Path, build_attack: BuildAttack, device: str, claim: Claim) -> list[Part]:
     """The parts of a shard; the first one of a run also leaves some of its images in the folder."""
     run = shard.run
-    model, data = _model(run.model, run.model_digest, device), _data(run.data, run.split, run.num_samples)
-    if data.digest != run.digest:
-        raise UsageError.of(
-            f"data {run.data}",
-            expected="the samples that were planned",
-            got="changed ones",
-            fix="use a new output folder",
-        )
+    samples = run.data, run.split, run.num_samples, run.digest
+    model, data = _model(run.model, run.model_digest, device), _data(*samples)
     check_data(model, data)
-    _warm_up(run.model, run.model_digest, device, run.data, run.split, run.num_samples)
+    _warm_up(run.model, run.model_digest, device, *samples)
     task = task_of(run, build_attack)
     batches = [
         slice(begin, min(begin + run.batch_size, shard.end)) for begin in range(shard.begin, shard.end, run.batch_size)
@@ -148,7 +151,8 @@ def assemble(runs: Sequence[tuple[Run, list[Shard]]], folder: Path, build_attack
         for run, shards in runs:
             if run.key in known or not all(store.is_done(shard) for shard in shards):
                 continue
-            loaded = [store.load(shard) for shard in shards]
+            sample_ids = _data(run.data, run.split, run.num_samples, run.digest).sample_ids.numpy()
+            loaded = [store.load(shard, sample_ids[shard.begin : shard.end]) for shard in shards]
             began = datetime.datetime.fromtimestamp(min(store.times(shard).began for shard in shards), datetime.UTC)
             parts = [part for found, _ in loaded for part in found]
             data = DataRecord(name=run.data, split=run.split, num_samples=run.num_samples, digest=run.digest)
@@ -196,6 +200,7 @@ def run_suite(
         watch: called after each shard, with the reason if it failed.
     """
     folder = folder.resolve()  # workers may have another current folder
+    remove_temporaries(folder)
     store = ShardStore(folder)
     shards = [shard for _, cut in runs for shard in cut]
     missing = {shard.key: shard for shard in shards if not store.is_done(shard)}
@@ -229,9 +234,10 @@ def check_folder(folder: Path, suite: SuiteConfig, runs: Sequence[Run]) -> None:
 
     Raises:
         UsageError: when it holds something but no suite, or another one, or records of models, data or defaults that
-            are others by now.
+            are others by now, or symbolic links.
     """
-    if all(entry.name.startswith(".") for entry in folder.glob("*")):
+    refuse_links(folder)
+    if is_blank(folder):
         return
     check_json(folder / SUITE_FILE, suite.model_dump(mode="json"), but=["resources"])
     strange = RecordStore(folder).identifiers() - {run.key for run in runs}

@@ -1,10 +1,11 @@
 """Shards of a folder: which are done, which have failed, and who is at which.
 
-    DIR/shards/KEY.parquet      a finished shard's samples, and KEY.json, written last: the rest of its parts
+    DIR/shards/KEY.parquet      a finished shard's samples
+    DIR/shards/KEY.json         written last: the rest of its parts, with its key and the digests of both files
     DIR/shards/KEY.failed.json  why a shard failed, with the traceback
     DIR/shards/KEY.lock         a shard in progress; the system releases the lock when the process that holds it dies
 
-A shard is done when its JSON file is there, whoever made it.
+A shard is done when its JSON file is there, whoever made it. One that has changed by a bit since is refused.
 """
 
 from __future__ import annotations
@@ -17,15 +18,24 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import pyarrow
 
-from robustbench_deq.errors import UsageError
+from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.evaluate.evaluation import Part
-from robustbench_deq.files import lock, remove_temporaries, replacing, write_json
-from robustbench_deq.records.images import IMAGES_FOLDER
+from robustbench_deq.files import (
+    lock,
+    open_own,
+    read_sealed,
+    remove_temporaries,
+    replacing,
+    sha256_of,
+    write_json,
+    write_sealed,
+)
 from robustbench_deq.records.record import CostRecord, CurvePoint
-from robustbench_deq.records.store import SAMPLES_FOLDER, SHARDS_FOLDER
+from robustbench_deq.records.store import SHARDS_FOLDER
 from robustbench_deq.runner.suite import Shard
 
 LOCK_SUFFIX = ".lock"
@@ -83,6 +93,7 @@ class ShardStore:
         """Keep the parts of a shard; the JSON file, which makes it count, comes last."""
         with replacing(self._path(shard, ".parquet")) as temporary:
             pd.concat([part.samples for part in parts], ignore_index=True).to_parquet(temporary, index=False)
+            digest = sha256_of(temporary)
         content = [
             {
                 "num_samples": len(part.samples),
@@ -94,22 +105,31 @@ class ShardStore:
             }
             for part in parts
         ]
-        whole = {"began": began, "seconds": seconds, "environment": environment, "parts": content}
-        write_json(self._path(shard, ".json"), whole)
+        whole = {"shard": shard.key, "samples_sha256": digest, "began": began, "seconds": seconds}
+        write_sealed(self._path(shard, ".json"), whole | {"environment": environment, "parts": content})
         self._path(shard, ".failed.json").unlink(missing_ok=True)
 
-    def load(self, shard: Shard) -> tuple[list[Part], dict[str, Any]]:
-        """The parts of a finished shard, and the environment it was done in."""
+    def load(self, shard: Shard, sample_ids: np.ndarray) -> tuple[list[Part], dict[str, Any]]:
+        """The parts of a finished shard, and the environment it was done in.
+
+        Args:
+            sample_ids: of the samples that the plan gives it, in their order.
+
+        Raises:
+            UsageError: where it is damaged, or of other samples.
+        """
         content, path = self._read(shard), self._path(shard, ".parquet")
         try:
             samples, parts, begin = pd.read_parquet(path), [], 0
-        except (OSError, pyarrow.ArrowException):
+            if not np.array_equal(samples["sample_id"], sample_ids):
+                raise ValueError("other samples")
+            for part in content["parts"]:
+                rows = samples.iloc[begin : begin + part["num_samples"]]
+                begin += part["num_samples"]
+                cost, curve = CostRecord(**part["cost"]), [CurvePoint(**point) for point in part["curve"]]
+                parts.append(Part(rows, cost, curve, part["residuals"], part["diagnostics"]))
+        except (OSError, pyarrow.ArrowException, ValueError, KeyError, TypeError):
             raise self._damaged(shard, path) from None
-        for part in content["parts"]:
-            rows = samples.iloc[begin : begin + part["num_samples"]]
-            begin += part["num_samples"]
-            cost, curve = CostRecord(**part["cost"]), [CurvePoint(**point) for point in part["curve"]]
-            parts.append(Part(rows, cost, curve, part["residuals"], part["diagnostics"]))
         return parts, content["environment"]
 
     def times(self, shard: Shard) -> ShardTimes:
@@ -132,7 +152,7 @@ class ShardStore:
 
     def reason(self, shard: Shard) -> str | None:
         """Why the shard failed; None when it did not."""
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return json.loads(self._path(shard, ".failed.json").read_text(encoding="utf-8"))["reason"]
         return None
 
@@ -141,7 +161,7 @@ class ShardStore:
         """The right to do the shard, None when it is done or another process has it. Ends with the block or process."""
         path = self._path(shard, LOCK_SUFFIX)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = open_own(path)
         try:
             if not lock(handle, waits=False):
                 yield None
@@ -182,24 +202,34 @@ class ShardStore:
     def alone(self) -> Iterator[None]:
         """Waits until no other process is in such a block."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / ASSEMBLY_LOCK).open("w") as handle:
-            lock(handle.fileno())
+        handle = open_own(self.folder / ASSEMBLY_LOCK)
+        try:
+            lock(handle)
             yield
+        finally:
+            os.close(handle)
 
     def tidy(self) -> None:
         """Remove what killed processes have left: temporary files and locks. Only once all shards are done."""
-        for folder in (self.folder, self.root / SAMPLES_FOLDER, self.root / IMAGES_FOLDER):
-            remove_temporaries(folder)
+        remove_temporaries(self.root)
         for path in self.folder.glob(f"*{LOCK_SUFFIX}"):
             if path.name != ASSEMBLY_LOCK and path.is_file():
                 path.unlink(missing_ok=True)
 
     def _read(self, shard: Shard) -> dict[str, Any]:
-        path = self._path(shard, ".json")
+        """What the JSON file of a finished shard says, once both files are as they were written."""
+        path, samples = self._path(shard, ".json"), self._path(shard, ".parquet")
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise self._damaged(shard, path) from None
+            content = read_sealed(path)
+        except FileNotFoundError:
+            raise RunError(f"{path} was removed while the suite ran; go on with --resume") from None
+        except OSError:
+            content = None
+        if content is None or content.get("shard") != shard.key:
+            raise self._damaged(shard, path)
+        if not samples.is_file() or sha256_of(samples) != content.get("samples_sha256"):
+            raise self._damaged(shard, samples)
+        return content
 
     def _damaged(self, shard: Shard, path: Path) -> UsageError:
         done = self._path(shard, ".json").name

@@ -19,11 +19,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from robustbench_deq.configs import Config, merge, named_in, read_yaml, validate
+from robustbench_deq.configs import Config, FolderName, merge, named_in, read_yaml, validate
 from robustbench_deq.data import Split, SplitName, load
 from robustbench_deq.errors import UsageError
-from robustbench_deq.files import sha256_of
 from robustbench_deq.models import MODELS, ModelDescription, describe_model
+from robustbench_deq.models.user_file import digest_of_file
 from robustbench_deq.protocol import ATTACKS
 from robustbench_deq.records.record import SCHEMA_VERSION
 from robustbench_deq.solvers import SOLVERS
@@ -106,7 +106,7 @@ class Resources(Config):
 class SuiteConfig(Config):
     """A suite as its file says it."""
 
-    name: str = Field(description="of the suite and its default output folder")
+    name: FolderName = Field(description="of the suite and its default output folder")
     models: list[str] = Field(min_length=1, description="names, wildcards, folders or file.py:function")
     attacks: list[AttackGrid] = Field(min_length=1)
     threats: list[ThreatGrid] | None = Field(None, description="null: the threat of each model's card")
@@ -243,9 +243,8 @@ def plan(suite: SuiteConfig) -> list[Run]:
 
 
 def digest_of_model(model: str) -> str:
-    """Of a model's family, settings and weights; of a `file.py:function` the text of the file.
-
-    What such a file imports or reads is not looked into.
+    """Of a model's family, settings and weights; of a `file.py:function` the text of the file, and of the modules that
+    it imports from beside it. What such code reads is not looked into.
 
     Raises:
         UsageError: for an unknown name, a folder without a model, or a file that is not there.
@@ -255,7 +254,7 @@ def digest_of_model(model: str) -> str:
         content = json.dumps([described.family, described.config, described.sha256], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
     try:
-        return sha256_of(Path(model.rpartition(":")[0]))
+        return digest_of_file(Path(model.rpartition(":")[0]))
     except OSError as error:
         raise UsageError.of(
             f"model {model}", expected="file.py:function", got=error.strerror, fix="check the path"

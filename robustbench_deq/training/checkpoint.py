@@ -1,25 +1,23 @@
 """Checkpoints without pickle: one safetensors file with weights, averaged weights and optimiser state, and one JSON
 file.
 
-The JSON file carries one digest over itself and the safetensors file it belongs to, and is written last; a checkpoint
-whose two files do not match, or of which a byte has changed, is refused.
+The JSON file carries a digest of itself and one of the safetensors file it belongs to, and is written last; a
+checkpoint whose two files do not match, or of which a bit has changed, is refused.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
-from robustbench_deq.files import replacing, sha256_of, write_json
+from robustbench_deq.files import read_sealed, replacing, sha256_of, write_sealed
 
 
 class Checkpoint:
@@ -44,9 +42,9 @@ class Checkpoint:
         old = self._meta().get("tensors") if self.meta_path.exists() else None
         name = "checkpoint-b.safetensors" if old == "checkpoint-a.safetensors" else "checkpoint-a.safetensors"
         with replacing(self.folder / name) as temporary:
-            save_file({key: value.contiguous().cpu().clone() for key, value in tensors.items()}, temporary)
-        meta = {**meta, "tensors": name}
-        write_json(self.meta_path, {**meta, "sha256": self._seal(meta)})
+            temporary.write_bytes(save({key: value.contiguous().cpu().clone() for key, value in tensors.items()}))
+        digest = sha256_of(self.folder / name)
+        write_sealed(self.meta_path, {**meta, "tensors": name, "tensors_sha256": digest})
         if old is not None:
             (self.folder / old).unlink(missing_ok=True)
 
@@ -56,7 +54,7 @@ class Checkpoint:
         """Fill model, averaged weights and optimiser. Raises `UsageError` for a missing or damaged checkpoint."""
         meta = self._meta()
         path = self.folder / str(meta.get("tensors"))
-        if not path.is_file() or self._seal(meta) != meta.get("sha256"):
+        if not path.is_file() or sha256_of(path) != meta.get("tensors_sha256"):
             raise UsageError.of(
                 f"checkpoint {path}", expected="the file its JSON describes", got="another file", fix="start a new run"
             )
@@ -78,21 +76,18 @@ class Checkpoint:
             ) from None
         return meta
 
-    def _seal(self, meta: dict[str, Any]) -> str:
-        """Digest of the tensors' file and of all else that the JSON file says."""
-        said = json.dumps({key: value for key, value in meta.items() if key != "sha256"}, sort_keys=True)
-        return hashlib.sha256((sha256_of(self.folder / meta["tensors"]) + said).encode()).hexdigest()
-
     def _meta(self) -> dict[str, Any]:
         try:
-            meta = json.loads(self.meta_path.read_text(encoding="utf-8"))
-            if not isinstance(meta, dict):
-                raise ValueError("not a mapping")
-            return meta
-        except (OSError, ValueError):
+            meta = read_sealed(self.meta_path)
+        except OSError:
             raise UsageError.of(
                 f"folder {self.folder}", expected="checkpoint.json of an earlier run", got="none", fix="drop --resume"
             ) from None
+        if meta is None:
+            raise UsageError.of(
+                str(self.meta_path), expected="a checkpoint", got="a damaged one", fix="start a new run"
+            )
+        return meta
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -20,10 +20,10 @@ import torch
 from robustbench_deq.configs import merge, validate
 from robustbench_deq.data import DATASETS, Split, SplitName, load
 from robustbench_deq.equilibrium import EquilibriumModel, check_labels
-from robustbench_deq.errors import UsageError
+from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.evaluate.evaluation import evaluate
 from robustbench_deq.evaluate.judge import judge, tight_solve
-from robustbench_deq.files import check_json, replacing, write_json
+from robustbench_deq.files import check_json, is_blank, refuse_links, remove_temporaries, replacing, write_json
 from robustbench_deq.models import (
     FAMILIES,
     Card,
@@ -39,6 +39,7 @@ from robustbench_deq.training.config import ModelSpec, TrainingConfig
 from robustbench_deq.training.loop import Trainer
 
 NUM_DIAGNOSED = 64
+CONFIG_FILE = "config.json"
 
 
 @dataclass
@@ -93,11 +94,11 @@ class TrainingSession:
                 )
         return load_model(initial)
 
-    def prepare(self, folder: Path, is_resumed: bool) -> None:
-        """Write the config to `folder`, or load the checkpoint that lies there.
+    def prepare(self, folder: Path) -> None:
+        """Write the config to `folder` where nothing is yet, else load the checkpoint that lies there.
 
         Raises:
-            UsageError: when a resumed folder is not one of `train`, or was made from another config.
+            UsageError: when the folder is not one of `train`, was made from another config, or has symbolic links.
         """
         self.folder = folder
         validation = load(self.config.data, SplitName.VALIDATION, self.config.validation.limit)
@@ -115,8 +116,10 @@ class TrainingSession:
             folder,
             self.device,
         )
-        path, content = folder / "config.json", self.config.model_dump(mode="json")
-        if not is_resumed:
+        refuse_links(folder)
+        remove_temporaries(folder)
+        path, content = folder / CONFIG_FILE, self.config.model_dump(mode="json")
+        if is_blank(folder):
             write_json(path, content)
             return
         check_json(path, content)
@@ -124,10 +127,15 @@ class TrainingSession:
             self.trainer.resume()
 
     def run(self, progress: Callable[[int, float], None] | None = None) -> ModelDescription:
-        """Train, evaluate on the test split, save. `progress` gets (batches done, running loss)."""
+        """Train, evaluate on the test split, save. `progress` gets (batches done, running loss).
+
+        Raises:
+            RunError: when training diverges, or files are removed from the folder meanwhile.
+        """
 
         def watch(epoch: int, done: int, batches: int, loss: float) -> None:
             if done == 1 and self.trainer.history:
+                self._check_files()
                 self._write_history()
             if progress is not None:
                 progress(epoch * batches + done, loss)
@@ -135,7 +143,14 @@ class TrainingSession:
         model = self.trainer.run(watch)
         self._write_history()
         description = save_model(model, self.folder, self.config.name, self.make_card(model))
+        self._check_files()
         return description
+
+    def _check_files(self) -> None:
+        """See that nobody has removed what an earlier step has written."""
+        for path in (self.folder / CONFIG_FILE, self.trainer.checkpoint.meta_path):
+            if not path.is_file():
+                raise RunError(f"{path} was removed while the training ran; train again with --out NEW_FOLDER")
 
     def _write_history(self) -> None:
         frame = pd.DataFrame([dataclasses.asdict(row) for row in self.trainer.history])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from benchmarks.kills import contents
 from robustbench_deq.commands import bench as bench_command
 from robustbench_deq.commands import main as cli
 from robustbench_deq.records.missing import read_missing
-from robustbench_deq.records.store import load_records
+from robustbench_deq.records.store import RecordStore, load_records
 from robustbench_deq.report.settings import Setting, group_by_setting, setting_names
 from robustbench_deq.runner.executors import Ray
 from robustbench_deq.runner.shards import ShardStore
@@ -101,6 +104,68 @@ def test_interrupted_suite_says_how_to_go_on(path: Path, tmp_path: Path, monkeyp
     assert "got no records.jsonl in it" in CliRunner().invoke(cli.main, words).stderr
     again = bench(path, "--out", tmp_path / "new")
     assert again.exit_code == 2 and "got that of a suite; add --resume, or name another" in again.stderr
+
+
+def test_a_folder_that_is_removed_meanwhile_is_exit_code_1_and_can_be_resumed(
+    path: Path, undisturbed: Path, tmp_path: Path, monkeypatch
+) -> None:
+    save, folder, calls = ShardStore.save, tmp_path / "new", []
+
+    def remove_at_the_fifth(self: ShardStore, *args: Any) -> None:
+        save(self, *args)
+        calls.append(1)
+        if len(calls) == 5:
+            shutil.rmtree(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardStore, "save", remove_at_the_fifth)
+        result = bench(path, "--out", folder)
+    assert result.exit_code == 1 and result.stdout.startswith("2 of 4 records")
+    said = (
+        f"Error: 2 of 4 records are missing: files were removed from {folder} while the suite ran; go on with --resume"
+    )
+    assert result.stderr.splitlines()[-1] == said
+    assert bench(path, "--out", folder, "--resume").exit_code == 0
+    assert sorted(contents(folder), key=str) == sorted(contents(undisturbed), key=str)
+
+
+def test_a_link_in_the_folder_is_refused_before_anything_is_written(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / ".a.partial").touch()
+    (tmp_path / "new" / "shards").symlink_to(tmp_path / "mine")
+    result = bench(path, "--out", tmp_path / "new", "--resume")
+    assert result.exit_code == 2 and "new/shards: expected a file or folder of the run's own" in result.stderr
+    assert [entry.name for entry in (tmp_path / "mine").iterdir()] == [".a.partial"]
+    assert [entry.name for entry in (tmp_path / "new").iterdir()] == ["shards"]
+
+
+@pytest.mark.parametrize("name", ["../mine", "/tmp/mine", "..", ".", "", "a/b", "a\0b", "a\nb", "x" * 300])
+def test_the_name_of_a_suite_is_that_of_one_folder(name: str, tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(json.dumps(suite().model_dump(mode="json") | {"name": name}))
+    monkeypatch.chdir(tmp_path)
+    result = bench(path)
+    assert result.exit_code == 2 and "name: expected a name of one folder: no /" in result.stderr
+    assert [entry.name for entry in tmp_path.iterdir()] == ["small.yaml"]
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["suite.json", "records.jsonl"])
+def test_a_full_disk_names_resume_and_keeps_what_there_is(
+    is_first: bool, path: Path, undisturbed: Path, tmp_path: Path, monkeypatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*(bench_command, "claim_folder") if is_first else (RecordStore, "append"), full)
+        result = bench(path, "--out", tmp_path / "new")
+    assert result.exit_code == 1 and result.stdout == ""
+    said = "Error: no space left on the disk; finished shards are kept: make room, and go on with --resume"
+    assert result.stderr.splitlines()[-1] == said
+    assert len(list((tmp_path / "new" / "shards").glob("*.parquet"))) == (0 if is_first else 12)
+    assert bench(path, "--out", tmp_path / "new", "--resume").exit_code == 0
+    assert contents(tmp_path / "new") == contents(undisturbed)
 
 
 def test_failed_shards_are_named_the_rest_is_done_and_the_exit_code_is_one(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,11 +35,14 @@ from robustbench_deq.configs import read_yaml, validate
 from robustbench_deq.data import DATASETS, SplitName, load, sources, splits
 from robustbench_deq.errors import RunError
 from robustbench_deq.evaluate.evaluation import evaluate
+from robustbench_deq.files import alone_in
 from robustbench_deq.models import FAMILIES, MODELS, describe_model, list_models, load_folder, load_model, save_model
 from robustbench_deq.optimise import Norm
+from robustbench_deq.records.record import Record
 from robustbench_deq.records.store import load_records
 from robustbench_deq.report.pages.commands import command_of
 from robustbench_deq.threats import Threat
+from robustbench_deq.training import checkpoint
 from robustbench_deq.training.checkpoint import Checkpoint
 from robustbench_deq.training.config import TrainingConfig
 from robustbench_deq.training.loop import Trainer
@@ -581,6 +587,11 @@ def test_every_command_is_there_and_no_other() -> None:
     assert "No such command 'atack'" in refused("atack")
 
 
+@pytest.mark.parametrize("name", ["attack", "models"])
+def test_help_says_that_model_files_are_run(name: str) -> None:
+    assert re.search(r"file\.py:function[^:]* is\s+run as code", succeeds(name, "--help"))
+
+
 def test_records_are_read_reported_and_checked_without_torch(tmp_path: Path) -> None:
     """Torch takes longer to import than a report to be made."""
     kept = (ROOT / "results" / "radii" / "records.jsonl").read_text().splitlines(keepends=True)
@@ -593,6 +604,42 @@ def test_records_are_read_reported_and_checked_without_torch(tmp_path: Path) -> 
         )
         answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert answer.returncode == 0, answer.stderr
+
+
+SLOW_MODULE = """
+import time
+print("importing", flush=True)
+try:
+    time.sleep(60)
+except BaseException:  # as code within imports does
+    pass
+"""
+
+
+@pytest.mark.parametrize("module", ["click", "torch"])
+def test_ctrl_c_during_any_import_is_one_line(module: str, tmp_path: Path) -> None:
+    (tmp_path / f"{module}.py").write_text(SLOW_MODULE)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "cli.py"), "models"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", "Error: interrupted\n")
+    assert process.returncode == 1
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.default_int_handler], ids=["ignored", "default"])
+def test_ctrl_c_is_handled_as_before_once_modules_are_imported(handler: Any) -> None:
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        succeeds("datasets", "--help")
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupt_while_a_command_is_imported_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -678,6 +725,30 @@ def test_an_interrupt_while_writing_leaves_no_half_file(tmp_path: Path, monkeypa
     assert len(load_records(tmp_path / "run")) == 1
 
 
+def full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("place", ["append", "save_images"])
+@pytest.mark.parametrize("words", [(), ("--json",)], ids=["text", "json"])
+def test_the_result_is_printed_even_on_a_full_disk(place: str, words: tuple, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(attack_command.RecordStore if place == "append" else attack_command, place, full_disk)
+    result = invoke(*QUICK, "--out", tmp_path / "run", *words)
+    assert result.exit_code == 1
+    said = f"Error: no space left on the disk; the result is printed, but {tmp_path / 'run'} does not hold all of it"
+    assert result.stderr.splitlines()[-1] == said
+    if words:
+        Record.model_validate(json.loads(result.stdout))
+    else:
+        assert "robust accuracy" in result.stdout and "record   " not in result.stdout
+    assert (tmp_path / "run").exists() == (place == "save_images")
+
+
+def test_a_full_disk_elsewhere_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attack_command, "evaluate", full_disk)
+    assert "Error: no space left on the disk; make room" in refused(*QUICK, code=1)
+
+
 # ---------------------------------------------------------------- train
 
 
@@ -737,6 +808,41 @@ def test_an_interrupted_checkpoint_leaves_the_last_one(tmp_path: Path, monkeypat
     assert pd.read_csv(tmp_path / "cut" / "history.csv")["epoch"].tolist() == [1, 2]
 
 
+@pytest.mark.parametrize("name", ["write_sealed", "save"])
+def test_a_full_disk_during_training_names_resume(name: str, tmp_path: Path, monkeypatch) -> None:
+    args, write, calls = ("train", CONFIG, *TINY, "--set", "epochs=2"), getattr(checkpoint, name), []
+
+    def full_at_the_second(*rest: Any) -> Any:
+        calls.append(1)
+        return full_disk() if len(calls) == 2 else write(*rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, name, full_at_the_second)
+        said = refused(*args, "--out", tmp_path / "run", code=1)
+    assert (
+        f"no space left on the disk; what is finished is kept: make room, and continue with --resume {tmp_path}" in said
+    )
+    assert not [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
+    succeeds(*args, "--resume", tmp_path / "run")
+    assert pd.read_csv(tmp_path / "run" / "history.csv")["epoch"].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_folder_that_is_removed_during_training_is_exit_code_1(epoch: int, tmp_path: Path, monkeypatch) -> None:
+    validate, calls = Trainer._validate, []
+
+    def remove(self: Trainer):
+        calls.append(1)
+        if len(calls) == epoch:
+            shutil.rmtree(tmp_path / "run")
+        return validate(self)
+
+    monkeypatch.setattr(Trainer, "_validate", remove)
+    said = refused("train", CONFIG, *TINY, "--set", "epochs=2", "--out", tmp_path / "run", code=1)
+    assert f"{tmp_path / 'run' / 'config.json'} was removed while the training ran; train again with --out" in said
+    assert len(calls) == epoch  # not an epoch more than it takes to see it
+
+
 def test_training_that_diverges_is_exit_code_1_and_one_line(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(Trainer, "run", fails_with(RunError("training diverged in epoch 1")))
     assert "training diverged in epoch 1" in refused("train", CONFIG, *TINY, "--out", tmp_path / "run", code=1)
@@ -748,6 +854,7 @@ def test_training_that_diverges_is_exit_code_1_and_one_line(tmp_path: Path, monk
     [
         ("epoch=1", "unknown key 'epoch': expected one of epochs"),
         ("forward.solvr=picard", "unknown key 'forward.solvr': expected one of solver"),
+        ("name=../run", "name: expected a name of one folder"),
         ("epochs=many", "epochs: expected"),
         ("epochs=0", "epochs: expected"),
         ("learning_rate=inf", "learning_rate: expected"),
@@ -793,15 +900,40 @@ def test_a_config_file_that_is_none_is_one_line(tmp_path: Path) -> None:
 
 
 def test_resuming_what_cannot_be_resumed_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    assert "config.json" in refused("train", CONFIG, *TINY, "--resume", tmp_path / "empty")
-    assert "config.json" in refused("train", CONFIG, *TINY, "--resume", tmp_path / "none")
-    both = ("--resume", tmp_path / "empty", "--out", tmp_path / "run")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("mine")
+    (tmp_path / "other" / "link").symlink_to("mine.txt")
+    assert "got a symbolic link" in refused("train", CONFIG, *TINY, "--resume", tmp_path / "other")
+    (tmp_path / "other" / "link").unlink()
+    assert "config.json" in refused("train", CONFIG, *TINY, "--resume", tmp_path / "other")
+    both = ("--resume", tmp_path / "other", "--out", tmp_path / "run")
     assert "--out or --resume" in refused("train", CONFIG, *TINY, *both)
-    assert [path.name for path in tmp_path.iterdir()] == ["empty"] and not any((tmp_path / "empty").iterdir())
+    assert [path.name for path in tmp_path.rglob("*")] == ["other", "mine.txt"]
+    assert "folder that can be written" in refused("train", CONFIG, *TINY, "--resume", tmp_path / "other" / "mine.txt")
     succeeds("train", CONFIG, *TINY, "--out", tmp_path / "run")
     said = refused("train", CONFIG, *TINY, "--set", "learning_rate=0.5", "--resume", tmp_path / "run")
     assert "another learning_rate" in said
+
+
+@pytest.mark.parametrize("left", [None, (), (".config.json.abc.partial", ".lock")], ids=str)
+def test_resuming_begins_where_nothing_is_yet(left: tuple[str, ...] | None, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for name in left or ():
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text("{")  # by a run that was killed before it had a config
+    if left == ():
+        folder.mkdir()
+    assert "saved in" in succeeds("train", CONFIG, *TINY, "--resume", folder)
+    assert describe_model(str(folder)).card.data == "digits"
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_two_trainers_do_not_share_a_folder(tmp_path: Path) -> None:
+    with alone_in(tmp_path):
+        said = refused("train", CONFIG, *TINY, "--resume", tmp_path)
+        assert f"folder {tmp_path}: expected one that no other run is writing, got one in use" in said
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_folder_with_files_is_refused_by_train(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 
 from robustbench_deq.errors import UsageError
 from robustbench_deq.models import load_model
+from robustbench_deq.models.user_file import digest_of_file
 
 ROOT = Path(__file__).parents[2]
 SOURCE = """
@@ -160,3 +162,47 @@ def test_its_classes_are_pickled_by_name(tmp_path: Path) -> None:
         [sys.executable, "-c", script, str(path), str(tmp_path / "note")], cwd=ROOT, capture_output=True, text=True
     )
     assert found.stdout == "here\n", found.stderr
+
+
+IMPORTS = {
+    "import helper": "helper.py",
+    "from helper import x": "helper.py",
+    "def build():\n    import helper": "helper.py",
+    "from package import part": "package/part.py",
+    "import package.part": "package/__init__.py",
+    "import package": "package/deep/below.py",  # which its __init__ imports, relatively
+    "from plain.part import *": "plain/part.py",  # a folder without an __init__
+    "import importlib\nimportlib.import_module('helper')": "helper.py",
+}
+
+
+@pytest.mark.parametrize(("source", "place"), IMPORTS.items(), ids=IMPORTS)
+def test_digest_is_also_of_what_the_file_imports_from_beside_it(source: str, place: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    files = {
+        "mine.py": f"import torch\n{source}\n",
+        "helper.py": "x = 1\n",
+        "package/__init__.py": "from .deep import below\n",
+        "package/part.py": "from . import deep\n",
+        "package/deep/__init__.py": "",
+        "package/deep/below.py": "import helper, mine\nfrom ... import beyond\n",
+        "plain/part.py": "",
+        "torch/other.py": "",  # no module of this name lies here
+        "unused.py": "def (",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    before = digest_of_file(path)
+    for name in ("unused.py", "torch/other.py"):
+        (tmp_path / name).write_text("y = 2\n")
+    assert digest_of_file(path) == before
+    (tmp_path / place).write_text(files[place] + "y = 2\n")
+    assert digest_of_file(path) != before
+
+
+@pytest.mark.parametrize("source", ["import torch\n", "def (", "x = '\0'", "from .. import beyond"])
+def test_digest_of_a_file_that_stands_alone_is_its_own(source: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(source)
+    assert digest_of_file(path) == hashlib.sha256(source.encode()).hexdigest()

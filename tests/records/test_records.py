@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -246,9 +247,39 @@ def test_no_line_without_its_samples(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pd.DataFrame, "to_parquet", fail)
-    with pytest.raises(UsageError, match="No space left on device"):
+    with pytest.raises(OSError, match="No space left on device"):
         store_with(tmp_path, "a")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_half_line_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store_with(tmp_path, "a")
+    before, write = (tmp_path / "records.jsonl").read_bytes(), os.write
+
+    def full(handle: int, line: bytes) -> int:
+        if len(line) < 100:
+            raise OSError(28, "No space left on device")
+        return write(handle, line[:-50])
+
+    monkeypatch.setattr(store.os, "write", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        store_with(tmp_path, "b")
+    assert (tmp_path / "records.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("place", ["records.jsonl", "samples"])
+def test_links_are_not_followed(place: str, tmp_path: Path) -> None:
+    folder, target = tmp_path / "run", tmp_path / "mine"
+    folder.mkdir()
+    target.write_text("mine, and no line of it is torn")
+    if place == "samples":
+        target = tmp_path / "folder"
+        target.mkdir()
+    (folder / place).symlink_to(target)
+    with pytest.raises(UsageError, match=rf"{place}: expected a file or folder of the run's own, got a symbolic link"):
+        store_with(folder, "a")
+    assert (tmp_path / "mine").read_text() == "mine, and no line of it is torn"
+    assert place != "samples" or not any(target.iterdir())
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:

@@ -86,6 +86,11 @@ def test_page_loads_nothing_and_shows_numbers_settings_and_environment(make_reco
     assert len(page.sources) == len(FIGURES)
     assert all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
     assert not {"script", "link", "iframe"} & page.tags
+    policies = {
+        re.search(r'http-equiv="Content-Security-Policy"\s+content="([^"]*)"', (tmp_path / name).read_text())[1]
+        for name in ("index.html", "leaderboard.html")
+    }
+    assert len(policies) == 1 and policies.pop().startswith("default-src 'none'; ")
     assert not re.search(r"url\(|@import", (tmp_path / "index.html").read_text())
     for shown in ("68.8 [63.7, 73.8]", "87.5", "feedc0de99", "0123456789abcdef", "2.9.0", "num_audited"):
         assert shown in page.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import re
 import shutil
@@ -14,7 +15,7 @@ import pytest
 from robustbench_deq.errors import UsageError
 from robustbench_deq.report.settings import format_threat
 from robustbench_deq.report.tables.summary import COLUMN_MEANINGS, Format, readable, render, summary_table
-from robustbench_deq.report.tables.text import ROWS_OF_A_PAGE
+from robustbench_deq.report.tables.text import ROWS_OF_A_PAGE, csv_table
 
 NASTY = "<script>alert('1')</script> a_b 50% | $x$ & \\cmd"
 
@@ -40,6 +41,16 @@ def test_csv_holds_the_same_numbers(make_record) -> None:
     again = pd.read_csv(io.StringIO(render(table, Format.CSV)))
     pd.testing.assert_frame_equal(again, table, check_dtype=False, check_exact=True)
     assert again["robust_accuracy"].tolist() == [1 / 3, 0.6875]
+
+
+@pytest.mark.parametrize("sign", ["=", "+", "-", "@", "\t", "\r"], ids=repr)
+def test_no_cell_of_a_csv_is_a_formula(sign: str, make_record) -> None:
+    text = f"{sign}HYPERLINK(1,2)"
+    table = summary_table([make_record(text, adversarial_loss=-1.25)])
+    (row,) = csv.DictReader(io.StringIO(render(table, Format.CSV), newline=""))
+    assert row["attack"] == f"'{text}" and row["adversarial_loss"] == "-1.25"
+    (row,) = csv.DictReader(io.StringIO(csv_table(pd.DataFrame({"a": [text], "b": [-1], "c": [None]})), newline=""))
+    assert row == {"a": f"'{text}", "b": "-1", "c": ""}
 
 
 def test_readable_cells(make_record) -> None:

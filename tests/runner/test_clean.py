@@ -149,7 +149,15 @@ def test_an_interrupted_suite_goes_on_with_what_was_solved(undisturbed: Path, tm
     assert contents(tmp_path) == contents(undisturbed)
 
 
+def flip(path: Path) -> None:
+    """The lowest bit of the mantissa's highest byte of some number: it reads as well as before."""
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+
+
 DAMAGES = {
+    "flipped": flip,
     "empty": lambda path: path.write_bytes(b""),
     "torn": lambda path: path.write_bytes(path.read_bytes()[:-40]),
     "text": lambda path: path.write_text("no tensors"),

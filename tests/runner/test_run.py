@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from robustbench_deq.records.store import RecordStore, load_records
 from robustbench_deq.runner import run as runner
 from robustbench_deq.runner import shards as shards_module
 from robustbench_deq.runner.executors import WORKER_DIED, Processes, Ray
+from robustbench_deq.runner.progress import SuiteProgress
 from robustbench_deq.runner.run import check_folder, claim_folder, run_shard
 from robustbench_deq.runner.shards import ASSEMBLY_LOCK, ShardStore
 from robustbench_deq.runner.suite import cut, plan, read_suite
@@ -327,14 +329,14 @@ def test_a_model_without_a_gradient_fails_the_shards_that_need_one(tmp_path: Pat
 
 def test_full_disk_is_the_reason_of_its_shard_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lost = runs_of(suite())[0][1][1]
-    write = shards_module.write_json
 
-    def full(path: Path, content: Any) -> None:
+    def full(write: Callable[[Path, Any], None], path: Path, content: Any) -> None:
         if path.name.startswith(lost.key):  # neither the shard nor its reason finds room
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, content)
 
-    monkeypatch.setattr(shards_module, "write_json", full)
+    for name in ("write_json", "write_sealed"):
+        monkeypatch.setattr(shards_module, name, functools.partial(full, getattr(shards_module, name)))
     outcome = do(tmp_path)
     assert outcome.failures == {lost.key: "OSError: [Errno 28] No space left on device"}
     assert (outcome.num_done, outcome.num_records) == (11, 3)
@@ -366,6 +368,50 @@ def test_damaged_shard_is_named(suffix: str, tmp_path: Path) -> None:
     assert not do(tmp_path).failures and len(load_records(tmp_path)) == 4
 
 
+@pytest.fixture(scope="module")
+def shard_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the first two shards of the small suite."""
+    folder = tmp_path_factory.mktemp("shards")
+    for shard in runs_of(suite())[0][1][:2]:
+        assert run_shard(shard, folder, build_attack) is None
+    return folder
+
+
+@pytest.mark.parametrize("suffix", [".json", ".parquet"])
+def test_any_bit_that_flips_in_a_shard_is_told(suffix: str, shard_files: Path, tmp_path: Path) -> None:
+    folder, shard = shutil.copytree(shard_files, tmp_path / "copy"), runs_of(suite())[0][1][0]
+    store, path, ids = ShardStore(folder), folder / "shards" / f"{shard.key}{suffix}", load("digits").sample_ids[:8]
+    store.load(shard, ids.numpy())
+    good = path.read_bytes()
+    for bit in range(0, 8 * len(good), 8 * len(good) // 300):
+        content = bytearray(good)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        for read in (store.times, store.num_robust, lambda shard: store.load(shard, ids.numpy())):
+            with pytest.raises(UsageError, match=r"\A[^\n]* got a damaged one; remove [^\n]* go on with --resume\Z"):
+                read(shard)
+
+
+@pytest.mark.parametrize("suffixes", [[".parquet"], [".json"], [".json", ".parquet"]], ids=" ".join)
+def test_a_shard_copied_over_another_is_told_before_anything_is_done(
+    suffixes: list[str], shard_files: Path, tmp_path: Path
+) -> None:
+    folder, (first, second, _) = shutil.copytree(shard_files, tmp_path / "copy"), runs_of(suite())[0][1]
+    for suffix in suffixes:
+        shutil.copy(folder / "shards" / f"{second.key}{suffix}", folder / "shards" / f"{first.key}{suffix}")
+    with pytest.raises(UsageError, match=rf"a damaged one; remove {first.key}\.json and go on with --resume"):
+        SuiteProgress(runs_of(suite()), folder)
+
+
+def test_samples_that_are_not_those_of_the_plan_are_told(shard_files: Path, tmp_path: Path) -> None:
+    shard, ids, store = runs_of(suite())[0][1][0], load("digits").sample_ids.numpy(), ShardStore(tmp_path)
+    parts, environment = ShardStore(shard_files).load(shard, ids[:8])
+    parts[0].samples["sample_id"] = ids[8:16]
+    store.save(shard, parts, environment, 0.0, 1.0)
+    with pytest.raises(UsageError, match="expected a finished shard, got a damaged one"):
+        store.load(shard, ids[:8])
+
+
 def test_shard_that_another_has_done_meanwhile_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shard = runs_of(suite())[0][1][0]
     save = ShardStore.save
@@ -385,7 +431,7 @@ def test_record_says_when_its_first_shard_was_begun_and_with_how_many_threads(tm
         torch.set_num_threads(num_threads)
         assert run_shard(shard, tmp_path, build_attack) is None
     path = tmp_path / "shards" / f"{rest[0].key}.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"began": 0.0}))
+    files.write_sealed(path, files.read_sealed(path) | {"began": 0.0})
     do(tmp_path)
     record = load_records(tmp_path)[0]
     assert record.created == "1970-01-01T00:00:00+00:00"
@@ -520,6 +566,21 @@ def test_pool_that_breaks_while_it_is_given_work_is_begun_anew(undisturbed: Path
     outcome = do(tmp_path, executor=Processes(2))
     assert not outcome.failures and len(calls) > 12
     assert contents(tmp_path) == contents(undisturbed)
+
+
+def test_workers_never_get_ctrl_c_not_even_while_they_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *args: Any) -> Any:
+            return super().submit(lambda: mask_of_a_new_process())
+
+    def mask_of_a_new_process() -> str:
+        code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+
+    monkeypatch.setattr(Processes, "_pool", lambda self: Pool(1))
+    shard = runs_of(suite())[0][1][0]
+    assert list(Processes(1).map(lambda shard: None, [shard])) == [(shard, "True\n")]
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_workers_share_the_cpus_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:

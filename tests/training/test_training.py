@@ -311,7 +311,7 @@ def test_checkpoint_cut_off_while_it_is_written_leaves_the_last_one(make_trainer
     def fail(*args: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint_module, "write_json", fail)
+    monkeypatch.setattr(checkpoint_module, "write_sealed", fail)
     with pytest.raises(OSError, match="disk full"):
         trainer.run()
     again = make_trainer(tmp_path)

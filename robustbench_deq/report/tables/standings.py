@@ -14,7 +14,7 @@ import pandas as pd
 
 from robustbench_deq.report.tables.columns import COLUMNS
 from robustbench_deq.report.tables.leaderboard import Board, Entry
-from robustbench_deq.report.tables.text import latex_table, markdown_table, markdown_text
+from robustbench_deq.report.tables.text import csv_table, latex_table, markdown_table, markdown_text
 
 TITLE = "Leaderboard"
 _TEXTS = [column.title for column in COLUMNS if column.number is None]
@@ -53,7 +53,7 @@ def standings_latex(entries: Sequence[Entry]) -> str:
 
 
 def standings_csv(entries: Sequence[Entry]) -> str:
-    return pd.DataFrame([_numbers(entry) for entry in entries]).to_csv(index=False, lineterminator="\n")
+    return csv_table(pd.DataFrame([_numbers(entry) for entry in entries]))
 
 
 def _texts(entries: Sequence[Entry]) -> pd.DataFrame:

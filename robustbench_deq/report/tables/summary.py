@@ -22,6 +22,7 @@ from robustbench_deq.report.settings import Setting, group_by_setting, setting_n
 from robustbench_deq.report.tables.text import (
     amount,
     count,
+    csv_table,
     decimals,
     latex_table,
     markdown_table,
@@ -156,10 +157,6 @@ def _each(frame: pd.DataFrame, write: Callable[..., str], *names: str) -> list[s
     return [write(*values) for values in zip(*(frame[name] for name in names), strict=True)]
 
 
-def _csv(frame: pd.DataFrame) -> str:
-    return frame.to_csv(index=False, lineterminator="\n")
-
-
 def _markdown(frame: pd.DataFrame) -> str:
     table = readable(frame)
     for name in TEXT_COLUMNS:
@@ -195,7 +192,7 @@ def _html(frame: pd.DataFrame) -> str:
 
 _RENDERERS: dict[Format, Callable[[pd.DataFrame], str]] = {
     Format.MARKDOWN: _markdown,
-    Format.CSV: _csv,
+    Format.CSV: csv_table,
     Format.LATEX: _latex,
     Format.HTML: _html,
 }

@@ -1,4 +1,4 @@
-"""Text: numbers as people read them, and any table as Markdown or LaTeX."""
+"""Text: numbers as people read them, and any table as Markdown, CSV or LaTeX."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import re
 from collections.abc import Collection
 
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
 MISSING = "–"
+FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")
 ROWS_OF_A_PAGE = 45
 """In print, at most; a LaTeX table of more is broken over pages."""
 _LATEX_SYMBOLS = str.maketrans(
@@ -61,6 +63,19 @@ def markdown_table(frame: pd.DataFrame, text_columns: Collection[str] = ()) -> s
     ]
     rule = ["-" * width if left else "-" * (width - 1) + ":" for width, left in zip(widths, is_text, strict=True)]
     return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], rule, *lines[1:]])
+
+
+def csv_table(frame: pd.DataFrame) -> str:
+    """Any table as CSV. Texts that a spreadsheet would take for formulas get an apostrophe; numbers stay."""
+    shown = frame.copy()
+    for name, column in frame.items():
+        if not is_numeric_dtype(column):
+            shown[name] = pd.Series(map(_csv_cell, column), column.index, column.dtype)
+    return shown.to_csv(index=False, lineterminator="\n")
+
+
+def _csv_cell(cell: object) -> object:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_SIGNS) else cell
 
 
 def latex_table(frame: pd.DataFrame, text_columns: Collection[str] = ()) -> str:
