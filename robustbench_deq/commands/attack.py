@@ -139,7 +139,8 @@ def _echo_result(result: Evaluation, out: Path | None) -> None:
     )
     click.echo(f"clean accuracy    {record.clean_accuracy:.1%}")
     click.echo(f"robust accuracy   {record.robust_accuracy:.1%}  [{low:.1%}, {high:.1%}]")
-    click.echo(f"unconverged       {record.num_unconverged}   failed {record.num_failed}")
+    lost = f"unconverged       {record.num_unconverged}   failed {record.num_failed}"
+    click.echo(f"{lost}   non-finite logits {record.num_nonfinite}" if record.num_nonfinite else lost)
     cost = record.cost
     click.echo(f"cost per image    {cost.cell_evals:.1f} cell evaluations, {cost.cell_vjps:.1f} VJPs")
     click.echo(f"seconds in all    {cost.wall_seconds:.2f} attack, {cost.judge_seconds or 0.0:.2f} judge")

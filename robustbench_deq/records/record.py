@@ -43,6 +43,7 @@ SAMPLE_COLUMNS = {
     "is_clean_correct": "right without an attack, at an equilibrium",
     "is_attacked": "the attack tried; it leaves alone what is wrong without one, unless it goes for the loss",
     "is_converged": "the judge found both equilibria",
+    "is_readable": "both logits name a class: no NaN, the largest finite (-infinity masks a class)",
     "is_failed": "the attack gave no finite perturbation, or one outside the ball",
     "is_robust": "right without an attack and after it, at equilibria, and the attack did not fail",
 }
@@ -116,6 +117,9 @@ class Record(Fields):
     )
     num_unconverged: Count = Field(description="samples without an equilibrium; never robust")
     num_failed: Count = Field(description="samples on which the attack failed; never robust")
+    num_nonfinite: Count | None = Field(
+        None, description="samples with NaN or infinite logits, unless masked; never robust; null: not counted"
+    )
     num_lagging: Count | None = Field(
         None, description="samples whose state the attack has left behind its equilibrium; null: not looked at"
     )

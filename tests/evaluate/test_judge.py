@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from robustbench_deq.data import load
@@ -268,7 +269,7 @@ def test_lost_batch_mates_do_not_matter(build) -> None:
             torch.testing.assert_close(alone.loss[0], whole.loss[row], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_broken_logits_are_never_correct(build, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Broken, "value", value)
     model, x = build(Broken)
@@ -279,11 +280,23 @@ def test_broken_logits_are_never_correct(build, value: float, monkeypatch: pytes
     assert 0 < int(is_broken.sum()) < 8, "the test needs samples of both kinds"
     for label in range(3):
         verdict = judge(model, x, torch.full((8,), label))
-        assert torch.equal(verdict.is_converged, ~is_broken)
+        assert bool(verdict.is_converged.all()), "that is about the state"
+        assert torch.equal(verdict.is_readable, ~is_broken)
         assert not bool(verdict.is_correct[is_broken].any())
         assert bool(verdict.loss[is_broken].isnan().all())
         assert bool(torch.isfinite(verdict.loss[~is_broken]).all())
         assert torch.equal(verdict.is_correct[~is_broken], verdict.prediction[~is_broken] == label)
+
+
+def test_a_masked_class_leaves_the_verdict_as_it_is(build, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = build(Linear)
+    y = torch.arange(8) % 3
+    plain, head = judge(model, x, y), model.head
+    monkeypatch.setattr(model, "head", lambda z: F.pad(head(z), (0, 1), value=-torch.inf))
+    assert all(map(torch.equal, judge(model, x, y).parts(), plain.parts()))
+    monkeypatch.setattr(model, "head", lambda z: torch.full_like(head(z), -torch.inf))
+    verdict = judge(model, x, y)
+    assert not bool(verdict.is_readable.any()) and not bool(verdict.is_correct.any())
 
 
 def test_later_rungs_save_what_the_first_one_cannot(build, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,7 @@ def _attack(record: Record, sole_breaks: int | None) -> dict[str, Any]:
             "Seconds": amount(cost.wall_seconds),
             "Unconverged": str(record.num_unconverged),
             "Failed": str(record.num_failed),
+            "Non-finite": MISSING if record.num_nonfinite is None else str(record.num_nonfinite),
             "Lagging": MISSING if record.num_lagging is None else str(record.num_lagging),
             "Zero gradient": MISSING if record.num_zero_gradient is None else str(record.num_zero_gradient),
             "Finished by": record.finished_by or MISSING,
