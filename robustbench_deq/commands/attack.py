@@ -138,7 +138,8 @@ def _echo_result(result: Evaluation, out: Path | None) -> None:
         f"{record.data.name} {record.data.split}, {record.data.num_samples} images"
     )
     click.echo(f"clean accuracy    {record.clean_accuracy:.1%}")
-    click.echo(f"robust accuracy   {record.robust_accuracy:.1%}  [{low:.1%}, {high:.1%}]")
+    doubt = f"  at most: {record.zero_gradient}" if record.zero_gradient else ""
+    click.echo(f"robust accuracy   {record.robust_accuracy:.1%}  [{low:.1%}, {high:.1%}]{doubt}")
     lost = f"unconverged       {record.num_unconverged}   failed {record.num_failed}"
     click.echo(f"{lost}   non-finite logits {record.num_nonfinite}" if record.num_nonfinite else lost)
     cost = record.cost

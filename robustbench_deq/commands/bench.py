@@ -82,6 +82,14 @@ def bench(
     records = load_records(target) if (target / RECORDS_FILE).exists() else []
     shown = f"; 'robustbench-deq report {target}' shows them" if records else ""
     click.echo(f"{len(records)} of {len(runs)} records in {target}{shown}")
+    doubtful = [record for record in records if record.zero_gradient]
+    if doubtful:
+        worst = max(doubtful, key=lambda record: (record.num_zero_gradient or 0) / record.data.num_samples)
+        click.echo(
+            f"{len(doubtful)} of {len(records)} robust accuracies may be too high: {worst.label} on {worst.model} "
+            f"met a {worst.zero_gradient}{' (and others)' if len(doubtful) > 1 else ''}",
+            err=True,
+        )
     click.echo(f"{seconds:.0f} s; attack and judge took {outcome.busy_seconds:.0f} s, all workers together", err=True)
     if outcome.failures:
         reasons = collections.Counter(outcome.failures.values()).most_common(3)

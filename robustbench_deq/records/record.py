@@ -138,6 +138,14 @@ class Record(Fields):
     batch_size: Annotated[int, Field(ge=1, strict=True)] = Field(description="samples attacked at a time")
     environment: dict[str, str | int | float | None] = Field(description="versions, device, threads, commit")
 
+    @property
+    def zero_gradient(self) -> str | None:
+        """On how many attacked samples there was nothing to climb, in words; None: on none, or nobody has looked."""
+        if not self.num_zero_gradient:
+            return None
+        num_attacked = self.data.num_samples if self.num_attacked is None else self.num_attacked
+        return f"zero gradient on {self.num_zero_gradient} of {num_attacked} attacked samples"
+
     @model_validator(mode="before")
     @classmethod
     def _drop_nonfinite(cls, values: Any, info: ValidationInfo) -> Any:

@@ -78,6 +78,11 @@ def _row(entry: Entry, index: int) -> dict[str, Any]:
 
 
 def _summary(entry: Entry) -> str:
+    doubtful = [f"{record.label}: {record.zero_gradient}" for record in entry.records if record.zero_gradient]
+    return " ".join([_withstood(entry), *([f"That may be too many ({'; '.join(doubtful)})."] if doubtful else [])])
+
+
+def _withstood(entry: Entry) -> str:
     count, total = entry.num_in_union, len(entry.records)
     shown = f"{entry.num_robust:,} of {entry.setting.num_samples:,} samples"
     if total == 1:
