@@ -4,6 +4,7 @@ tensors.
 
 from __future__ import annotations
 
+import collections
 import dis
 import functools
 import math
@@ -27,9 +28,9 @@ def modules_behind(*things: object) -> list[nn.Module]:
     """
     found: list[nn.Module] = []
     seen: dict[int, object] = {}
-    left = list(things)
+    left = collections.deque(things)
     while left:
-        thing = left.pop(0)
+        thing = left.popleft()
         if id(thing) in seen:
             continue
         seen[id(thing)] = thing

@@ -227,7 +227,7 @@ class _FromCallables(EquilibriumModel):
         self, parts: dict[str, Callable[..., Any]], input_shape: tuple[int, int, int], num_classes: int
     ) -> None:
         super().__init__()
-        self.parts = parts
+        self._parts = parts
         self.owners = nn.ModuleList(modules_behind(*parts.values()))
         channels, height, width = input_shape
         self.input_shape, self.num_classes = (channels, height, width), num_classes
@@ -235,21 +235,21 @@ class _FromCallables(EquilibriumModel):
         self._state: Packing | None = None
 
     def inject(self, x: Tensor) -> Tensor:
-        injection = self.parts["inject"](x)
+        injection = self._parts["inject"](x)
         self._injection = self._injection or Packing(injection)
         return self._injection.pack(injection)
 
     def cell(self, z: Tensor, u: Tensor) -> Tensor:
         injection, state = self._packings(z)
-        return state.pack(self.parts["cell"](state.unpack(z), injection.unpack(u)))
+        return state.pack(self._parts["cell"](state.unpack(z), injection.unpack(u)))
 
     def head(self, z: Tensor) -> Tensor:
-        return self.parts["head"](self._packings(z)[1].unpack(z))
+        return self._parts["head"](self._packings(z)[1].unpack(z))
 
     def initial_state(self, u: Tensor) -> Tensor:
         if self._injection is None:
             self._look(u)
-        state = self.parts["initial_state"](self._injection.unpack(u))
+        state = self._parts["initial_state"](self._injection.unpack(u))
         self._state = self._state or Packing(state)
         return self._state.pack(state)
 

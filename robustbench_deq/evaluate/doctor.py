@@ -236,7 +236,7 @@ def _equilibrium(case: Case, settled: list[Case]) -> Finding:
         solution = tight_solve(case.model, case.u)
     except Exception as error:  # whatever a foreign cell raises
         found = f"the judge's solve raises {reason_of(error)}"
-        return Finding(Grade.BAD, found, "allow any batch and torch.func.jvp in cell")
+        return Finding(Grade.BAD, found, "let cell take any batch and any state")
     num_images, num_found = len(solution.status), int(solution.is_converged.sum())
     if num_found:
         settled.append(case._replace(z=solution.value).at(solution.is_converged))
@@ -414,7 +414,7 @@ def _solver(case: Case) -> Finding:
     listed = ", ".join(f"{name} {count:.0f}" for left, count, name in ranking if not left)
     found = f"use {best}; cell evaluations an image to {QUICK_RTOL:g}: {listed}"
     if raising:
-        fix = "the judge's last solver needs torch.func.jvp of cell: avoid autograd functions without a jvp"
+        fix = "the judge may need it: let cell take any batch and any state"
         return Finding(Grade.NOTE, f"{found}; {', '.join(raising)} raises", fix)
     fix = f"choose it by --set solver={best} of pgd, and by model.solve = Solve(SOLVERS.get({best!r})())"
     return Finding(Grade.GOOD, found, fix)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustbench_deq.data import load
 from robustbench_deq.equilibrium import EquilibriumModel
@@ -297,6 +297,43 @@ def test_a_masked_class_leaves_the_verdict_as_it_is(build, monkeypatch: pytest.M
     monkeypatch.setattr(model, "head", lambda z: torch.full_like(head(z), -torch.inf))
     verdict = judge(model, x, y)
     assert not bool(verdict.is_readable.any()) and not bool(verdict.is_correct.any())
+
+
+class Attention(EquilibriumModel):
+    """`f(z, u) = u - gain W z` on four tokens, W an attention that torch has no forward-mode derivative of."""
+
+    input_shape, num_classes = (1, 4, 4), 3
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.gain = gain
+
+    def inject(self, x: Tensor) -> Tensor:
+        return x.flatten(1).unflatten(1, (4, 4))
+
+    def cell(self, z: Tensor, u: Tensor) -> Tensor:
+        return u - self.gain * z + self.attention(z, z, z, need_weights=False)[0]
+
+    def head(self, z: Tensor) -> Tensor:
+        return z.sum(1)[:, :3]
+
+    def initial_state(self, u: Tensor) -> Tensor:
+        return torch.zeros_like(u)
+
+
+def test_the_last_rung_needs_no_forward_mode_derivatives(make_images, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Attention(gain=3.0).eval(), make_images(4, torch.float32)
+    with pytest.raises(NotImplementedError), torch.no_grad():
+        z = model.inject(x)
+        torch.func.jvp(lambda z: model.cell(z, x.view_as(z)), (z,), (z,))
+    monkeypatch.setattr("robustbench_deq.evaluate.judge.LADDER", (LADDER[1].with_(max_steps=5), LADDER[-1]))
+    found = tight_solve(model, model.inject(x))
+    assert bool(found.is_converged.all())
+    monkeypatch.setattr("robustbench_deq.evaluate.judge.LADDER", (LADDER[1].with_(max_steps=5),))
+    assert not bool(tight_solve(model, model.inject(x)).is_converged.any()), "the test needs that rung"
 
 
 def test_later_rungs_save_what_the_first_one_cannot(build, monkeypatch: pytest.MonkeyPatch) -> None:
