@@ -84,7 +84,12 @@ class EquilibriumModel(nn.Module, abc.ABC):
             UsageError: for a part that cannot be called, or for sizes that `check_sizes` refuses.
         """
         start = _zeros if initial_state is None else initial_state
-        parts: dict[str, Callable[..., Tensors]] = {"inject": inject, "cell": cell, "head": head, "initial_state": start}
+        parts: dict[str, Callable[..., Tensors]] = {
+            "inject": inject,
+            "cell": cell,
+            "head": head,
+            "initial_state": start,
+        }
         for name, part in parts.items():
             if not callable(part):
                 raise UsageError.of(

@@ -16,6 +16,7 @@ from robustbench_deq.attacks import build_attack
 from robustbench_deq.commands.display import suite_display
 from robustbench_deq.commands.shared import choose_device, named_device, tell_split
 from robustbench_deq.configs import merge, parse_assignments, read_yaml, validate
+from robustbench_deq.data import SplitName, load
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.files import output_folder
 from robustbench_deq.records.store import RECORDS_FILE, load_records
@@ -23,6 +24,7 @@ from robustbench_deq.runner.executors import Executor, Processes, Ray, Serial
 from robustbench_deq.runner.progress import EarlierPaces, SuiteProgress
 from robustbench_deq.runner.run import SUITE_FILE, check_folder, claim_folder, missing_shards, run_suite
 from robustbench_deq.runner.suite import Run, Shard, SuiteConfig, cut, plan
+from robustbench_deq.specs import ThreatSpec
 
 
 @click.command()
@@ -52,6 +54,9 @@ def bench(
     """
     parsed = validate(SuiteConfig, merge(read_yaml(suite), parse_assignments(assignments)), str(suite))
     runs = [(run, cut(run, parsed.batches_per_shard)) for run in plan(parsed)]
+    for doubt in dict.fromkeys(_doubt(run) for run, _ in runs):
+        if doubt is not None:
+            click.echo(doubt, err=True)
     for data in dict.fromkeys(run.data for run, _ in runs):
         tell_split(data, parsed.split, "split: all with limit: {} takes all")
     target = out or Path("results/runs") / parsed.name
@@ -97,6 +102,11 @@ def bench(
         raise RunError(
             f"{len(outcome.failures)} of {progress.num_shards} shards failed: {listed}; try them again with --resume"
         )
+
+
+def _doubt(run: Run) -> str | None:
+    num_pixels = load(run.data, SplitName(run.split), 1).x[0].numel()
+    return ThreatSpec(norm=run.norm, epsilon=run.epsilon).build().doubt(num_pixels)
 
 
 def _check_executor(kind: str, address: str | None, workers: int | None) -> None:

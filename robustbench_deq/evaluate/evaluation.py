@@ -17,6 +17,7 @@ import datetime
 import hashlib
 import itertools
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ from robustbench_deq.proportions import wilson_interval
 from robustbench_deq.protocol import Attack, frozen
 from robustbench_deq.records.environment import describe_environment
 from robustbench_deq.records.record import SCHEMA_VERSION, CostRecord, CurvePoint, DataRecord, Record, ThreatRecord
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, float], None]
 """Called after each batch with (samples done, samples, robust accuracy so far)."""
@@ -103,6 +106,8 @@ def evaluate(
     check_model(model)
     model = model.to(device).eval()
     check_data(model, data)
+    if doubt := attack.threat.doubt(data.x[0].numel()):
+        logger.warning(doubt)
     parts, images, num_robust = [], [], 0
     release_freed_memory()
     for begin in range(0, len(data), task.batch_size):

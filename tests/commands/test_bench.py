@@ -104,7 +104,7 @@ def test_interrupted_suite_says_how_to_go_on(path: Path, tmp_path: Path, monkeyp
 
 
 def test_records_without_a_gradient_are_told_of(tmp_path: Path) -> None:
-    hard = 'return EquilibriumModel.from_callables(lambda x: net.inject(x.round()), net.cell, net.head, **sizes)'
+    hard = "return EquilibriumModel.from_callables(lambda x: net.inject(x.round()), net.cell, net.head, **sizes)"
     (tmp_path / "rounded.py").write_text(
         "from robustbench_deq import EquilibriumModel, load_model\ndef build():\n"
         "    net, sizes = load_model('deq-fc.digits-joint-l2'), {'input_shape': (1, 8, 8), 'num_classes': 10}\n"
@@ -118,7 +118,9 @@ def test_records_without_a_gradient_are_told_of(tmp_path: Path) -> None:
     assert result.exit_code == 0
     records = load_records(tmp_path / "new")
     assert all(record.num_zero_gradient == record.num_attacked > 0 for record in records)
-    told = f"{len(records)} of {len(records)} robust accuracies may be too high: mine on {models[0]} met a zero gradient"
+    told = (
+        f"{len(records)} of {len(records)} robust accuracies may be too high: mine on {models[0]} met a zero gradient"
+    )
     assert told in result.stderr
 
 

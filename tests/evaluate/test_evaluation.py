@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustbench_deq.attacks import (
+    ATTACKS,
     JointPGD,
     JointPGDConfig,
     Noise,
@@ -414,6 +415,23 @@ def test_samples_without_an_equilibrium_are_counted_and_never_robust(attack: Att
         assert not found.samples["is_clean_correct"][is_lost.numpy()].any()
 
 
+@pytest.mark.parametrize("name", list(ATTACKS))
+def test_a_radius_beyond_all_bounds_is_one_that_covers_the_pixel_box(
+    name: str, setup, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, data = setup()
+    norm, most = (Norm.LINF, 1.0) if name == "torchattacks-pgd" else (Norm.L2, 4.0)
+    settings = {"steps": 5} if "steps" in ATTACKS.get(name).config_type.model_fields else {}
+    covering, huge = (evaluate(model, build_attack(name, Threat(norm, e), settings), data) for e in (most, 1e30))
+    assert torch.equal(huge.x_adv, covering.x_adv) and bool((huge.x_adv != data.x).any())
+    assert huge.record.cost.cell_evals == covering.record.cost.cell_evals
+    assert huge.record.robust_accuracy < huge.record.clean_accuracy and huge.record.num_failed == 0
+    assert caplog.text.count("any image into any other") == 2 and "epsilon 1e+30 in" in caplog.text
+    caplog.clear()
+    evaluate(model, Noise(THREAT), data)
+    assert not caplog.text
+
+
 class Pushes(Attack):
     """Moves the first pixel of every image to 1."""
 
@@ -480,9 +498,7 @@ def test_broken_logits_are_never_robust(setup, monkeypatch: pytest.MonkeyPatch) 
         ("pgd", {"objective": "dlr"}),
     ],
 )
-def test_a_masked_class_changes_no_result(
-    name: str, settings: dict, setup, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_masked_class_changes_no_result(name: str, settings: dict, setup, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = setup()
     attack = build_attack(name, THREAT, settings)
     plain, head = evaluate(model, attack, data), model.head

@@ -15,13 +15,13 @@ class L2(Norm):
     name = "l2"
 
     def size(self, delta: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(delta.flatten(1), dim=1)
+        return _wide_size(delta).to(delta.dtype)
 
     def dual_size(self, gradient: Tensor) -> Tensor:
         return self.size(gradient)
 
     def project(self, delta: Tensor, radius: Tensor | float, x: Tensor) -> Tensor:
-        factor = (radius / self.size(delta).clamp_min(TINY)).clamp_max(1.0)
+        factor = (radius / _wide_size(delta).clamp_min(TINY)).clamp_max(1.0).to(delta.dtype)
         return into_box(delta * per_sample(factor, delta), x)
 
     def direction(self, gradient: Tensor) -> Tensor:
@@ -34,3 +34,10 @@ class L2(Norm):
         direction = stream.standard_normal(count)
         radius = stream.random() ** (1.0 / count)
         return radius * direction / max(float(np.linalg.norm(direction)), TINY)
+
+
+def _wide_size(delta: Tensor) -> Tensor:
+    """The norm in float64, by the largest entry first: in float32 the squares of entries from 1e19 on overflow."""
+    flat = delta.flatten(1)
+    largest = flat.abs().amax(1).clamp_min(torch.finfo(delta.dtype).tiny)
+    return largest.double() * torch.linalg.vector_norm(flat / largest[:, None], dim=1)

@@ -49,7 +49,7 @@ COLUMN_MEANINGS = {
     "Seconds": "wall-clock of the whole attack, without judging; compare only rows from the same environment",
     "Unconverged": "samples whose equilibrium the judge could not find; never counted as robust",
     "Failed": "samples on which the attack itself failed; never counted as robust",
-    "Non-finite": "samples with NaN or infinite logits, unless at classes that are masked by -infinity; never counted as robust",
+    "Non-finite": "samples with NaN or infinite logits (-infinity masks a class); never counted as robust",
     "Lagging": "samples whose state the attack has left behind its equilibrium, full solves or not: where they are "
     "counted as robust, that is not to be believed",
     "Zero gradient": "samples on which the attack has met only gradients of exactly zero: nothing to climb there",
