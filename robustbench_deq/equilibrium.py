@@ -254,6 +254,7 @@ class _FromCallables(EquilibriumModel):
     def initial_state(self, u: Tensor) -> Tensor:
         if self._injection is None:
             self._look(u)
+        assert self._injection is not None
         state = self._parts["initial_state"](self._injection.unpack(u))
         self._state = self._state or Packing(state)
         return self._state.pack(state)
@@ -262,6 +263,7 @@ class _FromCallables(EquilibriumModel):
         """Of injection and state. Their shapes do not change: seen once, at a black image if nobody has called yet."""
         if self._injection is None or self._state is None:
             self.initial_state(self._look(like))
+        assert self._injection is not None and self._state is not None
         return self._injection, self._state
 
     @torch.no_grad()

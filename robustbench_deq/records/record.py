@@ -124,7 +124,7 @@ class Record(Fields):
         None, description="samples whose state the attack has left behind its equilibrium; null: not looked at"
     )
     num_zero_gradient: Count | None = Field(
-        None, description="samples on which the attack has met only gradients of exactly zero; null: not looked at"
+        None, description="samples on which the attack has met only gradients of zero or NaN; null: not looked at"
     )
     finished_by: Literal["joint", "sequential"] | None = Field(
         None, description="which source of gradients had the last word on some sample; null: the attack has one only"
