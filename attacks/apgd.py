@@ -19,7 +19,7 @@ class SolvedAPGDConfig(SolvedConfig):
     """Settings of `apgd`; the first step is two radii long, as published."""
 
     steps: int = Field(100, ge=1, description="gradient steps")
-    step_size: float = Field(2.0, gt=0, description="first step as a fraction of epsilon")
+    step_size: float = Field(2.0, gt=0, le=1e6, description="first step as a fraction of epsilon")
 
 
 @ATTACKS.register("apgd")

@@ -26,7 +26,7 @@ class JointFMNConfig(JointConfig):
     objective: Literal["margin"] = Field("margin", description="always margin: positive where a sample is fooled")
     steps: int = Field(100, ge=1, description="augmented iterations")
     inner_steps: int | None = Field(3, ge=1, description="iterations of (z, mu) per perturbation step; null adapts")
-    step_size: float = Field(0.5, gt=0, description="first step as a fraction of the radius")
+    step_size: float = Field(0.5, gt=0, le=1e6, description="first step as a fraction of the radius")
     keep_residual: float = Field(0.001, gt=0, description="residual up to which a success is trusted")
 
 

@@ -29,7 +29,7 @@ class Noise(Attack[NoiseConfig]):
     def run(self, model: EquilibriumModel, batch: Batch, record: Recorder) -> Proposal:
         record.plan(1)
         ball = self.threat.ball(batch.images)
-        delta = ball.project(self.threat.epsilon * ball.direction(batch.start))
+        delta = ball.project(ball.radius * ball.direction(batch.start))
         with torch.no_grad():
             solution = model.equilibrium(batch.images + delta)
             logits = model.head(solution.value)

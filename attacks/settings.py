@@ -39,7 +39,7 @@ class JointConfig(ObjectiveConfig):
     inner_steps: int | None = Field(1, ge=1, description="iterations of (z, mu) per perturbation step; null adapts")
     max_lag: float = Field(4.0, gt=0, description="adaptive: perturbation steps the state may be behind")
     max_inner_steps: int = Field(20, ge=1, description="adaptive: most iterations per perturbation step")
-    step_size: float = Field(2.0, gt=0, description="first step as a fraction of epsilon")
+    step_size: float = Field(2.0, gt=0, le=1e6, description="first step as a fraction of epsilon")
     damping_z: float = Field(1.0, gt=0, le=1, description="damping of the state; 1 is none")
     damping_mu: float = Field(1.0, gt=0, le=1, description="damping of the adjoint; 1 is none")
     accelerator: Annotated[str | None, named_in(SOLVERS), AfterValidator(_without_jvp)] = Field(
@@ -124,7 +124,7 @@ class SolvedConfig(ObjectiveConfig):
     ones."""
 
     steps: int = Field(20, ge=1, description="gradient steps")
-    step_size: float = Field(1.0, gt=0, description="first step as a fraction of epsilon")
+    step_size: float = Field(1.0, gt=0, le=1e6, description="first step as a fraction of epsilon")
     warm_start: bool = Field(True, description="start each solve from the last state and adjoint")
     solver: Annotated[str, named_in(SOLVERS)] = Field("anderson", description="forward solver")
     tolerance: float = Field(1e-3, gt=0, description="relative residual of the forward solve")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
-from robustbench_deq.optimise import Norm
+from robustbench_deq.optimise import Norm, has_slope
 from robustbench_deq.protocol import ATTACKS, Attack, AttackConfig, Batch, Proposal, Recorder
 from robustbench_deq.threats import Threat
 
@@ -30,7 +30,7 @@ class TorchattacksConfig(AttackConfig):
     max_evaluations: None = Field(None, description="always null: the library shows no iterate before its end")
     max_seconds: None = Field(None, description="always null, for the same reason")
     steps: int = Field(20, ge=1, description="gradient steps")
-    step_size: float = Field(0.25, gt=0, description="step as a fraction of epsilon")
+    step_size: float = Field(0.25, gt=0, le=1e6, description="step as a fraction of epsilon")
 
 
 class _Summed(nn.Module):
@@ -52,8 +52,8 @@ class _Summed(nn.Module):
         return logits
 
     def _note(self, gradient: Tensor) -> None:
-        is_zero = (gradient == 0).flatten(1).all(1)
-        self.is_flat = is_zero if self.is_flat is None else self.is_flat & is_zero
+        is_flat = ~has_slope(gradient)
+        self.is_flat = is_flat if self.is_flat is None else self.is_flat & is_flat
 
 
 class _TorchattacksPGD(Attack[TorchattacksConfig]):
@@ -75,7 +75,7 @@ class _TorchattacksPGD(Attack[TorchattacksConfig]):
             )
 
     def run(self, model: EquilibriumModel, batch: Batch, record: Recorder) -> Proposal:
-        config, epsilon, x = self.config, self.threat.epsilon, batch.images
+        config, epsilon, x = self.config, self.threat.ball(batch.images).radius, batch.images
         record.plan(config.steps)
         if epsilon == 0.0:  # the library would divide zero by zero
             return Proposal(torch.zeros_like(x), x.new_full((len(x),), -torch.inf))

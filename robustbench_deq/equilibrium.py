@@ -11,15 +11,17 @@ from __future__ import annotations
 import abc
 import numbers
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from robustbench_deq.adjoints import DEFAULT_ADJOINT_SOLVE, Adjoint, AdjointTrace, Implicit
+from robustbench_deq.callables import Packing, Tensors, modules_behind
 from robustbench_deq.errors import UsageError
 from robustbench_deq.meter import Meter
 from robustbench_deq.solvers import Anderson, CellMap, Solution, Solve
+from robustbench_deq.trial import CONVERSIONS, try_parts
 
 
 class EquilibriumModel(nn.Module, abc.ABC):
@@ -59,21 +61,21 @@ class EquilibriumModel(nn.Module, abc.ABC):
 
     @staticmethod
     def from_callables(
-        inject: Callable[[Tensor], Tensor],
-        cell: Callable[[Tensor, Tensor], Tensor],
-        head: Callable[[Tensor], Tensor],
-        initial_state: Callable[[Tensor], Tensor] | None = None,
+        inject: Callable[[Tensor], Tensors],
+        cell: Callable[..., Tensors],
+        head: Callable[..., Tensor],
+        initial_state: Callable[..., Tensors] | None = None,
         *,
         input_shape: tuple[int, int, int],
         num_classes: int,
     ) -> EquilibriumModel:
         """A model in evaluation mode from functions, modules or methods of modules.
 
-        The parameters of the modules, and of those whose methods are given, are its parameters. A function that uses a
-        module hides it: assign that module to an attribute of the model.
+        The modules, those whose methods are given and those that functions use (`modules_behind`) are its own.
 
         Args:
-            inject, cell, head: the methods of those names.
+            inject, cell, head: the methods of those names. Injection and state may be tuples of tensors `(batch, ...)`,
+                as of several branches: they are packed for solvers and attacks, and the parts get them as tuples.
             initial_state: likewise; None starts with zeros of the injection's shape.
             input_shape: `(channels, height, width)` of one image.
             num_classes: number of logits.
@@ -81,8 +83,13 @@ class EquilibriumModel(nn.Module, abc.ABC):
         Raises:
             UsageError: for a part that cannot be called, or for sizes that `check_sizes` refuses.
         """
-        start = torch.zeros_like if initial_state is None else initial_state
-        parts: dict[str, Callable[..., Tensor]] = {"inject": inject, "cell": cell, "head": head, "initial_state": start}
+        start = _zeros if initial_state is None else initial_state
+        parts: dict[str, Callable[..., Tensors]] = {
+            "inject": inject,
+            "cell": cell,
+            "head": head,
+            "initial_state": start,
+        }
         for name, part in parts.items():
             if not callable(part):
                 raise UsageError.of(
@@ -176,6 +183,13 @@ class EquilibriumModel(nn.Module, abc.ABC):
                 got=f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}",
                 fix="reshape the data or choose a model of its shape",
             )
+        if x.dtype not in CONVERSIONS:
+            raise UsageError.of(
+                "images",
+                expected="float32 or float64",
+                got=str(x.dtype).removeprefix("torch."),
+                fix="convert images and model with .float()",
+            )
         if len(x) == 0:
             raise UsageError.of("images", expected="at least one image", got="an empty batch", fix="pass some data")
         if not bool(torch.isfinite(x).all()):
@@ -188,17 +202,22 @@ class EquilibriumModel(nn.Module, abc.ABC):
                 fix="divide by 255, and leave normalisation to the model",
             )
 
+    def check_parts(self, x: Tensor) -> None:
+        """Raise `UsageError` unless the parts return what they should on the images `x`, one of which they get: see
+        `try_parts`. One evaluation of the cell, which no meter counts."""
+        with torch.no_grad():
+            try_parts(self, x[:1])
+
     def check_gradient(self, x: Tensor) -> None:
         """Raise `UsageError` unless autograd leads from the logits back to the images `x`, one of which it looks at.
 
         One evaluation of the cell, which no meter counts, and its gradient; only a missing graph is refused, a gradient
         of zero is not. Within `no_grad` and inference mode too. An attack without a gradient leaves the images as they
-        are, and its model would look robust.
+        are, and its model would look robust. Else as `check_parts`.
         """
         with torch.inference_mode(False), torch.enable_grad():
             leaf = x[:1].detach().clone().requires_grad_()
-            u = self.inject(leaf)
-            logits = self.head(self.cell(self.initial_state(u).detach(), u))
+            logits = try_parts(self, leaf).head
             if not logits.requires_grad or torch.autograd.grad(logits.sum(), leaf, allow_unused=True)[0] is None:
                 raise UsageError.of(
                     "model",
@@ -210,26 +229,50 @@ class EquilibriumModel(nn.Module, abc.ABC):
 
 class _FromCallables(EquilibriumModel):
     def __init__(
-        self, parts: dict[str, Callable[..., Tensor]], input_shape: tuple[int, int, int], num_classes: int
+        self, parts: dict[str, Callable[..., Any]], input_shape: tuple[int, int, int], num_classes: int
     ) -> None:
         super().__init__()
-        self.parts = parts
-        owners = (getattr(part, "__self__", part) for part in parts.values())
-        self.owners = nn.ModuleList(dict.fromkeys(owner for owner in owners if isinstance(owner, nn.Module)))
+        self._parts = parts
+        self.owners = nn.ModuleList(modules_behind(*parts.values()))
         channels, height, width = input_shape
         self.input_shape, self.num_classes = (channels, height, width), num_classes
+        self._injection: Packing | None = None
+        self._state: Packing | None = None
 
     def inject(self, x: Tensor) -> Tensor:
-        return self.parts["inject"](x)
+        injection = self._parts["inject"](x)
+        self._injection = self._injection or Packing(injection)
+        return self._injection.pack(injection)
 
     def cell(self, z: Tensor, u: Tensor) -> Tensor:
-        return self.parts["cell"](z, u)
+        injection, state = self._packings(z)
+        return state.pack(self._parts["cell"](state.unpack(z), injection.unpack(u)))
 
     def head(self, z: Tensor) -> Tensor:
-        return self.parts["head"](z)
+        return self._parts["head"](self._packings(z)[1].unpack(z))
 
     def initial_state(self, u: Tensor) -> Tensor:
-        return self.parts["initial_state"](u)
+        if self._injection is None:
+            self._look(u)
+        assert self._injection is not None
+        state = self._parts["initial_state"](self._injection.unpack(u))
+        self._state = self._state or Packing(state)
+        return self._state.pack(state)
+
+    def _packings(self, like: Tensor) -> tuple[Packing, Packing]:
+        """Of injection and state. Their shapes do not change: seen once, at a black image if nobody has called yet."""
+        if self._injection is None or self._state is None:
+            self.initial_state(self._look(like))
+        assert self._injection is not None and self._state is not None
+        return self._injection, self._state
+
+    @torch.no_grad()
+    def _look(self, like: Tensor) -> Tensor:
+        return self.inject(like.new_zeros(1, *self.input_shape))
+
+
+def _zeros(injection: Tensors) -> Tensors:
+    return torch.zeros_like(injection) if isinstance(injection, Tensor) else tuple(map(torch.zeros_like, injection))
 
 
 def check_sizes(what: str, input_shape: Sequence[int], num_classes: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from robustbench_deq.errors import UsageError
@@ -43,8 +44,25 @@ class Threat:
             )
 
     def ball(self, x: Tensor) -> Ball:
-        """The feasible perturbations of images `(batch, channels, height, width)`."""
-        return Ball(self.norm, self.epsilon, x)
+        """The feasible perturbations of images `(batch, channels, height, width)`.
+
+        No radius is larger than that of the pixel box: a larger one allows no more, and steps are shares of it.
+        """
+        return Ball(self.norm, min(self.epsilon, self._box_radius(x[0].numel())), x)
+
+    def doubt(self, num_pixels: int) -> str | None:
+        """What is odd about the radius for images of `num_pixels` numbers, in one line; None: nothing."""
+        most = self._box_radius(num_pixels)
+        if self.epsilon < most or not self.epsilon:
+            return None
+        return (
+            f"epsilon {self.epsilon:g} in {self.norm.name} lets an attack turn any image into any other: pixels are in "
+            f"[0, 1], and {most:g} covers them all; write for example 8/255 for 8 of 255 levels"
+        )
+
+    def _box_radius(self, num_pixels: int) -> float:
+        """The largest norm of a perturbation within the pixel box."""
+        return float(self.norm.size(torch.ones(1, num_pixels, dtype=torch.float64)))
 
     def allows(self, size: Tensor) -> Tensor:
         """Whether perturbations of these norms `(batch,)` lie in the ball, but for what rounding adds; NaN does not."""

@@ -18,6 +18,8 @@ MODULES = LIBRARY + ATTACKS
 MAY_IMPORT = {
     "errors": "",
     "rows": "",
+    "callables": "",
+    "trial": "callables errors",
     "proportions": "",
     "memory": "",
     "peak_memory": "",
@@ -28,17 +30,17 @@ MAY_IMPORT = {
     "solvers": "errors registry rows",
     "meter": "errors peak_memory solvers",
     "adjoints": "errors registry solvers",
-    "equilibrium": "errors adjoints meter solvers",
+    "equilibrium": "callables errors adjoints meter solvers trial",
     "randomness": "",
     "optimise": "adjoints equilibrium errors meter randomness registry rows solvers",
     "threats": "errors optimise",
     "protocol": "configs equilibrium errors meter optimise registry rows threats",
     "specs": "adjoints configs optimise protocol solvers threats",
-    "models": "adjoints configs equilibrium errors files optimise registry rows solvers specs",
+    "models": "adjoints callables configs equilibrium errors files optimise registry rows solvers specs",
     "data": "configs errors files registry",
     "records": "configs errors files",
     "evaluate": "adjoints data equilibrium errors memory meter models optimise proportions protocol records rows "
-    "solvers",
+    "solvers trial",
     "runner": "configs data equilibrium errors evaluate files memory models optimise proportions protocol quiet "
     "records solvers specs threats",
     "training": "adjoints configs data equilibrium errors evaluate files models protocol registry rows solvers specs "

@@ -31,6 +31,18 @@ def test_ball_is_that_of_the_images() -> None:
     assert ball.norm is Norm.L1 and ball.radius == 0.4 and ball.x is x
 
 
+@pytest.mark.parametrize(("norm", "most"), [(Norm.L1, 9.0), (Norm.L2, 3.0), (Norm.LINF, 1.0)])
+def test_a_radius_beyond_the_pixel_box_is_that_of_the_box_and_told_of(norm: Norm, most: float) -> None:
+    x = torch.rand(2, 1, 3, 3)
+    for epsilon in (most, 8.0 * most, 1e19, 1e300):
+        threat = Threat(norm, epsilon)
+        assert threat.ball(x).radius == pytest.approx(most)
+        assert "any image into any other" in threat.doubt(9) and "8/255" in threat.doubt(9)
+    for epsilon in (0.0, 0.99 * most):
+        threat = Threat(norm, epsilon)
+        assert threat.ball(x).radius == epsilon and threat.doubt(9) is None
+
+
 @pytest.mark.parametrize("name", ["l0", "", "l2 ", 2, None])
 def test_unknown_norms_are_refused_in_one_line(name: object) -> None:
     with pytest.raises(UsageError, match=f"^norm: expected l1, l2 or linf, got {name!r}; [^\n]*$"):

@@ -151,8 +151,10 @@ def _echo(result: Evaluation, is_json: bool) -> None:
         f"{record.data.name} {record.data.split}, {record.data.num_samples} images"
     )
     click.echo(f"clean accuracy    {record.clean_accuracy:.1%}")
-    click.echo(f"robust accuracy   {record.robust_accuracy:.1%}  [{low:.1%}, {high:.1%}]")
-    click.echo(f"unconverged       {record.num_unconverged}   failed {record.num_failed}")
+    doubt = f"  at most: {record.zero_gradient}" if record.zero_gradient else ""
+    click.echo(f"robust accuracy   {record.robust_accuracy:.1%}  [{low:.1%}, {high:.1%}]{doubt}")
+    lost = f"unconverged       {record.num_unconverged}   failed {record.num_failed}"
+    click.echo(f"{lost}   non-finite logits {record.num_nonfinite}" if record.num_nonfinite else lost)
     cost = record.cost
     click.echo(f"cost per image    {cost.cell_evals:.1f} cell evaluations, {cost.cell_vjps:.1f} VJPs")
     click.echo(f"seconds in all    {cost.wall_seconds:.2f} attack, {cost.judge_seconds or 0.0:.2f} judge")

@@ -15,6 +15,7 @@ from robustbench_deq.attacks import build_attack
 from robustbench_deq.commands.display import suite_display
 from robustbench_deq.commands.shared import choose_device, named_device, tell_split
 from robustbench_deq.configs import merge, parse_assignments, read_yaml, validate
+from robustbench_deq.data import SplitName, load
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.files import needing_space, output_folder
 from robustbench_deq.records.store import RECORDS_FILE, load_records
@@ -22,6 +23,7 @@ from robustbench_deq.runner.executors import Executor, Processes, Ray, Serial
 from robustbench_deq.runner.progress import EarlierPaces, SuiteProgress
 from robustbench_deq.runner.run import SUITE_FILE, check_folder, claim_folder, missing_shards, run_suite
 from robustbench_deq.runner.suite import Run, Shard, SuiteConfig, cut, plan
+from robustbench_deq.specs import ThreatSpec
 
 
 @click.command()
@@ -51,6 +53,9 @@ def bench(
     """
     parsed = validate(SuiteConfig, merge(read_yaml(suite), parse_assignments(assignments)), str(suite))
     runs = [(run, cut(run, parsed.batches_per_shard)) for run in plan(parsed)]
+    for doubt in dict.fromkeys(_doubt(run) for run, _ in runs):
+        if doubt is not None:
+            click.echo(doubt, err=True)
     for data in dict.fromkeys(run.data for run, _ in runs):
         tell_split(data, parsed.split, "split: all with limit: {} takes all")
     target = out or Path("results/runs") / parsed.name
@@ -83,6 +88,14 @@ def bench(
     records = load_records(target) if (target / RECORDS_FILE).exists() else []
     shown = f"; 'robustbench-deq report {target}' shows them" if records else ""
     click.echo(f"{len(records)} of {len(runs)} records in {target}{shown}")
+    doubtful = [record for record in records if record.zero_gradient]
+    if doubtful:
+        worst = max(doubtful, key=lambda record: (record.num_zero_gradient or 0) / record.data.num_samples)
+        click.echo(
+            f"{len(doubtful)} of {len(records)} robust accuracies may be too high: {worst.label} on {worst.model} "
+            f"met a {worst.zero_gradient}{' (and others)' if len(doubtful) > 1 else ''}",
+            err=True,
+        )
     click.echo(f"{seconds:.0f} s; attack and judge took {outcome.busy_seconds:.0f} s, all workers together", err=True)
     if outcome.failures:
         reasons = collections.Counter(outcome.failures.values()).most_common(3)
@@ -95,6 +108,11 @@ def bench(
             f"{len(runs) - len(records)} of {len(runs)} records are missing: files were removed from {target} while "
             "the suite ran; go on with --resume"
         )
+
+
+def _doubt(run: Run) -> str | None:
+    num_pixels = load(run.data, SplitName(run.split), 1).x[0].numel()
+    return ThreatSpec(norm=run.norm, epsilon=run.epsilon).build().doubt(num_pixels)
 
 
 def _check_executor(kind: str, address: str | None, workers: int | None) -> None:

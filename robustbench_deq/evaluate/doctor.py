@@ -35,13 +35,14 @@ from torch import Tensor
 from robustbench_deq.adjoints import AdjointTrace, Implicit
 from robustbench_deq.data import Split
 from robustbench_deq.equilibrium import EquilibriumModel, check_labels
-from robustbench_deq.evaluate.judge import JUDGE_RTOL, LADDER, tight_solve
+from robustbench_deq.evaluate.judge import JUDGE_RTOL, LADDER, is_readable, tight_solve
 from robustbench_deq.meter import Meter
 from robustbench_deq.models.diagnostics import picard_solution, spectral_radius
 from robustbench_deq.optimise import estimate_contraction
 from robustbench_deq.protocol import frozen
 from robustbench_deq.rows import per_sample
 from robustbench_deq.solvers import SOLVERS, Anderson, CellMap, Solution, Solve, Status
+from robustbench_deq.trial import PartError, reason_of, try_parts
 
 NUM_IMAGES = 32
 NUM_DIFFERENTIATED = 8
@@ -147,42 +148,19 @@ def _finding(check: str, look: Callable[[Case], Finding], case: Case, before: Se
     try:
         return look(case)._replace(check=check)
     except Exception as error:  # whatever a foreign model raises
-        return Finding(Grade.BAD, f"raises {_reason(error)}", "correct the model", check)
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:150] if lines else 'no message'}"
+        return Finding(Grade.BAD, f"raises {reason_of(error)}", "correct the model", check)
 
 
 def _parts(model: EquilibriumModel, x: Tensor) -> Finding:
-    """Each part fed with what those before it gave, up to the first that is not well."""
-    made: dict[str, Tensor] = {}
-    calls = {
-        "inject": lambda: model.inject(x),
-        "initial_state": lambda: model.initial_state(made["inject"]),
-        "cell": lambda: model.cell(made["initial_state"], made["inject"]),
-        "head": lambda: model.head(made["cell"]),
-    }
-    for name, call in calls.items():
-        try:
-            output = call()
-        except Exception as error:  # whatever a foreign model raises
-            return Finding(Grade.BAD, f"{name} raises {_reason(error)}", f"correct {name}")
-        if not isinstance(output, Tensor) or output.dim() < 2:
-            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            return Finding(Grade.BAD, f"{name} gives {got}", "return one tensor (batch, ...)")
-        expected = (len(x), *output.shape[1:])
-        if name == "cell":
-            expected = tuple(made["initial_state"].shape)
-        elif name == "head":
-            expected = (len(x), model.num_classes)
-        if tuple(output.shape) != expected:
-            return Finding(Grade.BAD, f"{name} gives {tuple(output.shape)}", f"return {expected} from {name}")
-        if not bool(torch.isfinite(output).all()):
+    try:
+        tried = try_parts(model, x)
+    except PartError as error:
+        return Finding(Grade.BAD, error.found, error.fix)
+    for name, output in tried._asdict().items():
+        is_good = is_readable(output) if name == "head" else torch.isfinite(output)
+        if not bool(is_good.all()):
             return Finding(Grade.BAD, f"{name} gives NaN or infinity", f"look at {name} and at the weights")
-        made[name] = output
-    return Finding(Grade.GOOD, f"state {tuple(made['cell'].shape)}, logits {expected}")
+    return Finding(Grade.GOOD, f"state {tuple(tried.cell.shape)}, logits {tuple(tried.head.shape)}")
 
 
 def _outputs(case: Case) -> dict[str, Tensor]:
@@ -207,7 +185,7 @@ def _worst(one: dict[str, Tensor], other: dict[str, Tensor]) -> tuple[str, float
 def _gap(one: Tensor, other: Tensor) -> float:
     """Largest difference relative to the largest value; two NaNs do not differ, a NaN and a number do infinitely."""
     same = (one == other) | (one.isnan() & other.isnan())
-    gap = torch.where(same, 0.0, (one - other).abs()).max() / one.abs().nan_to_num().max().clamp_min(1e-12)
+    gap = torch.where(same, 0.0, (one - other).abs()).max() / one.abs().nan_to_num(posinf=0.0).max().clamp_min(1e-12)
     return float(gap.nan_to_num(nan=torch.inf))
 
 
@@ -257,8 +235,8 @@ def _equilibrium(case: Case, settled: list[Case]) -> Finding:
     try:
         solution = tight_solve(case.model, case.u)
     except Exception as error:  # whatever a foreign cell raises
-        found = f"the judge's solve raises {_reason(error)}"
-        return Finding(Grade.BAD, found, "allow any batch and torch.func.jvp in cell")
+        found = f"the judge's solve raises {reason_of(error)}"
+        return Finding(Grade.BAD, found, "let cell take any batch and any state")
     num_images, num_found = len(solution.status), int(solution.is_converged.sum())
     if num_found:
         settled.append(case._replace(z=solution.value).at(solution.is_converged))
@@ -274,7 +252,9 @@ def _equilibrium(case: Case, settled: list[Case]) -> Finding:
 
 
 def _score(logits: Tensor) -> Tensor:
-    """One number a sample `(batch,)` whose gradient does not saturate: the logits with weights from -1 to 1."""
+    """One number a sample `(batch,)` whose gradient does not saturate: the logits with weights from -1 to 1. Masked
+    classes count for nothing."""
+    logits = logits.masked_fill(logits.isneginf(), 0.0)
     return logits @ torch.linspace(-1, 1, logits.shape[1], dtype=logits.dtype, device=logits.device)
 
 
@@ -338,7 +318,7 @@ def _unit(v: Tensor) -> Tensor:
 
 def _forward(case: Case) -> Finding:
     logits = case.model(case.x)
-    if not bool(torch.isfinite(logits).all()):
+    if not bool(is_readable(logits).all()):
         return Finding(Grade.BAD, "forward gives NaN or infinity", "look at model.solve")
     few = case.at(torch.arange(len(case.x))[:NUM_DIFFERENTIATED])
     gradient = _gradient_of(lambda x: _score(case.model(x)), few.x)
@@ -418,7 +398,7 @@ def _solver(case: Case) -> Finding:
             try:
                 solution = solve(CellMap(case.model.evaluate, case.u), case.model.initial_state(case.u))
             except Exception as error:  # whatever a foreign cell raises
-                raising[name] = _reason(error)
+                raising[name] = reason_of(error)
                 continue
         num_left = int((~solution.is_converged).sum())
         ranking.append((num_left, meter.eval_rows / len(case.u), name))
@@ -434,7 +414,7 @@ def _solver(case: Case) -> Finding:
     listed = ", ".join(f"{name} {count:.0f}" for left, count, name in ranking if not left)
     found = f"use {best}; cell evaluations an image to {QUICK_RTOL:g}: {listed}"
     if raising:
-        fix = "the judge's last solver needs torch.func.jvp of cell: avoid autograd functions without a jvp"
+        fix = "the judge may need it: let cell take any batch and any state"
         return Finding(Grade.NOTE, f"{found}; {', '.join(raising)} raises", fix)
     fix = f"choose it by --set solver={best} of pgd, and by model.solve = Solve(SOLVERS.get({best!r})())"
     return Finding(Grade.GOOD, found, fix)

@@ -4,7 +4,8 @@
     all parts -> `summarise` -> record and per-sample rows
 
 A part is plain data, so that batches may be attacked anywhere and joined later. Robust accuracy is over all samples. A
-sample that is misclassified, unconverged (at the clean or the perturbed image) or failed is not robust. An attack has
+sample that is misclassified, unconverged or without finite logits (at the clean or the perturbed image) or failed is
+not robust. An attack has
 failed on a sample when its perturbation was not finite, or when the image that it returned lies outside the threat's
 ball: attacks project, but no attack is trusted with that. The interval is Wilson's at 95 %.
 """
@@ -14,7 +15,9 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
+import itertools
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,6 +38,8 @@ from robustbench_deq.proportions import wilson_interval
 from robustbench_deq.protocol import Attack, frozen
 from robustbench_deq.records.environment import describe_environment
 from robustbench_deq.records.record import SCHEMA_VERSION, CostRecord, CurvePoint, DataRecord, Record, ThreatRecord
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, float], None]
 """Called after each batch with (samples done, samples, robust accuracy so far)."""
@@ -101,6 +106,8 @@ def evaluate(
     check_model(model)
     model = model.to(device).eval()
     check_data(model, data)
+    if doubt := attack.threat.doubt(data.x[0].numel()):
+        logger.warning(doubt)
     parts, images, num_robust = [], [], 0
     release_freed_memory()
     for begin in range(0, len(data), task.batch_size):
@@ -117,9 +124,12 @@ def evaluate(
 
 
 def check_data(model: EquilibriumModel, data: Split) -> None:
-    """Raise `UsageError` unless `data` fits the model, the labels of its source that were not chosen too."""
+    """Raise `UsageError` unless `data` fits the model, the labels of its source that were not chosen too, and the model
+    returns what it should on it (`EquilibriumModel.check_parts`)."""
     model.check_images(data.x)
     check_labels(data.y, len(data), model.num_classes)
+    place = next(itertools.chain(model.parameters(), model.buffers()), data.x)
+    model.check_parts(data.x[:1].to(place.device))
     if data.largest_label >= model.num_classes:
         raise UsageError.of(
             f"labels of {data.name}",
@@ -190,6 +200,7 @@ def evaluate_batch(
             "is_clean_correct": clean.verdict.is_correct.numpy(),
             "is_attacked": result.is_attacked.cpu().numpy(),
             "is_converged": (clean.verdict.is_converged & adversarial.is_converged).numpy(),
+            "is_readable": (clean.verdict.is_readable & adversarial.is_readable).numpy(),
             "is_failed": is_failed.numpy(),
             "is_robust": (clean.verdict.is_correct & adversarial.is_correct & ~is_failed).numpy(),
         }
@@ -254,6 +265,8 @@ def summarise(
     diagnostics = _sum_diagnostics(parts, count)
     marks = {name: int(diagnostics.pop(name)) for name in ("num_lagging", "num_zero_gradient") if name in diagnostics}
     num_finished = diagnostics.get("num_finished")
+    has_readable = all("is_readable" in part.samples for part in parts)  # shards of an earlier version have not
+    is_readable = samples["is_readable"].astype(bool) if has_readable else None
     key = json.dumps([*names, config, threat.model_dump(), data.digest, task.seed, created], sort_keys=True)
     record = Record(
         schema_version=SCHEMA_VERSION,
@@ -273,6 +286,7 @@ def summarise(
         adversarial_loss=float(losses.mean()) if len(losses) else None,
         num_unconverged=int((~samples["is_converged"]).sum()),
         num_failed=int(samples["is_failed"].sum()),
+        num_nonfinite=None if is_readable is None else int((~is_readable).sum()),
         num_attacked=int(samples["is_attacked"].sum()),
         **marks,
         finished_by=None if num_finished is None else "sequential" if num_finished else "joint",

@@ -45,13 +45,15 @@ class Verdict:
     loss           cross-entropy of the true class
     residual       relative residual of the state that was read
     is_converged   whether that is below the judge's tolerance
-    is_correct     converged, finite, and classified as labelled
+    is_readable    whether the logits name a class
+    is_correct     converged, readable, and classified as labelled
     """
 
     prediction: Tensor
     loss: Tensor
     residual: Tensor
     is_converged: Tensor
+    is_readable: Tensor
     is_correct: Tensor
 
     def take(self, rows: Tensor) -> Verdict:
@@ -63,7 +65,7 @@ class Verdict:
         return Verdict(*(mine.index_copy(0, rows, its) for mine, its in zip(self.parts(), other.parts(), strict=True)))
 
     def parts(self) -> tuple[Tensor, ...]:
-        return self.prediction, self.loss, self.residual, self.is_converged, self.is_correct
+        return self.prediction, self.loss, self.residual, self.is_converged, self.is_readable, self.is_correct
 
 
 @torch.no_grad()
@@ -77,12 +79,18 @@ def judge(model: EquilibriumModel, x: Tensor, y: Tensor) -> Verdict:
 def verdict_at(model: EquilibriumModel, solution: Solution, y: Tensor) -> Verdict:
     """The verdict on equilibria that have been solved."""
     logits = model.head(solution.value)
-    is_finite = torch.isfinite(logits).all(1)
+    can_read = is_readable(logits)
     prediction = logits.argmax(1)
-    loss = torch.where(is_finite, F.cross_entropy(torch.nan_to_num(logits), y, reduction="none"), torch.nan)
-    is_correct = solution.is_converged & is_finite & (prediction == y)
-    parts = (prediction, loss, solution.residual, solution.is_converged & is_finite, is_correct)
+    loss = torch.where(can_read, F.cross_entropy(logits, y, reduction="none"), torch.nan)
+    is_correct = solution.is_converged & can_read & (prediction == y)
+    parts = (prediction, loss, solution.residual, solution.is_converged, can_read, is_correct)
     return Verdict(*(part.cpu() for part in parts))
+
+
+def is_readable(logits: Tensor) -> Tensor:
+    """Which rows of `logits` `(batch, classes)` name a class: no NaN, and the largest is finite. A class at -infinity
+    is masked."""
+    return torch.isfinite(logits.amax(1))
 
 
 @torch.no_grad()

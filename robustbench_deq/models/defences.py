@@ -153,6 +153,7 @@ class _LowEntropy(Problem):
 
     def losses(self, output: Tensor, variable: Tensor, progress: float) -> Losses:
         log_p = output.log_softmax(1)
+        log_p = log_p.masked_fill(log_p.isneginf(), 0.0)  # a masked class has no share in the entropy
         certainty = (log_p.exp() * log_p).sum(1)
         return Losses(certainty, certainty)
 

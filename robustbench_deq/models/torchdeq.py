@@ -15,13 +15,14 @@ trained here, since its masks know nothing of samples that have converged and le
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from robustbench_deq.adjoints import Implicit
+from robustbench_deq.callables import Packing, Tensors
 from robustbench_deq.equilibrium import EquilibriumModel, check_sizes
 from robustbench_deq.errors import UsageError
 from robustbench_deq.solvers import SOLVERS, Solve
@@ -34,7 +35,6 @@ SOLVER_OF = {
 }
 """Ours for each of torchdeq's, by the name of its function."""
 
-Tensors = Tensor | Sequence[Tensor]
 Part = str | Callable[..., Tensors]
 
 
@@ -95,22 +95,6 @@ def from_torchdeq(
     return model
 
 
-class _Packing:
-    """Tensors `(batch, ...)` as one `(batch, size)`, as torchdeq's solvers hold them; a tensor alone stays as it is."""
-
-    def __init__(self, example: Tensors) -> None:
-        self.shapes = None if isinstance(example, Tensor) else [part.shape[1:] for part in example]
-
-    def pack(self, parts: Tensors) -> Tensor:
-        return parts if self.shapes is None else torch.cat([part.flatten(1) for part in parts], dim=1)
-
-    def unpack(self, packed: Tensor) -> Tensors:
-        if self.shapes is None:
-            return packed
-        pieces = packed.split([shape.numel() for shape in self.shapes], dim=1)
-        return tuple(piece.reshape(len(piece), *shape) for piece, shape in zip(pieces, self.shapes, strict=True))
-
-
 class _TorchDEQ(EquilibriumModel):
     def __init__(
         self,
@@ -137,10 +121,10 @@ class _TorchDEQ(EquilibriumModel):
         self.reset(self.module)
         injection = self._try("inject", like.new_zeros(2, *self.input_shape))
         state = self._try("initial_state", injection)
-        self.injection, self.state = _Packing(injection), _Packing(state)
+        self.injection, self.state = Packing(injection), Packing(state)
         z = self.state.pack(state)
         image = self._try("cell", self.state.unpack(z), self.injection.unpack(self.injection.pack(injection)))
-        if _Packing(image).shapes != self.state.shapes or self.state.pack(image).shape != z.shape:
+        if Packing(image).shapes != self.state.shapes or self.state.pack(image).shape != z.shape:
             raise UsageError.of(
                 "from_torchdeq: cell",
                 expected=f"as initial_state, {_describe(state)}",

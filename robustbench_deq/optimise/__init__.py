@@ -3,7 +3,7 @@
 from robustbench_deq.optimise.contraction import Contraction, estimate_contraction
 from robustbench_deq.optimise.domains import NORMS, Ball, Box, Domain, Free, Norm
 from robustbench_deq.optimise.keep import HighestLoss, JIIORule, Keep, Last, SmallestNorm
-from robustbench_deq.optimise.loop import Optimum, optimise
+from robustbench_deq.optimise.loop import Optimum, has_slope, optimise
 from robustbench_deq.optimise.objectives import OBJECTIVES, Objective, Targeted
 from robustbench_deq.optimise.pace import AdaptivePace
 from robustbench_deq.optimise.problem import Classification, Losses, Problem, Reconstruction, Shared
@@ -48,5 +48,6 @@ __all__ = [
     "Step",
     "Targeted",
     "estimate_contraction",
+    "has_slope",
     "optimise",
 ]

@@ -40,7 +40,7 @@ class Optimum(NamedTuple):
     z, mu       the last state and adjoint; None where the source has none, or where rows have left and no equilibrium
                 was known. Rows that have left have the known one
     is_done     rows that have left, or would have: successful at a state of small error
-    is_flat     rows whose gradient was exactly zero in the first two looks that had one
+    is_flat     rows whose gradient was exactly zero, or no number, in the first two looks that had one
     is_stopped  whether the budget ended the run
     tally       the source's counts, `(rows,)` each
     """
@@ -159,7 +159,7 @@ def optimise(
             if look.gradient is not None:
                 if num_gradients < LOOKS_FOR_SLOPES:
                     num_gradients += 1
-                    is_flat = is_flat.index_put((rows,), is_flat[rows] & (look.gradient == 0).flatten(1).all(1))
+                    is_flat = is_flat.index_put((rows,), is_flat[rows] & ~has_slope(look.gradient))
                 success = problem.is_success(look.output) if step.needs_success else None
                 keys = None if ids is None else ids[rows]
                 at = At(variable, look.gradient, look.loss, residual, success, moment, seed, keys)
@@ -206,6 +206,12 @@ def optimise(
     gain = whole.loss - first
     found = (whole.variable, whole.loss, gain, whole.residual, z, mu, whole.is_done)
     return Optimum(*found, is_flat & ~whole.is_done, is_stopped, whole.tally)
+
+
+def has_slope(gradient: Tensor) -> Tensor:
+    """Rows whose gradient `(rows, ...)` leads anywhere: it is not zero, and all of it is a number."""
+    largest = gradient.flatten(1).abs().amax(1)
+    return (largest > 0) & torch.isfinite(largest)
 
 
 def _is_done(problem: Problem, look: Look, amplification: Tensor | None) -> Tensor:

@@ -12,7 +12,8 @@
 `CrossEntropyThenMargin` ascends the cross-entropy in the first half of a run and the margin in the second; iterates are
 compared by the margin. The first leads away from the true class from anywhere, the margin finishes at the boundary.
 
-When all logits are multiplied by a constant, no direction of ascent changes.
+When all logits are multiplied by a constant, no direction of ascent changes. A logit of -infinity masks its class: the
+losses are those of the others.
 
 Each maps logits `(batch, classes)` to `(batch,)`. Reductions over the batch are sums, everywhere: then the gradient of
 one sample does not depend on how many others there are.
@@ -67,11 +68,19 @@ OBJECTIVES: Registry[type[Objective]] = Registry("objective")
 @OBJECTIVES.register("cross-entropy")
 class CrossEntropy(Objective):
     def __call__(self, logits: Tensor) -> Tensor:
-        spread = logits.detach().std(1, correction=0, keepdim=True)
+        spread = _spread(logits.detach())
         temperature = (spread / SPREAD).clamp_min(torch.finfo(logits.dtype).tiny)
         leads = logits - logits.gather(1, self.labels[:, None])  # before they are scaled: equal logits lead by nothing
         wrong = (leads / temperature).scatter(1, self.labels[:, None], -torch.inf)
         return temperature[:, 0] * wrong.logsumexp(1)
+
+
+def _spread(logits: Tensor) -> Tensor:
+    """Standard deviation `(batch, 1)` over the classes that are not masked."""
+    is_masked = logits.isneginf()
+    share = (~is_masked).to(logits.dtype).mean(1, keepdim=True)
+    mean = logits.masked_fill(is_masked, 0.0).mean(1, keepdim=True) / share
+    return torch.where(is_masked, mean, logits).std(1, correction=0, keepdim=True) / share.sqrt()
 
 
 @OBJECTIVES.register("margin")
@@ -91,6 +100,7 @@ class DLR(Objective):
             )
         ordered = logits.topk(3, dim=1).values
         spread = (ordered[:, 0] - ordered[:, -1]).clamp_min(1e-12)
+        spread = torch.where(ordered[:, -1].isneginf(), 1.0, spread)  # of two classes there is only the margin
         return Margin(self.labels)(logits) / spread
 
 

@@ -92,8 +92,8 @@ class Attack(abc.ABC, Generic[A]):
                 attacked on, without leaving. None believes the attack.
 
         Raises:
-            UsageError: for an object that is not an `EquilibriumModel`, a model without a gradient, and images or
-                labels that do not fit it.
+            UsageError: for an object that is not an `EquilibriumModel`, a model whose parts do not return what they
+                should or give no gradient, and images or labels that do not fit it.
         """
         check_model(model)
         x = x.detach()
@@ -102,9 +102,8 @@ class Attack(abc.ABC, Generic[A]):
         if targets is not None:
             check_labels(targets, len(x), model.num_classes)
         ids = torch.arange(len(x)) if sample_ids is None else sample_ids
-        if self.is_gradient_based:
-            with frozen(model):
-                model.check_gradient(x)
+        with frozen(model):
+            (model.check_gradient if self.is_gradient_based else model.check_parts)(x)
         settled = None if clean is None else clean.settled
         batch = Batch(x, y, targets, ids, seed, torch.zeros_like(x), settled, self.config.stop_at_success)
         with torch.enable_grad(), frozen(model), self._meter(model, len(x)) as meter:

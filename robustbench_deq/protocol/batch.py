@@ -66,7 +66,7 @@ class Proposal:
     loss         the attack's own estimate `(rows,)`; chooses between restarts, nothing else
     is_done      samples `(rows,)` that are fooled at a settled state, so that no more need be tried; None: none
     is_lagging   samples `(rows,)` whose state is behind its equilibrium to the end, full solves or not; None: unknown
-    is_flat      samples `(rows,)` that have no slope to climb, a gradient of exactly zero; None: unknown
+    is_flat      samples `(rows,)` that have no slope to climb, a gradient of exactly zero or NaN; None: unknown
     z, mu        state and adjoint at the end, if the attack has them: training starts from these
     diagnostics  counts and means worth recording, such as samples that were attacked again
     """

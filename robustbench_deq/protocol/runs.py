@@ -110,10 +110,16 @@ class Runs:
         if proposal.is_done is not None:
             done = proposal.is_done
             self.is_done = self.is_done | done if rows is None else self.is_done.index_put((rows,), done)
-        for name, mark in (("num_lagging", proposal.is_lagging), ("num_zero_gradient", proposal.is_flat)):
-            if mark is not None:
-                known = self.marks.get(name, torch.zeros_like(self.is_done))
-                self.marks[name] = mark if rows is None else known.index_put((rows,), mark)
+        if proposal.is_lagging is not None:
+            self._mark("num_lagging", rows, proposal.is_lagging)
+        if proposal.is_flat is not None:  # in every run: one gradient is enough
+            known = self.marks.get("num_zero_gradient")
+            is_known_flat = True if known is None else known if rows is None else known[rows]
+            self._mark("num_zero_gradient", rows, proposal.is_flat & is_known_flat)
+
+    def _mark(self, name: str, rows: Tensor | None, mark: Tensor) -> None:
+        known = self.marks.get(name, torch.zeros_like(self.is_done))
+        self.marks[name] = mark if rows is None else known.index_put((rows,), mark)
 
     @staticmethod
     def _left(rows: Tensor | None, is_done: Tensor) -> Tensor:

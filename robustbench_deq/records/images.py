@@ -35,7 +35,8 @@ def choose_images(samples: pd.DataFrame, clean: np.ndarray, adversarial: np.ndar
         samples: the per-sample rows of a record, in the order of the images.
         clean, adversarial: `(n, channels, height, width)` in [0, 1].
     """
-    is_fooled = samples["is_clean_correct"] & ~samples["is_robust"] & samples["is_converged"]
+    is_judged = samples["is_converged"] & samples.get("is_readable", True)
+    is_fooled = samples["is_clean_correct"] & ~samples["is_robust"] & is_judged
     index = np.argsort(~is_fooled.to_numpy(dtype=bool), kind="stable")[:NUM_IMAGES]
     names = ("label", "clean_prediction", "adversarial_prediction")
     return Images(clean[index], adversarial[index], *(samples[name].to_numpy()[index] for name in names))

@@ -43,6 +43,7 @@ SAMPLE_COLUMNS = {
     "is_clean_correct": "right without an attack, at an equilibrium",
     "is_attacked": "the attack tried; it leaves alone what is wrong without one, unless it goes for the loss",
     "is_converged": "the judge found both equilibria",
+    "is_readable": "both logits name a class: no NaN, the largest finite (-infinity masks a class)",
     "is_failed": "the attack gave no finite perturbation, or one outside the ball",
     "is_robust": "right without an attack and after it, at equilibria, and the attack did not fail",
 }
@@ -116,11 +117,14 @@ class Record(Fields):
     )
     num_unconverged: Count = Field(description="samples without an equilibrium; never robust")
     num_failed: Count = Field(description="samples on which the attack failed; never robust")
+    num_nonfinite: Count | None = Field(
+        None, description="samples with NaN or infinite logits, unless masked; never robust; null: not counted"
+    )
     num_lagging: Count | None = Field(
         None, description="samples whose state the attack has left behind its equilibrium; null: not looked at"
     )
     num_zero_gradient: Count | None = Field(
-        None, description="samples on which the attack has met only gradients of exactly zero; null: not looked at"
+        None, description="samples on which the attack has met only gradients of zero or NaN; null: not looked at"
     )
     finished_by: Literal["joint", "sequential"] | None = Field(
         None, description="which source of gradients had the last word on some sample; null: the attack has one only"
@@ -133,6 +137,14 @@ class Record(Fields):
     seed: Annotated[int, Field(strict=True)] = Field(description="of all randomness of the run")
     batch_size: Annotated[int, Field(ge=1, strict=True)] = Field(description="samples attacked at a time")
     environment: dict[str, str | int | float | None] = Field(description="versions, device, threads, commit")
+
+    @property
+    def zero_gradient(self) -> str | None:
+        """On how many attacked samples there was nothing to climb, in words; None: on none, or nobody has looked."""
+        if not self.num_zero_gradient:
+            return None
+        num_attacked = self.data.num_samples if self.num_attacked is None else self.num_attacked
+        return f"zero gradient on {self.num_zero_gradient} of {num_attacked} attacked samples"
 
     @model_validator(mode="before")
     @classmethod

@@ -58,21 +58,39 @@ class FixedPointMap(abc.ABC):
 
 
 class CellMap(FixedPointMap):
-    """`z -> cell(z, u)` for an injection `u` that is fixed during the solve. Evaluated without a graph."""
+    """`z -> cell(z, u)` for an injection `u` that is fixed during the solve. Evaluated without a graph.
 
-    def __init__(self, cell: Callable[[Tensor, Tensor], Tensor], u: Tensor) -> None:
-        self.cell, self.u = cell, u
+    Args:
+        has_forward_mode: False where the cell is known to lack forward-mode derivatives; the first product finds out.
+    """
+
+    def __init__(self, cell: Callable[[Tensor, Tensor], Tensor], u: Tensor, has_forward_mode: bool = True) -> None:
+        self.cell, self.u, self.has_forward_mode = cell, u, has_forward_mode
 
     def __call__(self, z: Tensor) -> Tensor:
         with torch.no_grad():
             return self.cell(z, self.u)
 
     def restrict(self, index: Tensor) -> CellMap:
-        return CellMap(self.cell, self.u.index_select(0, index))
+        return CellMap(self.cell, self.u.index_select(0, index), self.has_forward_mode)
 
     def jvp(self, z: Tensor, tangent: Tensor) -> Tensor:
-        with torch.no_grad():
-            return torch.func.jvp(lambda state: self.cell(state, self.u), (z,), (tangent,))[1]
+        """By forward-mode differentiation, or, for a cell with operations that lack it, by central differences."""
+        if self.has_forward_mode:
+            try:
+                with torch.no_grad():
+                    return torch.func.jvp(lambda state: self.cell(state, self.u), (z,), (tangent,))[1]
+            except RuntimeError:  # torch's NotImplementedError too; any other cause raises again below
+                self.has_forward_mode = False
+        return self._difference(z, tangent)
+
+    def _difference(self, z: Tensor, tangent: Tensor) -> Tensor:
+        """`(f(z + h v) - f(z - h v)) / (2 h)` along the unit vector v of each row, with the h that balances rounding
+        against curvature."""
+        size, length = (torch.linalg.vector_norm(part.flatten(1), dim=1) for part in (z, tangent))
+        h = torch.finfo(z.dtype).eps ** (1 / 3) * torch.where(size > 0, size, 1.0)
+        step = tangent / per_sample(length.clamp_min(torch.finfo(z.dtype).tiny), z) * per_sample(h, z)
+        return (self(z + step) - self(z - step)) * per_sample(length / (2 * h), z)
 
 
 class Iterate(NamedTuple):

@@ -7,7 +7,8 @@ the loop's own evaluations: a step that did not reduce the residual is halved; a
 taken from the base point. Where a step was accepted, but poor, the next direction is the residual itself, so that far
 from the equilibrium, where the Jacobian says little, Newton steps do not creep.
 
-Every Jacobian-vector product evaluates the cell once more, and the meter counts it as a cell evaluation.
+Every Jacobian-vector product evaluates the cell once more (twice where it lacks forward-mode derivatives), and the
+meter counts that as cell evaluations.
 
 Source: Knoll and Keyes, "Jacobian-free Newton-Krylov methods", J. Comput. Phys. 2004, section 2.
 """

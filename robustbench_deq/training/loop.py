@@ -82,6 +82,8 @@ class Trainer:
         # Training is for the loss: no sample leaves the adversary early.
         self.attack = None if attack is None else attack.with_(stop_at_success=False)
         self.validation_attack = validation_attack
+        if attack is not None and (doubt := attack.threat.doubt(train.x[0].numel())):
+            log.warning(doubt)
         self.device = device or torch.device("cpu")
         self.model = model.to(self.device)
         self.optimizer = torch.optim.AdamW(

@@ -168,6 +168,27 @@ def test_a_full_disk_names_resume_and_keeps_what_there_is(
     assert contents(tmp_path / "new") == contents(undisturbed)
 
 
+def test_records_without_a_gradient_are_told_of(tmp_path: Path) -> None:
+    hard = "return EquilibriumModel.from_callables(lambda x: net.inject(x.round()), net.cell, net.head, **sizes)"
+    (tmp_path / "rounded.py").write_text(
+        "from robustbench_deq import EquilibriumModel, load_model\ndef build():\n"
+        "    net, sizes = load_model('deq-fc.digits-joint-l2'), {'input_shape': (1, 8, 8), 'num_classes': 10}\n"
+        f"    {hard}\n"
+    )
+    attacks = [{"name": "pgd", "label": "mine", "config": {"steps": 2}}]
+    threats = [{"norm": "l2", "epsilons": [0.1]}]
+    models = [f"{tmp_path / 'rounded.py'}:build"]
+    path = write(tmp_path / "small.yaml", models=models, attacks=attacks, threats=threats, limit=8)
+    result = bench(path, "--out", tmp_path / "new")
+    assert result.exit_code == 0
+    records = load_records(tmp_path / "new")
+    assert all(record.num_zero_gradient == record.num_attacked > 0 for record in records)
+    told = (
+        f"{len(records)} of {len(records)} robust accuracies may be too high: mine on {models[0]} met a zero gradient"
+    )
+    assert told in result.stderr
+
+
 def test_failed_shards_are_named_the_rest_is_done_and_the_exit_code_is_one(tmp_path: Path) -> None:
     (tmp_path / "model.py").write_text(FAILING_MODEL.format(line="raise RuntimeError('no luck')"))
     models = ["test-linear.tiny", f"{tmp_path / 'model.py'}:build"]

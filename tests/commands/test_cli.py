@@ -191,6 +191,7 @@ def test_attack_shows_what_its_record_warns_of(num_lagging: int | None, num_flat
     changes = {"num_lagging": num_lagging, "num_zero_gradient": num_flat, "diagnostics": {"num_audited": 4.0}}
     attack_command._echo_result(found._replace(record=found.record.model_copy(update=changes)), None)
     shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert ("at most: zero gradient on 3 of " in shown["robust"]) == bool(num_flat)
     assert ("lagging" in shown) == bool(num_lagging) and ("zero" in shown) == bool(num_flat)
     assert not num_lagging or shown["lagging"].startswith(f"{num_lagging}: ")
     assert not num_flat or shown["zero"].startswith(f"gradient     {num_flat}: ")

@@ -314,13 +314,19 @@ class NoJVP(torch.autograd.Function):
         return 2 * v
 
 
-def test_a_cell_that_the_judge_cannot_differentiate_is_caught() -> None:
+def test_a_cell_without_forward_mode_derivatives_is_sound() -> None:
     sound = found_in(having(cell=lambda self, z, u: NoJVP.apply(z / 2) @ self.a + u))
-    assert sound["gradient"].grade is GOOD
-    assert sound["solver"].grade is NOTE and "newton-krylov raises" in sound["solver"].found
+    assert sound["gradient"].grade is sound["solver"].grade is GOOD
+    assert "newton-krylov" in sound["solver"].found
     unsound = found_in(having(cell=lambda self, z, u: flips(NoJVP.apply(z))))
-    assert unsound["equilibrium"].is_bad and "the judge's solve raises" in unsound["equilibrium"].found
+    assert unsound["equilibrium"].is_bad and "finds one for 0 of" in unsound["equilibrium"].found
     assert unsound["solver"].fix == "fix equilibrium first"
+
+
+def test_a_solver_that_raises_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SOLVERS.get("newton-krylov"), "step", fails)
+    finding = found_in(Sound())["solver"]
+    assert finding.grade is NOTE and "newton-krylov raises" in finding.found and "any batch" in finding.fix
 
 
 def test_a_forward_that_detaches_in_eval_mode_is_caught() -> None:

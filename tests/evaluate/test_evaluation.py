@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from robustbench_deq.attacks import (
+    ATTACKS,
     JointPGD,
     JointPGDConfig,
     Noise,
@@ -18,6 +21,7 @@ from robustbench_deq.attacks import (
     SequentialPGDConfig,
     TorchattacksConfig,
     TorchattacksPGDL2,
+    build_attack,
 )
 from robustbench_deq.data import Split, SplitName
 from robustbench_deq.equilibrium import EquilibriumModel
@@ -411,6 +415,23 @@ def test_samples_without_an_equilibrium_are_counted_and_never_robust(attack: Att
         assert not found.samples["is_clean_correct"][is_lost.numpy()].any()
 
 
+@pytest.mark.parametrize("name", list(ATTACKS))
+def test_a_radius_beyond_all_bounds_is_one_that_covers_the_pixel_box(
+    name: str, setup, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, data = setup()
+    norm, most = (Norm.LINF, 1.0) if name == "torchattacks-pgd" else (Norm.L2, 4.0)
+    settings = {"steps": 5} if "steps" in ATTACKS.get(name).config_type.model_fields else {}
+    covering, huge = (evaluate(model, build_attack(name, Threat(norm, e), settings), data) for e in (most, 1e30))
+    assert torch.equal(huge.x_adv, covering.x_adv) and bool((huge.x_adv != data.x).any())
+    assert huge.record.cost.cell_evals == covering.record.cost.cell_evals
+    assert huge.record.robust_accuracy < huge.record.clean_accuracy and huge.record.num_failed == 0
+    assert caplog.text.count("any image into any other") == 2 and "epsilon 1e+30 in" in caplog.text
+    caplog.clear()
+    evaluate(model, Noise(THREAT), data)
+    assert not caplog.text
+
+
 class Pushes(Attack):
     """Moves the first pixel of every image to 1."""
 
@@ -462,7 +483,73 @@ def test_broken_logits_are_never_robust(setup, monkeypatch: pytest.MonkeyPatch) 
     check_rows_agree_with_record(found)
     assert found.record.robust_accuracy == found.record.clean_accuracy == 0
     assert found.record.adversarial_loss is None
-    assert found.record.num_unconverged == NUM
+    assert (found.record.num_unconverged, found.record.num_nonfinite) == (0, NUM)
+    assert not found.samples["is_readable"].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("joint-pgd", {}),
+        ("joint-fmn", {"steps": 20}),
+        ("noise", {}),
+        ("torchattacks-pgdl2", {}),
+        ("pgd", {"objective": "cross-entropy", "stop_at_success": False}),
+        ("pgd", {"objective": "dlr"}),
+    ],
+)
+def test_a_masked_class_changes_no_result(name: str, settings: dict, setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = setup()
+    attack = build_attack(name, THREAT, settings)
+    plain, head = evaluate(model, attack, data), model.head
+    monkeypatch.setattr(model, "num_classes", 4)
+    monkeypatch.setattr(model, "head", lambda z: F.pad(head(z), (0, 1), value=-torch.inf))
+    masked = evaluate(model, attack, data)
+    assert masked.record.num_nonfinite == masked.record.num_unconverged == 0
+    assert masked.samples["is_robust"].tolist() == plain.samples["is_robust"].tolist()
+    torch.testing.assert_close(masked.x_adv, plain.x_adv, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda logits: (logits, logits), "head: expected one tensor (batch, ...), got tuple"),
+        (lambda logits: {"logits": logits}, "head: expected one tensor (batch, ...), got dict"),
+        (lambda logits: logits[:, :2], "head: expected (1, 3), a column a class, got (1, 2); return (1, 3) from head"),
+        (lambda logits: F.pad(logits, (0, 997)), "head: expected (1, 3), a column a class, got (1, 1000)"),
+        (lambda logits: logits[:, :, None], "head: expected (1, 3), a column a class, got (1, 3, 1)"),
+        (lambda logits: logits.double(), "head: expected float32, as the images are, got float64"),
+        (lambda logits: logits.bfloat16(), "head: expected float32, as the images are, got bfloat16"),
+        (lambda logits: logits.argmax(1, keepdim=True).expand(-1, 3), "got int64"),
+        (lambda logits: 1 / 0, "head: expected a result, got ZeroDivisionError: division by zero; correct head"),
+    ],
+)
+@pytest.mark.parametrize("name", ["joint-pgd", "noise"])
+def test_what_a_head_returns_is_looked_at_before_anything_runs(
+    name: str, spoil: Callable, said: str, setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = setup()
+    head, cells = model.head, []
+    cell = model.cell
+    monkeypatch.setattr(model, "head", lambda z: spoil(head(z)))
+    monkeypatch.setattr(model, "cell", lambda z, u: cells.append(len(z)) or cell(z, u))
+    attack = build_attack(name, THREAT, {})
+    for call in (lambda: evaluate(model, attack, data), lambda: attack(model, data.x, data.y)):
+        with pytest.raises(UsageError) as caught:
+            call()
+        assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert cells == [1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_model_of_another_type_is_refused_with_the_cure(dtype: torch.dtype, setup) -> None:
+    model, data = setup()
+    said = f"weights: expected float32, as the images are, got {str(dtype).removeprefix('torch.')}; convert the model"
+    with pytest.raises(UsageError, match=said):
+        evaluate(model.to(dtype), joint(), data)
+    if dtype is not torch.float64:
+        with pytest.raises(UsageError, match="images: expected float32 or float64"):
+            joint()(model, data.x.to(dtype), data.y)
 
 
 # ---------------------------------------------------------------- refused

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from robustbench_deq.data import load
 from robustbench_deq.equilibrium import EquilibriumModel
@@ -268,7 +269,7 @@ def test_lost_batch_mates_do_not_matter(build) -> None:
             torch.testing.assert_close(alone.loss[0], whole.loss[row], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_broken_logits_are_never_correct(build, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Broken, "value", value)
     model, x = build(Broken)
@@ -279,11 +280,60 @@ def test_broken_logits_are_never_correct(build, value: float, monkeypatch: pytes
     assert 0 < int(is_broken.sum()) < 8, "the test needs samples of both kinds"
     for label in range(3):
         verdict = judge(model, x, torch.full((8,), label))
-        assert torch.equal(verdict.is_converged, ~is_broken)
+        assert bool(verdict.is_converged.all()), "that is about the state"
+        assert torch.equal(verdict.is_readable, ~is_broken)
         assert not bool(verdict.is_correct[is_broken].any())
         assert bool(verdict.loss[is_broken].isnan().all())
         assert bool(torch.isfinite(verdict.loss[~is_broken]).all())
         assert torch.equal(verdict.is_correct[~is_broken], verdict.prediction[~is_broken] == label)
+
+
+def test_a_masked_class_leaves_the_verdict_as_it_is(build, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = build(Linear)
+    y = torch.arange(8) % 3
+    plain, head = judge(model, x, y), model.head
+    monkeypatch.setattr(model, "head", lambda z: F.pad(head(z), (0, 1), value=-torch.inf))
+    assert all(map(torch.equal, judge(model, x, y).parts(), plain.parts()))
+    monkeypatch.setattr(model, "head", lambda z: torch.full_like(head(z), -torch.inf))
+    verdict = judge(model, x, y)
+    assert not bool(verdict.is_readable.any()) and not bool(verdict.is_correct.any())
+
+
+class Attention(EquilibriumModel):
+    """`f(z, u) = u - gain W z` on four tokens, W an attention that torch has no forward-mode derivative of."""
+
+    input_shape, num_classes = (1, 4, 4), 3
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.gain = gain
+
+    def inject(self, x: Tensor) -> Tensor:
+        return x.flatten(1).unflatten(1, (4, 4))
+
+    def cell(self, z: Tensor, u: Tensor) -> Tensor:
+        return u - self.gain * z + self.attention(z, z, z, need_weights=False)[0]
+
+    def head(self, z: Tensor) -> Tensor:
+        return z.sum(1)[:, :3]
+
+    def initial_state(self, u: Tensor) -> Tensor:
+        return torch.zeros_like(u)
+
+
+def test_the_last_rung_needs_no_forward_mode_derivatives(make_images, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Attention(gain=3.0).eval(), make_images(4, torch.float32)
+    with pytest.raises(NotImplementedError), torch.no_grad():
+        z = model.inject(x)
+        torch.func.jvp(lambda z: model.cell(z, x.view_as(z)), (z,), (z,))
+    monkeypatch.setattr("robustbench_deq.evaluate.judge.LADDER", (LADDER[1].with_(max_steps=5), LADDER[-1]))
+    found = tight_solve(model, model.inject(x))
+    assert bool(found.is_converged.all())
+    monkeypatch.setattr("robustbench_deq.evaluate.judge.LADDER", (LADDER[1].with_(max_steps=5),))
+    assert not bool(tight_solve(model, model.inject(x)).is_converged.any()), "the test needs that rung"
 
 
 def test_later_rungs_save_what_the_first_one_cannot(build, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,18 @@ def test_projection_is_the_identity_inside(norm: Norm, epsilon: float, seed: int
     torch.testing.assert_close(Ball(norm, epsilon, x).project(delta), delta, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("radius", [0.5, 1e30])
+@every_norm
+def test_huge_perturbations_are_projected_like_others(norm: Norm, radius: float, dtype: torch.dtype) -> None:
+    x, delta = (part.to(dtype) for part in draw(0, 1.0))
+    ball, far = Ball(norm, radius, x), 1e36 if dtype is torch.float32 else 1e150
+    torch.testing.assert_close(norm.size(far * delta) / far, norm.size(delta))
+    projected = ball.project(far * delta)
+    expected = ball.project(1e3 * delta) if radius < 1 else torch.where(delta > 0, 1 - x, -x)
+    torch.testing.assert_close(projected, expected, rtol=1e-3, atol=1e-3)
+
+
 @given(norms, seeds, scales)
 def test_zero_radius_gives_exactly_zero(norm: Norm, seed: int, scale: float) -> None:
     x, delta = draw(seed, scale)

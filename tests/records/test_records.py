@@ -43,6 +43,7 @@ def values(**changes: Any) -> dict[str, Any]:
         "adversarial_loss": 0.78,
         "num_unconverged": 0,
         "num_failed": 0,
+        "num_nonfinite": 0,
         "num_lagging": 2,
         "num_zero_gradient": None,
         "finished_by": "sequential",
@@ -155,7 +156,7 @@ def test_wrong_values_are_refused_by_name(changes: dict[str, Any], named: str) -
     assert named in str(caught.value)
 
 
-@pytest.mark.parametrize("field", ["num_lagging", "num_zero_gradient", "finished_by"])
+@pytest.mark.parametrize("field", ["num_nonfinite", "num_lagging", "num_zero_gradient", "finished_by"])
 def test_a_line_from_before_a_field_has_it_missing(field: str, tmp_path: Path) -> None:
     store_with(tmp_path, "a")
     path = tmp_path / "records.jsonl"

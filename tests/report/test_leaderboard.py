@@ -234,6 +234,7 @@ def test_page_shows_what_a_record_warns_of_and_what_is_missing(make_run, tmp_pat
     runs = [make_run("warned of", [0], record_id="a", **warned), make_run("not looked at", [1], record_id="b")]
     page = leaderboard_html(make_leaderboard(*stored(runs, tmp_path)))
     (table,) = [part.split("</table>")[0] for part in page.split("<table")[1:] if "Finished by" in part]
+    assert "withstood all 2 attacks" in page and "(warned of: zero gradient on 17 of 8 attacked samples)" in page
     cells = r"<t[hd]\b.*?>(.*?)</t[hd]>"
     names, *rows = [re.findall(cells, line, re.DOTALL) for line in table.split("<tr")[1:]]
     shown = {row[0]: dict(zip(names, row, strict=True)) for row in rows}

@@ -71,12 +71,16 @@ def test_readable_cells(make_record) -> None:
         "Seconds": "123",
         "Unconverged": "3",
         "Failed": "0",
+        "Non-finite": "–",
         "Lagging": "–",
         "Zero gradient": "–",
     }
 
 
-@pytest.mark.parametrize(("field", "column"), [("num_lagging", "Lagging"), ("num_zero_gradient", "Zero gradient")])
+@pytest.mark.parametrize(
+    ("field", "column"),
+    [("num_nonfinite", "Non-finite"), ("num_lagging", "Lagging"), ("num_zero_gradient", "Zero gradient")],
+)
 @pytest.mark.parametrize(("value", "text"), [(None, "–"), (0, "0"), (12, "12")])
 def test_nothing_looked_at_is_not_nothing_found(field: str, column: str, value: int | None, text: str, make_record):
     others = [make_record("other", **{field: 3})]  # a column of both kinds holds no whole numbers

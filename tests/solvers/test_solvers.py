@@ -359,6 +359,32 @@ def test_gmres_solves_each_sample_exactly_in_the_full_krylov_space() -> None:
     assert_same(solution, fn.fixed_point(), 1e-6)
 
 
+class NoForwardMode(torch.autograd.Function):
+    """The hyperbolic tangent, with a backward alone."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor) -> Tensor:
+        return torch.tanh(z)
+
+    @staticmethod
+    def backward(ctx, v: Tensor) -> Tensor:
+        raise AssertionError("not asked for")
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_a_cell_without_forward_mode_derivatives_is_differenced(scale: float) -> None:
+    stream = torch.Generator().manual_seed(0)
+    z, v, u = torch.randn(3, 4, 5, dtype=torch.float64, generator=stream)
+    z[0], v[1] = 0.0, 0.0
+    fn = CellMap(lambda z, u: scale * NoForwardMode.apply(z / scale) * u, u)
+    expected = (1 - torch.tanh(z) ** 2) * u * v
+    for rows in (torch.arange(4), torch.tensor([2, 1])):
+        part = fn.restrict(rows)
+        if scale >= 1.0 or 0 not in rows:  # nothing tells how small steps from zero should be
+            assert_same(part.jvp(scale * z[rows], v[rows]), expected[rows], 1e-8)
+        assert torch.equal(part.jvp(scale * z[rows], v[rows])[rows == 1], torch.zeros(1, 5, dtype=torch.float64))
+
+
 def test_gmres_of_a_zero_right_hand_side_is_zero() -> None:
     fn = contraction([0.9], size=5)
     solution = gmres(lambda v: v - fn.jvp(v, v), torch.zeros_like(fn.b), krylov_size=5)

@@ -21,19 +21,24 @@ from torch import Tensor
 from robustbench_deq.optimise.domains.norm import TINY, Norm, add_norm
 from robustbench_deq.rows import per_sample
 
+FAR = 1e4
+"""Entries beyond it are scaled down to it, where differences as small as a pixel can still be told apart; almost all of
+the radius goes to the largest ones either way."""
+
 
 @add_norm
 class L1(Norm):
     name = "l1"
 
     def size(self, delta: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(delta.flatten(1), ord=1, dim=1)
+        return torch.linalg.vector_norm(delta.flatten(1), ord=1, dim=1)  # overflows only where the sum itself does
 
     def dual_size(self, gradient: Tensor) -> Tensor:
         return gradient.flatten(1).abs().amax(1)
 
     def project(self, delta: Tensor, radius: Tensor | float, x: Tensor) -> Tensor:
         size, room = delta.flatten(1).abs(), _room(delta, x).flatten(1)
+        size = size * (FAR / size.amax(1, keepdim=True).clamp_min(FAR))
         shift = _threshold(size, room, radius)
         kept = torch.minimum((size - shift[:, None]).clamp_min_(0.0), room)
         # The threshold is rounded, and many entries add up: rescaling takes off what that left beyond the radius.

@@ -78,6 +78,11 @@ def _row(entry: Entry, index: int) -> dict[str, Any]:
 
 
 def _summary(entry: Entry) -> str:
+    doubtful = [f"{record.label}: {record.zero_gradient}" for record in entry.records if record.zero_gradient]
+    return " ".join([_withstood(entry), *([f"That may be too many ({'; '.join(doubtful)})."] if doubtful else [])])
+
+
+def _withstood(entry: Entry) -> str:
     count, total = entry.num_in_union, len(entry.records)
     shown = f"{entry.num_robust:,} of {entry.setting.num_samples:,} samples"
     if total == 1:
@@ -104,6 +109,7 @@ def _attack(record: Record, sole_breaks: int | None) -> dict[str, Any]:
             "Seconds": amount(cost.wall_seconds),
             "Unconverged": str(record.num_unconverged),
             "Failed": str(record.num_failed),
+            "Non-finite": MISSING if record.num_nonfinite is None else str(record.num_nonfinite),
             "Lagging": MISSING if record.num_lagging is None else str(record.num_lagging),
             "Zero gradient": MISSING if record.num_zero_gradient is None else str(record.num_zero_gradient),
             "Finished by": record.finished_by or MISSING,

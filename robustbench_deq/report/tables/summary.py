@@ -50,6 +50,7 @@ COLUMN_MEANINGS = {
     "Seconds": "wall-clock of the whole attack, without judging; compare only rows from the same environment",
     "Unconverged": "samples whose equilibrium the judge could not find; never counted as robust",
     "Failed": "samples on which the attack itself failed; never counted as robust",
+    "Non-finite": "samples with NaN or infinite logits (-infinity masks a class); never counted as robust",
     "Lagging": "samples whose state the attack has left behind its equilibrium, full solves or not: where they are "
     "counted as robust, that is not to be believed",
     "Zero gradient": "samples on which the attack has met only gradients of exactly zero: nothing to climb there",
@@ -101,6 +102,7 @@ def _row(record: Record, rank: int) -> dict[str, object]:
         "wall_seconds": record.cost.wall_seconds,
         "num_unconverged": record.num_unconverged,
         "num_failed": record.num_failed,
+        "num_nonfinite": math.nan if record.num_nonfinite is None else record.num_nonfinite,
         "num_lagging": math.nan if record.num_lagging is None else record.num_lagging,
         "num_zero_gradient": math.nan if record.num_zero_gradient is None else record.num_zero_gradient,
         "record_id": record.record_id,
@@ -137,6 +139,7 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
         "Seconds": _each(frame, amount, "wall_seconds"),
         "Unconverged": _each(frame, str, "num_unconverged"),
         "Failed": _each(frame, str, "num_failed"),
+        "Non-finite": _each(frame, count, "num_nonfinite"),
         "Lagging": _each(frame, count, "num_lagging"),
         "Zero gradient": _each(frame, count, "num_zero_gradient"),
     }
