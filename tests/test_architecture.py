@@ -24,22 +24,24 @@ MAY_IMPORT = {
     "quiet": "",
     "files": "errors",
     "registry": "errors",
+    "devices": "errors",
+    "inputs": "errors",
     "configs": "errors registry",
     "solvers": "errors registry rows",
     "meter": "errors peak_memory solvers",
     "adjoints": "errors registry solvers",
-    "equilibrium": "errors adjoints meter solvers",
+    "equilibrium": "errors adjoints inputs meter solvers",
     "randomness": "",
     "optimise": "adjoints equilibrium errors meter randomness registry rows solvers",
-    "threats": "errors optimise",
-    "protocol": "configs equilibrium errors meter optimise registry rows threats",
+    "threats": "configs errors optimise",
+    "protocol": "configs equilibrium errors inputs meter optimise registry rows threats",
     "specs": "adjoints configs optimise protocol solvers threats",
     "models": "adjoints configs equilibrium errors files optimise registry rows solvers specs",
-    "data": "configs errors files registry",
+    "data": "configs errors files inputs registry",
     "records": "configs errors files",
-    "evaluate": "adjoints data equilibrium errors memory meter models optimise proportions protocol records rows "
-    "solvers",
-    "runner": "configs data equilibrium errors evaluate files memory models optimise proportions protocol quiet "
+    "evaluate": "adjoints configs data devices equilibrium errors inputs memory meter models optimise proportions "
+    "protocol records rows solvers",
+    "runner": "configs data equilibrium errors evaluate files inputs memory models optimise proportions protocol quiet "
     "records solvers specs threats",
     "training": "adjoints configs data equilibrium errors evaluate files models protocol registry rows solvers specs "
     "threats",

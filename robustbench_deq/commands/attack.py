@@ -9,10 +9,10 @@ import click
 
 from robustbench_deq.attacks import build_attack
 from robustbench_deq.commands.display import bar
-from robustbench_deq.commands.shared import choose_device, tell_split
+from robustbench_deq.commands.shared import tell_split
 from robustbench_deq.configs import parse_assignments, parse_fraction
 from robustbench_deq.data import SplitName, load
-from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.devices import choose_device
 from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate.evaluation import Evaluation, check_data, evaluate
 from robustbench_deq.files import output_folder
@@ -21,7 +21,6 @@ from robustbench_deq.optimise import Norm
 from robustbench_deq.records.images import choose_images, save_images
 from robustbench_deq.records.record import to_json
 from robustbench_deq.records.store import RecordStore
-from robustbench_deq.runner.suite import digest_of_model
 from robustbench_deq.specs import ThreatSpec
 from robustbench_deq.threats import Threat
 
@@ -79,7 +78,7 @@ def attack(
     settings = parse_assignments(assignments)
     if steps is not None:
         settings["steps"] = steps
-    loaded, card, digests = _load(model)
+    loaded, card = load_model(model), _card_of(model)
     known = card.evaluated_under if card else None
     if epsilon is None and known is None:
         raise UsageError.of("--epsilon", expected="a radius", got="none", fix="this model's card names none: pass one")
@@ -94,21 +93,19 @@ def attack(
     check_data(loaded, samples)
     if chosen.is_gradient_based:
         loaded.check_gradient(samples.x)
-    target = choose_device(device)
+    target = choose_device(device, "--device")
     tell_split(name, split, "--split all takes all")
     with output_folder(out) as folder, bar(f"{attack_name} on {model}", len(samples), "robust {:.1%}") as advance:
         result = evaluate(
             loaded,
             chosen,
             samples,
-            model_name=model,
             label=label,
             batch_size=batch_size,
             seed=seed,
             is_targeted=is_targeted,
             num_snapshots=NUM_SNAPSHOTS,
             device=target,
-            **digests,
             progress=lambda done, total, accuracy: advance(done, accuracy),
         )
         if folder is not None:
@@ -121,13 +118,9 @@ def attack(
         _echo_result(result, out)
 
 
-def _load(model: str) -> tuple[EquilibriumModel, Card | None, dict[str, str | None]]:
-    """The model, its card where it has one, and the digest of its weights or its file."""
-    loaded = load_model(model)
-    if ".py:" in model:
-        return loaded, None, {"file_sha256": digest_of_model(model)}
-    described = describe_model(model)
-    return loaded, described.card, {"model_sha256": described.sha256 or None}
+def _card_of(model: str) -> Card | None:
+    """None for a model of a file, which has no card."""
+    return None if ".py:" in model else describe_model(model).card
 
 
 def _echo_result(result: Evaluation, out: Path | None) -> None:

@@ -14,8 +14,9 @@ from rich.table import Table
 
 from robustbench_deq.attacks import build_attack
 from robustbench_deq.commands.display import suite_display
-from robustbench_deq.commands.shared import choose_device, named_device, tell_split
+from robustbench_deq.commands.shared import tell_split
 from robustbench_deq.configs import merge, parse_assignments, read_yaml, validate
+from robustbench_deq.devices import choose_device, named_device
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.files import output_folder
 from robustbench_deq.records.store import RECORDS_FILE, load_records
@@ -57,7 +58,7 @@ def bench(
     target = out or Path("results/runs") / parsed.name
     _check_executor(kind, address, workers)
     if device is not None:  # of another machine, perhaps; without a name every worker looks for itself
-        device = str(choose_device(device) if address is None else named_device(device))
+        device = str(choose_device(device, "--device") if address is None else named_device(device, "--device"))
     if resume:
         check_folder(target, parsed, [run for run, _ in runs])
     elif not is_dry and (target / SUITE_FILE).exists():

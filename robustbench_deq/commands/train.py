@@ -10,8 +10,8 @@ import click
 
 import robustbench_deq.attacks  # noqa: F401  registers the attacks that the config may name
 from robustbench_deq.commands.display import bar
-from robustbench_deq.commands.shared import choose_device
 from robustbench_deq.configs import merge, parse_assignments, read_yaml, validate
+from robustbench_deq.devices import choose_device
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.files import output_folder
 from robustbench_deq.report.figures.history import plot_history
@@ -31,7 +31,7 @@ def train(
     """Train the model that CONFIG describes, evaluate it on the test split, and save it with its card."""
     values = merge(read_yaml(config), parse_assignments(assignments))
     parsed = validate(TrainingConfig, values, str(config))
-    target = choose_device(device)
+    target = choose_device(device, "--device")
     if resume is not None and out is not None:
         raise UsageError.of("train", expected="--out or --resume", got="both", fix="--resume writes to its own folder")
     command = "robustbench-deq train " + " ".join(
