@@ -28,31 +28,6 @@ DEFAULT_LIMIT = 1000
 NUM_SNAPSHOTS = 8
 
 
-@click.command()
-@click.argument("model")
-@click.option("--attack", "attack_name", default="joint-pgd", show_default=True, help="A name from 'attacks'.")
-@click.option("--norm", default=None, help="l1, l2 or linf.  [default: the model card's, else l2]")
-@click.option("--epsilon", default=None, help="Radius in pixel units of [0, 1], such as 1.0 or 8/255.")
-@click.option("--data", default=None, help="A name from 'datasets' or npz:FILE.  [default: the model card's]")
-@click.option(
-    "--split",
-    default="test",
-    type=click.Choice([name.value for name in SplitName]),
-    show_default=True,
-    help="all: every image of npz:FILE.",
-)
-@click.option(
-    "--limit", type=int, default=None, help=f"Images.  [default: at most {DEFAULT_LIMIT}; all of --split all]"
-)
-@click.option("--steps", type=int, default=None, help="The same as --set steps=K.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--targeted", "is_targeted", is_flag=True, help="Aim at the class after the true one.")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting of the attack.")
-@click.option("--label", default=None, help="Name of the row in reports.  [default: the attack's]")
-@click.option("--device", default=None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]")
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="New folder for the record.")
-@click.option("--json", "is_json", is_flag=True, help="One JSON object on standard output.")
 def attack(
     model: str,
     attack_name: str,
@@ -71,10 +46,7 @@ def attack(
     out: Path | None,
     is_json: bool,
 ) -> None:
-    """Attack MODEL and judge the result.
-
-    MODEL is a name from 'models', a folder with a saved model, or file.py:function.
-    """
+    """Attack MODEL and judge the result."""
     settings = parse_assignments(assignments)
     if steps is not None:
         settings["steps"] = steps

@@ -26,16 +26,6 @@ from robustbench_deq.runner.run import SUITE_FILE, check_folder, claim_folder, m
 from robustbench_deq.runner.suite import Run, Shard, SuiteConfig, cut, plan
 
 
-@click.command()
-@click.argument("suite", type=click.Path(path_type=Path))
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any key of the suite, dotted.")
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="New folder.  [default: results/runs/NAME]")
-@click.option("--resume", is_flag=True, help="Go on in the folder: do what is missing. Begins where nothing is yet.")
-@click.option("--workers", type=click.IntRange(min=1), default=None, help="Shards at a time.  [default: 1; Ray: all]")
-@click.option("--executor", "kind", type=click.Choice(["local", "ray"]), default="local", show_default=True)
-@click.option("--address", default=None, help="Of a Ray cluster, such as HOST:6379.  [default: one on this machine]")
-@click.option("--dry-run", "is_dry", is_flag=True, help="Print the plan, with times from earlier records.")
-@click.option("--device", default=None, help="cpu, cuda or cuda:N.  [default: cuda where a worker sees one]")
 def bench(
     suite: Path,
     assignments: tuple[str, ...],
@@ -47,10 +37,7 @@ def bench(
     is_dry: bool,
     device: str | None,
 ) -> None:
-    """Run SUITE, a YAML file of models, attacks and threats, and leave a folder of records.
-
-    A run that was stopped, however, goes on with --resume. Several commands may work on one folder at a time.
-    """
+    """Run SUITE, a YAML file of models, attacks and threats, and leave a folder of records."""
     parsed = validate(SuiteConfig, merge(read_yaml(suite), parse_assignments(assignments)), str(suite))
     runs = [(run, cut(run, parsed.batches_per_shard)) for run in plan(parsed)]
     for data in dict.fromkeys(run.data for run, _ in runs):

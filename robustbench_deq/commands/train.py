@@ -19,12 +19,6 @@ from robustbench_deq.training.config import TrainingConfig
 from robustbench_deq.training.session import TrainingSession
 
 
-@click.command()
-@click.argument("config", type=click.Path(path_type=Path))
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any key of the config, dotted.")
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="New folder.  [default: results/runs/NAME]")
-@click.option("--resume", type=click.Path(path_type=Path), default=None, help="Folder of an interrupted run.")
-@click.option("--device", default=None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]")
 def train(
     config: Path, assignments: tuple[str, ...], out: Path | None, resume: Path | None, device: str | None
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import math
 import re
@@ -25,7 +27,7 @@ import yaml
 
 from robustbench_deq.attacks import ATTACKS, JointPGD, build_attack
 from robustbench_deq.commands import attack as attack_command
-from robustbench_deq.commands import display
+from robustbench_deq.commands import display, options
 from robustbench_deq.commands import main as cli
 from robustbench_deq.commands import report as report_command
 from robustbench_deq.configs import read_yaml, validate
@@ -33,7 +35,7 @@ from robustbench_deq.data import DATASETS, SplitName, load, sources, splits
 from robustbench_deq.errors import RunError
 from robustbench_deq.evaluate.evaluation import evaluate
 from robustbench_deq.models import FAMILIES, MODELS, describe_model, list_models, load_folder, load_model, save_model
-from robustbench_deq.optimise import Norm
+from robustbench_deq.optimise import NORMS, Norm
 from robustbench_deq.records.store import load_records
 from robustbench_deq.report.pages.commands import command_of
 from robustbench_deq.threats import Threat
@@ -595,8 +597,55 @@ def test_records_are_read_reported_and_checked_without_torch(tmp_path: Path) -> 
         assert answer.returncode == 0, answer.stderr
 
 
+HELP = [["--help"], ["--version"], *([name, "--help"] for name in cli.COMMANDS)]
+COMPLETED = {
+    "robustbench-deq ": list(cli.COMMANDS),
+    "robustbench-deq attack deq-conv.digits-": MODELS.list("deq-conv.digits-*"),
+    "robustbench-deq attack no-such-": ["no-such-"],  # left to the shell's completion of paths
+    "robustbench-deq models test-": ["test-linear.tiny"],
+    "robustbench-deq attack own --attack ": ATTACKS.list(),
+    "robustbench-deq attack own --norm ": NORMS.list(),
+    "robustbench-deq attack own --data ": [*DATASETS.list(), "npz:"],
+    "robustbench-deq models own --check ": [*DATASETS.list(), "npz:"],
+    "robustbench-deq attack own --split t": ["train", "test"],
+    "robustbench-deq bench --exec": ["--executor"],
+}
+
+
+def test_help_version_and_completion_do_without_torch() -> None:
+    """In one process: what the first call imports, the others would hide, but none may import it."""
+    code = (
+        "import os, sys\nfrom click.shell_completion import BashComplete\n"
+        "from robustbench_deq.commands.main import main\n"
+        f"for words in {HELP!r}:\n    main.main(words, prog_name='x', standalone_mode=True)\n"
+        f"for line in {list(COMPLETED)!r}:\n"
+        "    os.environ['COMP_WORDS'], os.environ['COMP_CWORD'] = line, str(line.count(' '))\n"
+        "    print('#', BashComplete(main, {}, 'x', '_X').complete().replace(chr(10), ' '))\n"
+        "sys.exit(bool({'torch', 'numpy', 'pydantic', 'rich'} & set(sys.modules)))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0, answer.stderr
+    lines = [line[2:] for line in answer.stdout.splitlines() if line.startswith("# ")]
+    found = [[item.split(",")[1] for item in line.split()] for line in lines]
+    assert dict(zip(COMPLETED, found, strict=True)) == COMPLETED
+
+
+def test_choices_and_completed_names_are_those_of_the_registries() -> None:
+    assert options.model_names() == MODELS.list()
+    assert [*options.ATTACK_NAMES] == ATTACKS.list() and [*options.DATASET_NAMES] == DATASETS.list()
+    assert [*options.NORM_NAMES] == NORMS.list() and [*options.SPLIT_NAMES] == [name.value for name in SplitName]
+    assert f"at most {attack_command.DEFAULT_LIMIT}" in succeeds("attack", "--help")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_what_is_declared_of_a_command_is_what_it_takes(name: str) -> None:
+    module = {"attacks": "listings", "datasets": "listings"}.get(name, name)
+    function = getattr(importlib.import_module(f"robustbench_deq.commands.{module}"), name)
+    assert {option.name for option in cli.COMMANDS[name].params} == set(inspect.signature(function).parameters)
+
+
 def test_an_interrupt_while_a_command_is_imported_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.importlib, "import_module", fails_with(KeyboardInterrupt()))
+    monkeypatch.setattr(options.importlib, "import_module", fails_with(KeyboardInterrupt()))
     interrupted("models")
 
 
