@@ -5,8 +5,8 @@ S(x) = { x + delta : ||delta||_p <= epsilon  and  0 <= x + delta <= 1 }
 
 from __future__ import annotations
 
+import math
 import numbers
-import sys
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -38,14 +38,19 @@ class Threat:
         object.__setattr__(self, "norm", Norm.parse(norm))
         radius = as_plain(epsilon)
         radius = parse_fraction(radius, "epsilon") if isinstance(radius, str) else radius
-        if isinstance(radius, bool) or not isinstance(radius, numbers.Real) or not 0 <= radius <= sys.float_info.max:
+        is_number = isinstance(radius, numbers.Real) and not isinstance(radius, bool)
+        try:
+            number = float(radius) if is_number else math.nan  # type: ignore[arg-type]  # it is one
+        except OverflowError:
+            number = math.inf
+        if not (math.isfinite(number) and number >= 0):
             raise UsageError.of(
                 "epsilon",
                 expected="a finite number >= 0 in pixel units of [0, 1]",
                 got=repr(epsilon),
                 fix="pass for example --epsilon 1.0 or --epsilon 8/255",
             )
-        object.__setattr__(self, "epsilon", float(radius))
+        object.__setattr__(self, "epsilon", number)
 
     def ball(self, x: Tensor) -> Ball:
         """The feasible perturbations of images `(batch, channels, height, width)`."""

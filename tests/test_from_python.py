@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from robustbench_deq.attacks import JointPGD, JointPGDConfig, Noise, SequentialP
 from robustbench_deq.data import Split, SplitName, load
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
+from robustbench_deq.evaluate.clean import judge_clean
 from robustbench_deq.evaluate.evaluation import evaluate
 from robustbench_deq.models import load_model
 from robustbench_deq.optimise import Norm
@@ -236,6 +238,35 @@ def test_images_with_the_channels_last_are_told_how_to_be_turned(make: Callable[
             model.check_images(images)
     with pytest.raises(UsageError, match=r"^images: expected a float tensor, got ndarray; pass torch.as_tensor"):
         model.check_images(x.numpy())
+
+
+# ---------------------------------------------------------------- how things are shown
+
+
+def test_everything_is_shown_in_one_short_telling_line(setup: tuple[EquilibriumModel, Split]) -> None:
+    model, data = setup
+    attack = JointPGD(THREAT, steps=5)
+    found, result = evaluate(model, attack, data, num_snapshots=2), attack(model, data.x, Y, num_snapshots=2)
+    clean = judge_clean(model, data.x, Y)
+    for thing, said in (
+        (data, "x=float32 (4, 1, 4, 4)"),
+        (found, "4 rows of 14 columns"),
+        (found.record, "own, joint-pgd, l2 0.3, mine: clean "),
+        (result, "x_adv=float32 (4, 1, 4, 4)"),
+        (result.snapshots[0], "step="),
+        (clean, "z=float32 (4, 5)"),
+        (clean.verdict, "prediction=int64 (4,)"),
+        (model.equilibrium(data.x), "num_steps=int32 (4,)"),
+        (THREAT.ball(data.x), "radius=0.3"),
+    ):
+        assert said in repr(thing) and str(thing) == repr(thing), repr(thing)
+        assert repr(thing).startswith(f"{type(thing).__name__}(") and len(repr(thing)) < 800 and "\n" not in repr(thing)
+    assert repr(attack) == "JointPGD(Threat(norm=Norm.L2, epsilon=0.3), steps=5)"
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert robustbench_deq.__version__ == importlib.metadata.version("robustbench-deq")
+    assert "__version__" in dir(robustbench_deq)
 
 
 # ---------------------------------------------------------------- modes and layouts

@@ -6,13 +6,13 @@ and an error is one line.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import sys
 from typing import Any
 
 import click
 
+import robustbench_deq
 from robustbench_deq.commands.options import COMMANDS
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.memory import keep_freed_memory
@@ -51,15 +51,8 @@ def _fail(code: int, message: str) -> None:
     sys.exit(code)
 
 
-def _version() -> str:
-    try:
-        return importlib.metadata.version("robustbench-deq")
-    except importlib.metadata.PackageNotFoundError:
-        return "of a checkout that is not installed"
-
-
 @click.group(cls=Commands, commands=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(_version(), prog_name="robustbench-deq")
+@click.version_option(robustbench_deq.__version__, prog_name="robustbench-deq")
 def main() -> None:
     """Adversarial robustness of deep equilibrium models: attack, train, report."""
     keep_freed_memory()

@@ -24,6 +24,7 @@ from robustbench_deq.errors import UsageError
 from robustbench_deq.files import replacing
 from robustbench_deq.inputs import PIXEL_SLACK, label_fix
 from robustbench_deq.registry import Registry
+from robustbench_deq.shown import briefly_shown
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 DATA_VARIABLE = "ROBUSTBENCH_DEQ_DATA"
@@ -32,6 +33,7 @@ DIMMEST = 16
 logger = logging.getLogger(__name__)
 
 
+@briefly_shown
 class Raw(NamedTuple):
     """All images of a source: uint8 or float `(n, channels, height, width)`, labels `(n,)`, and the official test set.
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from robustbench_deq.configs import Config, validate
 from robustbench_deq.data.sources import DATASETS, Raw, data_folders, read_npz, to_unit
 from robustbench_deq.errors import UsageError
+from robustbench_deq.shown import briefly_shown
 
 SPLIT_SEED = 20211124
 VALIDATION_FRACTION = 1 / 12
@@ -37,6 +38,7 @@ class SplitName(enum.Enum):
     """Every sample, of an `npz:FILE` only: of other sources it would hold what models were trained on."""
 
 
+@briefly_shown
 @dataclass(frozen=True)
 class Split:
     """Samples of one split.

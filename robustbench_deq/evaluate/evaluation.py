@@ -41,11 +41,13 @@ from robustbench_deq.proportions import wilson_interval
 from robustbench_deq.protocol import Attack, RunConfig, frozen
 from robustbench_deq.records.environment import describe_environment
 from robustbench_deq.records.record import SCHEMA_VERSION, CostRecord, CurvePoint, DataRecord, Record, ThreatRecord
+from robustbench_deq.shown import briefly_shown
 
 Progress = Callable[[int, int, float], None]
 """Called after each batch with (samples done, samples, robust accuracy so far)."""
 
 
+@briefly_shown
 class Evaluation(NamedTuple):
     """A record, its per-sample rows, and the perturbed images `(n, channels, height, width)` on the CPU."""
 
@@ -54,6 +56,7 @@ class Evaluation(NamedTuple):
     x_adv: Tensor
 
 
+@briefly_shown
 @dataclass(frozen=True)
 class Part:
     """What one batch gave: per-sample rows, its cost, its curve, the mean residuals, and the attack's diagnostics."""

@@ -134,6 +134,13 @@ class Record(Fields):
     batch_size: Annotated[int, Field(ge=1, strict=True)] = Field(description="samples attacked at a time")
     environment: dict[str, str | int | float | None] = Field(description="versions, device, threads, commit")
 
+    def __repr__(self) -> str:
+        about = f"{self.model}, {self.label}, {self.threat.norm} {self.threat.epsilon:g}, {self.data.name}"
+        found = f"clean {self.clean_accuracy:.1%}, robust {self.robust_accuracy:.1%} of {self.data.num_samples}"
+        return f"Record({self.record_id}: {about}: {found})"
+
+    __str__ = __repr__
+
     @model_validator(mode="before")
     @classmethod
     def _drop_nonfinite(cls, values: Any, info: ValidationInfo) -> Any:

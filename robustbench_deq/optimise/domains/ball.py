@@ -11,8 +11,10 @@ from torch import Tensor
 
 from robustbench_deq.optimise.domains.base import Domain
 from robustbench_deq.optimise.domains.norm import Norm
+from robustbench_deq.shown import briefly_shown
 
 
+@briefly_shown
 @dataclass(frozen=True)
 class Ball(Domain):
     """`{delta : ||delta||_p <= radius, 0 <= x + delta <= 1}` around images x `(rows, channels, height, width)`.
