@@ -53,7 +53,9 @@ def test_unknown_norms_are_refused_in_one_line(name: object) -> None:
         Threat(name, 0.3)
 
 
-@pytest.mark.parametrize("epsilon", [-0.1, -1e-9, math.nan, math.inf, -math.inf, True, [0.3], None, torch.ones(2), 10**400])
+@pytest.mark.parametrize(
+    "epsilon", [-0.1, -1e-9, math.nan, math.inf, -math.inf, 10**400, True, [0.3], None, torch.ones(2)]
+)
 def test_radius_must_be_a_finite_number_that_is_not_negative(epsilon: object) -> None:
     with pytest.raises(UsageError, match=r"^epsilon: expected a finite number >= 0 in pixel units[^\n]*$"):
         Threat(Norm.L2, epsilon)
