@@ -11,7 +11,8 @@ Source: Kim, "Torchattacks: a PyTorch repository for adversarial attacks", arXiv
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -51,9 +52,11 @@ class _Summed(nn.Module):
             logits.register_hook(lambda gradient: gradient * len(gradient))
         return logits
 
-    def _note(self, gradient: Tensor) -> None:
+    def _note(self, gradient: Tensor) -> Tensor:
+        """Of a model in another layout the gradient is too, and the library would fail to view it."""
         is_flat = ~has_slope(gradient)
         self.is_flat = is_flat if self.is_flat is None else self.is_flat & is_flat
+        return gradient.contiguous()
 
 
 class _TorchattacksPGD(Attack[TorchattacksConfig]):
@@ -64,8 +67,10 @@ class _TorchattacksPGD(Attack[TorchattacksConfig]):
     norm: Norm
     library_name: ClassVar[str]
 
-    def __init__(self, threat: Threat, config: TorchattacksConfig | None = None) -> None:
-        super().__init__(threat, config)
+    def __init__(
+        self, threat: Threat, config: TorchattacksConfig | Mapping[str, Any] | None = None, **settings: Any
+    ) -> None:
+        super().__init__(threat, config, **settings)
         if threat.norm is not self.norm:
             raise UsageError.of(
                 self.name,

@@ -6,6 +6,7 @@ Every YAML file, every `--set key=value` and every attack's settings go through 
 from __future__ import annotations
 
 import difflib
+import os
 import typing
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -20,8 +21,18 @@ MAX_FOLDER_NAME = 200
 """Bytes; temporary files beside it have longer names, and 255 is the limit of most file systems."""
 
 
+def as_plain(value: object) -> object:
+    """A scalar of NumPy or torch as Python's number, and a path as text; anything else as it is."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        return value.item()
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
 class Config(pydantic.BaseModel):
-    """Base of all configs: frozen, no unknown keys, no infinities, no truth value or text where a number belongs."""
+    """Base of all configs: frozen, no unknown keys, no infinities, no truth value or text where a number belongs.
+
+    Scalars of NumPy and torch are as good as Python's numbers, and paths as text.
+    """
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -29,6 +40,7 @@ class Config(pydantic.BaseModel):
     @classmethod
     def _refuse_coercion(cls, value: object, info: pydantic.ValidationInfo) -> object:
         assert info.field_name is not None  # it is a validator of fields
+        value = as_plain(value)
         annotation = cls.model_fields[info.field_name].annotation
         kinds = set(typing.get_args(annotation)) or {annotation}
         number = "a valid number" if float in kinds else "a valid integer"

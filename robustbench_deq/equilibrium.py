@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from robustbench_deq.adjoints import DEFAULT_ADJOINT_SOLVE, Adjoint, AdjointTrace, Implicit
 from robustbench_deq.callables import Packing, Tensors, modules_behind
 from robustbench_deq.errors import UsageError
+from robustbench_deq.inputs import PIXEL_SLACK, as_labels, shape_fix
 from robustbench_deq.meter import Meter
 from robustbench_deq.solvers import Anderson, CellMap, Solution, Solve
 from robustbench_deq.trial import CONVERSIONS, try_parts
@@ -175,13 +176,21 @@ class EquilibriumModel(nn.Module, abc.ABC):
         return self.head(self.equilibrium(x).value)
 
     def check_images(self, x: Tensor) -> None:
-        """Raise `UsageError` unless `x` is a batch of finite images in [0, 1] of this model's shape."""
+        """Raise `UsageError` unless `x` is a batch of finite images in [0, 1] of this model's shape.
+
+        A pixel may lie `PIXEL_SLACK` outside, which rounding does: whoever takes the images clips them.
+        """
+        if not isinstance(x, Tensor):
+            raise UsageError.of(
+                "images", expected="a float tensor", got=type(x).__name__, fix="pass torch.as_tensor(images)"
+            )
         if x.dim() != 4 or tuple(x.shape[1:]) != tuple(self.input_shape) or not x.is_floating_point():
+            fix = shape_fix(x.shape[1:], self.input_shape) or "reshape the data or choose a model of its shape"
             raise UsageError.of(
                 "images",
                 expected=f"a float tensor (batch, {', '.join(map(str, self.input_shape))})",
                 got=f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}",
-                fix="reshape the data or choose a model of its shape",
+                fix=fix,
             )
         if x.dtype not in CONVERSIONS:
             raise UsageError.of(
@@ -190,11 +199,12 @@ class EquilibriumModel(nn.Module, abc.ABC):
                 got=str(x.dtype).removeprefix("torch."),
                 fix="convert images and model with .float()",
             )
+        x = x.detach()
         if len(x) == 0:
             raise UsageError.of("images", expected="at least one image", got="an empty batch", fix="pass some data")
         if not bool(torch.isfinite(x).all()):
             raise UsageError.of("images", expected="finite pixels", got="NaN or infinity", fix="clean the data")
-        if float(x.min()) < 0.0 or float(x.max()) > 1.0:
+        if float(x.min()) < -PIXEL_SLACK or float(x.max()) > 1.0 + PIXEL_SLACK:
             raise UsageError.of(
                 "images",
                 expected="pixels in [0, 1]",
@@ -300,25 +310,31 @@ def _is_count(value: object, least: int) -> bool:
 
 
 def check_model(model: object, what: str = "model") -> None:
-    """Raise `UsageError`, which names `what`, unless `model` is an `EquilibriumModel`."""
+    """Raise `UsageError`, which names `what`, unless `model` is an `EquilibriumModel` that gradients can pass."""
     if not isinstance(model, EquilibriumModel):
+        fix = "subclass robustbench_deq.EquilibriumModel, or call its from_callables"
         raise UsageError.of(
             what,
             expected="an EquilibriumModel",
-            got=type(model).__name__,
-            fix="subclass robustbench_deq.EquilibriumModel, or call its from_callables",
+            got=repr(model) if isinstance(model, str) else type(model).__name__,
+            fix=f"pass load_model({model!r})" if isinstance(model, str) else fix,
         )
-
-
-def check_labels(y: Tensor, num_samples: int, num_classes: int) -> None:
-    """Raise `UsageError` unless `y` holds `num_samples` classes below `num_classes`."""
-    if y.shape != (num_samples,) or y.is_floating_point():
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
         raise UsageError.of(
-            "labels",
-            expected=f"an integer tensor ({num_samples},)",
-            got=f"{str(y.dtype).removeprefix('torch.')} {tuple(y.shape)}",
-            fix="pass one class index per image",
+            what,
+            expected="weights that gradients can pass",
+            got="some made in torch.inference_mode",
+            fix="build the model outside of it",
         )
+
+
+def check_labels(y: Any, num_samples: int, num_classes: int) -> Tensor:
+    """Labels `y` as int64 `(num_samples,)`. Raises `UsageError` unless they are classes below `num_classes`.
+
+    Args:
+        y: see `as_labels`.
+    """
+    y = as_labels(y, num_samples)
     if num_samples and (int(y.min()) < 0 or int(y.max()) >= num_classes):
         raise UsageError.of(
             "labels",
@@ -326,3 +342,4 @@ def check_labels(y: Tensor, num_samples: int, num_classes: int) -> None:
             got=f"{int(y.min())} to {int(y.max())}",
             fix="choose a model with that many classes",
         )
+    return y

@@ -15,28 +15,28 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, field_validator, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
 
 from robustbench_deq.adjoints import ADJOINTS, DEFAULT_ADJOINT_SOLVE, Adjoint
-from robustbench_deq.configs import Config, named_in, parse_fraction
+from robustbench_deq.configs import Config, as_plain, named_in, parse_fraction
 from robustbench_deq.optimise import Norm
 from robustbench_deq.protocol import Attack, make_attack
 from robustbench_deq.solvers import SOLVERS, Solve, Solver
 from robustbench_deq.threats import Threat
 
 
-def _known_norm(name: str) -> str:
-    Norm.parse(name)
-    return name.lower()
+def _norm_name(norm: Norm | str) -> str:
+    return Norm.parse(norm).name
 
 
 def _read_radius(value: object) -> object:
+    value = as_plain(value)
     if isinstance(value, bool):
         raise ValueError("a valid number")
     return parse_fraction(value) if isinstance(value, str) else value
 
 
-NormName = Annotated[str, AfterValidator(_known_norm)]
+NormName = Annotated[str, BeforeValidator(_norm_name)]
 """The name of a norm, in lower case."""
 Radius = Annotated[float, BeforeValidator(_read_radius), Field(ge=0)]
 """A radius in pixel units of [0, 1]; may be written `8/255`."""

@@ -6,11 +6,13 @@ S(x) = { x + delta : ||delta||_p <= epsilon  and  0 <= x + delta <= 1 }
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from robustbench_deq.configs import as_plain, parse_fraction
 from robustbench_deq.errors import UsageError
 from robustbench_deq.optimise.domains import Ball, Norm
 
@@ -24,7 +26,7 @@ class Threat:
 
     Args:
         norm: such as `Norm.L2`, or its name.
-        epsilon: the radius.
+        epsilon: the radius, a number of any kind or text such as `8/255`.
 
     Raises:
         UsageError: for an unknown norm, and a negative or non-finite radius.
@@ -33,15 +35,23 @@ class Threat:
     norm: Norm
     epsilon: float
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "norm", Norm.parse(self.norm))
-        if not (isinstance(self.epsilon, int | float) and math.isfinite(self.epsilon) and self.epsilon >= 0):
+    def __init__(self, norm: Norm | str, epsilon: float | str) -> None:
+        object.__setattr__(self, "norm", Norm.parse(norm))
+        radius = as_plain(epsilon)
+        radius = parse_fraction(radius, "epsilon") if isinstance(radius, str) else radius
+        is_number = isinstance(radius, numbers.Real) and not isinstance(radius, bool)
+        try:
+            number = float(radius) if is_number else math.nan  # type: ignore[arg-type]  # it is one
+        except OverflowError:
+            number = math.inf
+        if not (math.isfinite(number) and number >= 0):
             raise UsageError.of(
                 "epsilon",
                 expected="a finite number >= 0 in pixel units of [0, 1]",
-                got=repr(self.epsilon),
+                got=repr(epsilon),
                 fix="pass for example --epsilon 1.0 or --epsilon 8/255",
             )
+        object.__setattr__(self, "epsilon", number)
 
     def ball(self, x: Tensor) -> Ball:
         """The feasible perturbations of images `(batch, channels, height, width)`.

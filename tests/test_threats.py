@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from robustbench_deq.errors import UsageError
 from robustbench_deq.optimise import NORMS, Norm
+from robustbench_deq.specs import ThreatSpec
 from robustbench_deq.threats import Threat
 
 ALL = [NORMS.get(name) for name in NORMS]
@@ -23,6 +26,19 @@ def test_names_are_as_good_as_norms(norm: Norm) -> None:
         assert Threat(name, 0.3) == Threat(norm, 0.3) and Threat(name, 0.3).norm is norm
     assert Threat(norm, 0.3) != Threat(norm, 0.4)
     assert len({Threat(one, 0.3) for one in ALL}) == len(ALL)
+
+
+@pytest.mark.parametrize("epsilon", [0.25, "0.25", "1/4", np.float32(0.25), torch.tensor(0.25), Fraction(1, 4)])
+def test_numbers_of_any_kind_and_fractions_as_text_are_radii(epsilon: object) -> None:
+    for threat in (Threat("L2", epsilon), ThreatSpec(norm="L2", epsilon=epsilon).build()):
+        assert threat == Threat(Norm.L2, 0.25) and type(threat.epsilon) is float
+    assert ThreatSpec(norm=Norm.LINF, epsilon=epsilon).build() == Threat("linf", 0.25)
+
+
+@pytest.mark.parametrize("text", ["a third", "8/0", "", "8/255/2"])
+def test_text_that_is_no_radius_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"^epsilon: expected a number or a fraction, got "):
+        Threat("l2", text)
 
 
 def test_ball_is_that_of_the_images() -> None:
@@ -49,7 +65,9 @@ def test_unknown_norms_are_refused_in_one_line(name: object) -> None:
         Threat(name, 0.3)
 
 
-@pytest.mark.parametrize("epsilon", [-0.1, -1e-9, math.nan, math.inf, -math.inf, "0.3", None])
+@pytest.mark.parametrize(
+    "epsilon", [-0.1, -1e-9, math.nan, math.inf, -math.inf, 10**400, True, [0.3], None, torch.ones(2)]
+)
 def test_radius_must_be_a_finite_number_that_is_not_negative(epsilon: object) -> None:
     with pytest.raises(UsageError, match=r"^epsilon: expected a finite number >= 0 in pixel units[^\n]*$"):
         Threat(Norm.L2, epsilon)

@@ -9,10 +9,10 @@ import click
 
 from robustbench_deq.attacks import build_attack
 from robustbench_deq.commands.display import bar
-from robustbench_deq.commands.shared import choose_device, tell_split
+from robustbench_deq.commands.shared import tell_split
 from robustbench_deq.configs import parse_assignments, parse_fraction
 from robustbench_deq.data import Split, SplitName, load
-from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.devices import choose_device
 from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate.evaluation import Evaluation, check_data, evaluate
 from robustbench_deq.files import needing_space, output_folder
@@ -21,7 +21,6 @@ from robustbench_deq.optimise import Norm
 from robustbench_deq.records.images import choose_images, save_images
 from robustbench_deq.records.record import to_json
 from robustbench_deq.records.store import RecordStore
-from robustbench_deq.runner.suite import digest_of_model
 from robustbench_deq.specs import ThreatSpec
 from robustbench_deq.threats import Threat
 
@@ -29,31 +28,6 @@ DEFAULT_LIMIT = 1000
 NUM_SNAPSHOTS = 8
 
 
-@click.command()
-@click.argument("model")
-@click.option("--attack", "attack_name", default="joint-pgd", show_default=True, help="A name from 'attacks'.")
-@click.option("--norm", default=None, help="l1, l2 or linf.  [default: the model card's, else l2]")
-@click.option("--epsilon", default=None, help="Radius in pixel units of [0, 1], such as 1.0 or 8/255.")
-@click.option("--data", default=None, help="A name from 'datasets' or npz:FILE.  [default: the model card's]")
-@click.option(
-    "--split",
-    default="test",
-    type=click.Choice([name.value for name in SplitName]),
-    show_default=True,
-    help="all: every image of npz:FILE.",
-)
-@click.option(
-    "--limit", type=int, default=None, help=f"Images.  [default: at most {DEFAULT_LIMIT}; all of --split all]"
-)
-@click.option("--steps", type=int, default=None, help="The same as --set steps=K.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--targeted", "is_targeted", is_flag=True, help="Aim at the class after the true one.")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting of the attack.")
-@click.option("--label", default=None, help="Name of the row in reports.  [default: the attack's]")
-@click.option("--device", default=None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]")
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="New folder for the record.")
-@click.option("--json", "is_json", is_flag=True, help="One JSON object on standard output.")
 def attack(
     model: str,
     attack_name: str,
@@ -72,15 +46,11 @@ def attack(
     out: Path | None,
     is_json: bool,
 ) -> None:
-    """Attack MODEL and judge the result.
-
-    MODEL is a name from 'models', a folder with a saved model, or file.py:function. Such a file is run as code, with
-    all your rights: name only one that you trust.
-    """
+    """Attack MODEL and judge the result."""
     settings = parse_assignments(assignments)
     if steps is not None:
         settings["steps"] = steps
-    loaded, card, digests = _load(model)
+    loaded, card = load_model(model), _card_of(model)
     known = card.evaluated_under if card else None
     if epsilon is None and known is None:
         raise UsageError.of("--epsilon", expected="a radius", got="none", fix="this model's card names none: pass one")
@@ -95,7 +65,7 @@ def attack(
     check_data(loaded, samples)
     if chosen.is_gradient_based:
         loaded.check_gradient(samples.x)
-    target = choose_device(device)
+    target = choose_device(device, "--device")
     tell_split(name, split, "--split all takes all")
     with output_folder(out) as folder:
         with bar(f"{attack_name} on {model}", len(samples), "robust {:.1%}") as advance:
@@ -103,14 +73,12 @@ def attack(
                 loaded,
                 chosen,
                 samples,
-                model_name=model,
                 label=label,
                 batch_size=batch_size,
                 seed=seed,
                 is_targeted=is_targeted,
                 num_snapshots=NUM_SNAPSHOTS,
                 device=target,
-                **digests,
                 progress=lambda done, total, accuracy: advance(done, accuracy),
             )
         if folder is not None:
@@ -125,13 +93,9 @@ def attack(
         click.echo(f"record            {out}")
 
 
-def _load(model: str) -> tuple[EquilibriumModel, Card | None, dict[str, str | None]]:
-    """The model, its card where it has one, and the digest of its weights or its file."""
-    loaded = load_model(model)
-    if ".py:" in model:
-        return loaded, None, {"file_sha256": digest_of_model(model)}
-    described = describe_model(model)
-    return loaded, described.card, {"model_sha256": described.sha256 or None}
+def _card_of(model: str) -> Card | None:
+    """None for a model of a file, which has no card."""
+    return None if ".py:" in model else describe_model(model).card
 
 
 def _keep(result: Evaluation, samples: Split, folder: Path) -> None:

@@ -13,9 +13,10 @@ from rich.table import Table
 
 from robustbench_deq.attacks import build_attack
 from robustbench_deq.commands.display import suite_display
-from robustbench_deq.commands.shared import choose_device, named_device, tell_split
+from robustbench_deq.commands.shared import tell_split
 from robustbench_deq.configs import merge, parse_assignments, read_yaml, validate
 from robustbench_deq.data import SplitName, load
+from robustbench_deq.devices import choose_device, named_device
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.files import needing_space, output_folder
 from robustbench_deq.records.store import RECORDS_FILE, load_records
@@ -26,16 +27,6 @@ from robustbench_deq.runner.suite import Run, Shard, SuiteConfig, cut, plan
 from robustbench_deq.specs import ThreatSpec
 
 
-@click.command()
-@click.argument("suite", type=click.Path(path_type=Path))
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any key of the suite, dotted.")
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="New folder.  [default: results/runs/NAME]")
-@click.option("--resume", is_flag=True, help="Go on in the folder: do what is missing. Begins where nothing is yet.")
-@click.option("--workers", type=click.IntRange(min=1), default=None, help="Shards at a time.  [default: 1; Ray: all]")
-@click.option("--executor", "kind", type=click.Choice(["local", "ray"]), default="local", show_default=True)
-@click.option("--address", default=None, help="Of a Ray cluster, such as HOST:6379.  [default: one on this machine]")
-@click.option("--dry-run", "is_dry", is_flag=True, help="Print the plan, with times from earlier records.")
-@click.option("--device", default=None, help="cpu, cuda or cuda:N.  [default: cuda where a worker sees one]")
 def bench(
     suite: Path,
     assignments: tuple[str, ...],
@@ -47,10 +38,7 @@ def bench(
     is_dry: bool,
     device: str | None,
 ) -> None:
-    """Run SUITE, a YAML file of models, attacks and threats, and leave a folder of records.
-
-    A run that was stopped, however, goes on with --resume. Several commands may work on one folder at a time.
-    """
+    """Run SUITE, a YAML file of models, attacks and threats, and leave a folder of records."""
     parsed = validate(SuiteConfig, merge(read_yaml(suite), parse_assignments(assignments)), str(suite))
     runs = [(run, cut(run, parsed.batches_per_shard)) for run in plan(parsed)]
     for doubt in dict.fromkeys(_doubt(run) for run, _ in runs):
@@ -61,7 +49,7 @@ def bench(
     target = out or Path("results/runs") / parsed.name
     _check_executor(kind, address, workers)
     if device is not None:  # of another machine, perhaps; without a name every worker looks for itself
-        device = str(choose_device(device) if address is None else named_device(device))
+        device = str(choose_device(device, "--device") if address is None else named_device(device, "--device"))
     if resume:
         check_folder(target, parsed, [run for run, _ in runs])
     elif not is_dry and (target / SUITE_FILE).exists():

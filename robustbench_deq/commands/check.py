@@ -17,17 +17,8 @@ from robustbench_deq.runner.baseline import Runs, read_baseline, read_run, to_en
 from robustbench_deq.runner.gate import Check, compare, to_junit
 
 
-@click.command()
-@click.option("--baseline", type=click.Path(path_type=Path), required=True, help="JSON file of the baseline.")
-@click.argument("folder", type=click.Path(path_type=Path), default=Path("results/runs/quick"))
-@click.option("--update", "reason", default=None, metavar="REASON", help="Make FOLDER the baseline, for this reason.")
-@click.option("--json", "is_json", is_flag=True, help="One JSON object on standard output.")
-@click.option("--junit", type=click.Path(path_type=Path), default=None, help="JUnit XML file to write.")
 def check(baseline: Path, folder: Path, reason: str | None, is_json: bool, junit: Path | None) -> None:
-    """Compare the records in FOLDER with a baseline: exit code 0 when they agree, 1 when they do not.
-
-    The tolerances stand in the baseline. It changes only by --update, which keeps the reason in it.
-    """
+    """Compare the records in FOLDER with a baseline."""
     if reason is not None and (is_json or junit):
         raise UsageError.of("check", expected="--update or --json, --junit", got="both", fix="check after the update")
     runs = read_run(folder)

@@ -12,8 +12,6 @@ from robustbench_deq.commands.shared import echo_listing
 from robustbench_deq.data import DATASETS
 
 
-@click.command
-@click.option("--json", "is_json", is_flag=True, help="One JSON object on standard output.")
 def attacks(is_json: bool) -> None:
     """List attacks and what --set reaches in each."""
     rows = []
@@ -48,8 +46,6 @@ def _without_references(schema: Any, definitions: dict[str, Any]) -> Any:
     return {key: _without_references(value, definitions) for key, value in {**named, **own}.items()}
 
 
-@click.command()
-@click.option("--json", "is_json", is_flag=True, help="One JSON object on standard output.")
 def datasets(is_json: bool) -> None:
     """List datasets. Your own: npz:FILE with arrays 'images' and 'labels'."""
     rows = [

@@ -1,4 +1,4 @@
-"""The command line: what the commands are, and how they fail. Each is a module of this package.
+"""The command line: where it starts and how it fails.
 
 Exit codes: 0 done, 1 a run failed, 2 wrong usage. Results go to standard output, progress and errors to standard error,
 and an error is one line.
@@ -6,46 +6,24 @@ and an error is one line.
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import os
 import sys
 from typing import Any
 
 import click
 
-from robustbench_deq.commands.interrupts import ending_at_once
+import robustbench_deq
+from robustbench_deq.commands.options import COMMANDS
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.files import is_disk_full
 from robustbench_deq.memory import keep_freed_memory
 from robustbench_deq.quiet import ignore_torch_deprecations
 
 DEBUG_VARIABLE = "ROBUSTBENCH_DEQ_DEBUG"
-COMMANDS = {
-    "attack": "attack",
-    "attacks": "listings",
-    "bench": "bench",
-    "check": "check",
-    "datasets": "listings",
-    "models": "models",
-    "report": "report",
-    "train": "train",
-}
-"""The module of each, imported when the command is asked for: torch takes seconds to import, and not all need it."""
 
 
 class Commands(click.Group):
-    """A group that imports a command when it is asked for, and turns every failure into one line and an exit code."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in COMMANDS:
-            return None
-        with ending_at_once():
-            module = importlib.import_module(f"{__package__}.{COMMANDS[name]}")
-        return getattr(module, name)
+    """A group that turns every failure into one line and an exit code."""
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         ignore_torch_deprecations()
@@ -76,15 +54,8 @@ def _fail(code: int, message: str) -> None:
     sys.exit(code)
 
 
-def _version() -> str:
-    try:
-        return importlib.metadata.version("robustbench-deq")
-    except importlib.metadata.PackageNotFoundError:
-        return "of a checkout that is not installed"
-
-
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(_version(), prog_name="robustbench-deq")
+@click.group(cls=Commands, commands=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(robustbench_deq.__version__, prog_name="robustbench-deq")
 def main() -> None:
     """Adversarial robustness of deep equilibrium models: attack, train, report."""
     keep_freed_memory()

@@ -12,28 +12,15 @@ import click
 from robustbench_deq.commands.shared import echo_listing
 from robustbench_deq.data import SplitName, load
 from robustbench_deq.errors import UsageError
-from robustbench_deq.evaluate.doctor import examine
 from robustbench_deq.models import MODELS, ModelDescription, describe_model, list_models, load_model
-from robustbench_deq.optimise import NORMS
 from robustbench_deq.proportions import wilson_interval
 from robustbench_deq.specs import ThreatSpec
 
 
-@click.command()
-@click.argument("pattern", default="*")
-@click.option("--family", default=None, help="Models of this family only.")
-@click.option("--data", "dataset", default=None, help="Models trained on this dataset only.")
-@click.option("--threat", type=click.Choice([*NORMS, "none"]), default=None, help="The norm trained against.")
-@click.option("--check", "checked", default=None, metavar="DATA", help="Examine one model on a dataset or npz:FILE.")
-@click.option("--json", "is_json", is_flag=True, help="One JSON object on standard output.")
 def models(
     pattern: str, family: str | None, dataset: str | None, threat: str | None, checked: str | None, is_json: bool
 ) -> None:
-    """List registered models; PATTERN may hold wildcards.
-
-    With --check, PATTERN is a model as for 'attack': a name, a folder or file.py:function, which is run as code.
-    Exit code 1 means that a finding is bad.
-    """
+    """List registered models; PATTERN may hold wildcards."""
     if checked is not None:
         if family or dataset or threat:
             raise UsageError.of("models --check", expected="no filters", got="one", fix="name the model alone")
@@ -128,6 +115,8 @@ def _check_model(model: str, data: str, is_json: bool) -> None:
     """A finding a line; exits with 1 when one is bad. What recommends a solver leaves the test split alone."""
     if model == "*":
         raise UsageError.of("models --check", expected="a MODEL", got="none", fix="name one: models MODEL --check DATA")
+    from robustbench_deq.evaluate.doctor import examine  # a listing does without
+
     findings = examine(load_model(model), load(data, SplitName.VALIDATION))
     if is_json:
         rows = [

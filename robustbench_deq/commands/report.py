@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-import robustbench_deq
+from robustbench_deq.commands.options import WEIGHTS_FOLDER
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import own_path, whole_folder, write_text
 from robustbench_deq.memory import no_collection
@@ -16,22 +16,7 @@ from robustbench_deq.report.pages.report import write_report
 from robustbench_deq.report.supplements import read_model_facts, read_supplements
 from robustbench_deq.report.tables.comparison import compare_runs
 
-WEIGHTS_FOLDER = Path(robustbench_deq.__file__).parent / "models" / "weights"
-"""Of the registered models, as `models.zoo` has it, which would import torch: that takes longer than most reports."""
 
-
-@click.command()
-@click.argument("folders", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="New folder.  [default: FOLDER/report]")
-@click.option(
-    "--compare",
-    "compared",
-    nargs=2,
-    default=None,
-    type=click.Path(path_type=Path),
-    metavar="A B",
-    help="What changed from the records in A to those in B, as Markdown; with --out as Markdown and HTML files.",
-)
 def report(folders: tuple[Path, ...], out: Path | None, compared: tuple[Path, Path] | None) -> None:
     """Tables, figures, a page and a leaderboard from the records in FOLDERS."""
     if bool(folders) == (compared is not None):

@@ -1,4 +1,4 @@
-"""What several commands do: choose a device, list rows, say what a split leaves out."""
+"""What several commands do: list rows, say what a split leaves out."""
 
 from __future__ import annotations
 
@@ -9,33 +9,10 @@ import textwrap
 from typing import Any
 
 import click
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from robustbench_deq.data import SplitName, is_own_file, split_sizes
-from robustbench_deq.errors import UsageError
-
-
-def choose_device(name: str | None) -> torch.device:
-    device = named_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise _unknown_device(name) from None
-    return device
-
-
-def named_device(name: str) -> torch.device:
-    """One that some machine may have."""
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise _unknown_device(name) from None
-
-
-def _unknown_device(name: str | None) -> UsageError:
-    return UsageError.of("--device", expected="cpu, cuda or cuda:N of this machine", got=repr(name), fix="omit it")
 
 
 def echo_listing(rows: list[dict[str, Any]], kind: str, is_json: bool) -> None:

@@ -9,8 +9,8 @@ import click
 
 import robustbench_deq.attacks  # noqa: F401  registers the attacks that the config may name
 from robustbench_deq.commands.display import bar
-from robustbench_deq.commands.shared import choose_device
 from robustbench_deq.configs import merge, parse_assignments, read_yaml, validate
+from robustbench_deq.devices import choose_device
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.files import alone_in, needing_space, output_folder
 from robustbench_deq.report.figures.history import plot_history
@@ -18,24 +18,13 @@ from robustbench_deq.training.config import TrainingConfig
 from robustbench_deq.training.session import TrainingSession
 
 
-@click.command()
-@click.argument("config", type=click.Path(path_type=Path))
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any key of the config, dotted.")
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="New folder.  [default: results/runs/NAME]")
-@click.option(
-    "--resume",
-    type=click.Path(path_type=Path),
-    default=None,
-    help="Folder of an interrupted run. Begins where nothing is yet.",
-)
-@click.option("--device", default=None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]")
 def train(
     config: Path, assignments: tuple[str, ...], out: Path | None, resume: Path | None, device: str | None
 ) -> None:
     """Train the model that CONFIG describes, evaluate it on the test split, and save it with its card."""
     values = merge(read_yaml(config), parse_assignments(assignments))
     parsed = validate(TrainingConfig, values, str(config))
-    chosen = choose_device(device)
+    target = choose_device(device, "--device")
     if resume is not None and out is not None:
         raise UsageError.of("train", expected="--out or --resume", got="both", fix="--resume writes to its own folder")
     command = "robustbench-deq train " + " ".join(
@@ -51,7 +40,7 @@ def train(
         attack=attack,
         validation_attack=validation_attack,
         evaluation_attack=evaluation_attack,
-        device=chosen,
+        device=target,
         plot_history=plot_history,
     )
     target = resume or out or Path("results/runs") / parsed.name

@@ -7,6 +7,7 @@ package `dataset-fashion-mnist` puts them; after that torchvision downloads into
 from __future__ import annotations
 
 import gzip
+import logging
 import os
 import shutil
 import zipfile
@@ -21,12 +22,18 @@ from torch import Tensor
 
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import remove_temporaries, replacing
+from robustbench_deq.inputs import PIXEL_SLACK, label_fix
 from robustbench_deq.registry import Registry
+from robustbench_deq.shown import briefly_shown
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 DATA_VARIABLE = "ROBUSTBENCH_DEQ_DATA"
+DIMMEST = 16
+"""The highest value of whole uint8 images up to which they are likely not in 0..255; `digits` come in 0..16."""
+logger = logging.getLogger(__name__)
 
 
+@briefly_shown
 class Raw(NamedTuple):
     """All images of a source: uint8 or float `(n, channels, height, width)`, labels `(n,)`, and the official test set.
 
@@ -54,7 +61,8 @@ def cache_folder() -> Path:
     return Path(base) / "robustbench-deq"
 
 
-def _folders() -> list[Path]:
+def data_folders() -> list[Path]:
+    """Where files are looked for, the first place first."""
     named = os.environ.get(DATA_VARIABLE)
     return ([Path(named)] if named else []) + [cache_folder()]
 
@@ -69,7 +77,7 @@ def _read_digits() -> Raw:
 
 def _from_torchvision(name: str, build: Callable[[Path, bool, bool], list], debian: Path | None = None) -> Raw:
     """Read both official splits with `build(folder, is_train, download)` from the first place that has them."""
-    for folder in _folders():
+    for folder in data_folders():
         whole = _read_from(folder, name, build)
         if whole is not None:
             return whole
@@ -169,7 +177,14 @@ def _read_svhn() -> Raw:
 
 
 def read_npz(path: Path) -> Raw:
-    """The user's own arrays `images` (n, channels, height, width) and `labels` (n,); nothing is unpickled."""
+    """The user's own arrays `images` (n, channels, height, width) and `labels` (n,); nothing is unpickled.
+
+    Pixels are uint8 in 0..255, or numbers in [0, 1] up to `PIXEL_SLACK`, which is clipped; labels are of any integer
+    type, or truth values.
+
+    Raises:
+        UsageError: for a file that cannot be read, or anything else in it.
+    """
     where = f"dataset npz:{path}"
     try:
         archive = np.load(path, allow_pickle=False)
@@ -182,12 +197,17 @@ def read_npz(path: Path) -> Raw:
         raise UsageError.of(
             where, expected="a .npz file with plain arrays 'images' and 'labels'", got=got, fix="write it with np.savez"
         ) from None
-    if images.ndim != 4 or labels.shape != (len(images),) or labels.dtype.kind not in "iu" or not images.size:
+    if images.ndim != 4 or labels.shape != (len(images),) or labels.dtype.kind not in "biu" or not images.size:
+        fix = "reshape the images" if images.size else "save some images"
+        if images.ndim == 3:
+            fix = "add the axis of the channel: images[:, None]"
+        elif images.ndim == 4 and images.size:
+            fix = label_fix(labels.shape, len(images))
         raise UsageError.of(
             where,
             expected="images (n, channels, height, width) and n integer labels",
             got=f"images {images.shape}, labels {labels.dtype} {labels.shape}",
-            fix="reshape the arrays",
+            fix=fix,
         )
     if images.dtype != np.uint8:
         wrong = _wrong_values(images)
@@ -195,6 +215,10 @@ def read_npz(path: Path) -> Raw:
             got, fix = wrong
             raise UsageError.of(where, expected="uint8 or finite floats in [0, 1]", got=got, fix=fix)
         images = images.astype(np.float32)
+        images.clip(0.0, 1.0, out=images)
+    elif 0 < images.max() <= DIMMEST:
+        words = "%s: uint8 images of 0 to %d are read as of 0 to 255, almost black; if %d is white, save images / %d"
+        logger.warning(words, where, *[images.max()] * 3)
     if labels.min() < 0:
         raise UsageError.of(where, expected="labels >= 0", got=int(labels.min()), fix="number the classes from 0")
     return Raw(images, labels.astype(np.int64), 0)
@@ -208,9 +232,9 @@ def _wrong_values(images: np.ndarray) -> tuple[str, str] | None:
     if num_bad:
         return f"NaN or infinite values in {num_bad} of {len(images)} images", "repair or remove these images"
     low, high = images.min(), images.max()
-    if low >= 0 and high <= 1:
+    if low >= -PIXEL_SLACK and high <= 1 + PIXEL_SLACK:
         return None
-    got = f"values from {low:g} to {high:g}"
+    got = f"values from {low:.7g} to {high:.7g}"
     if low < 0:
         return got, "undo a normalisation, which belongs into the model, or scale the images to [0, 1]"
     return got, "divide by 255" if 2 < high <= 255 else "scale the images to [0, 1]"

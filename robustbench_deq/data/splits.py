@@ -10,15 +10,20 @@ from __future__ import annotations
 import enum
 import functools
 import hashlib
+import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from robustbench_deq.data.sources import DATASETS, Raw, read_npz, to_unit
+from robustbench_deq.configs import Config, validate
+from robustbench_deq.data.sources import DATASETS, Raw, data_folders, read_npz, to_unit
 from robustbench_deq.errors import UsageError
+from robustbench_deq.shown import briefly_shown
 
 SPLIT_SEED = 20211124
 VALIDATION_FRACTION = 1 / 12
@@ -33,6 +38,7 @@ class SplitName(enum.Enum):
     """Every sample, of an `npz:FILE` only: of other sources it would hold what models were trained on."""
 
 
+@briefly_shown
 @dataclass(frozen=True)
 class Split:
     """Samples of one split.
@@ -61,11 +67,28 @@ def is_own_file(name: str) -> bool:
     return name.startswith("npz:")
 
 
-@functools.lru_cache(maxsize=2)
+RECENT_SECONDS = 2.0
+"""A file that was written within these is read every time: the system's clock of files may be too coarse to tell that
+it is written again."""
+
+
 def _read(name: str) -> Raw:
-    if is_own_file(name):
-        return read_npz(Path(name.removeprefix("npz:")))
-    return DATASETS.get(name).read()
+    """What a name means now. Kept is what was read of the same file, as long and as old, or in the same folders."""
+    if not is_own_file(name):
+        return _kept(name, *map(str, data_folders()))
+    path = Path(name.removeprefix("npz:")).resolve()
+    try:
+        found = path.stat()
+    except OSError:
+        return read_npz(path)  # which says what is wrong
+    if time.time() - found.st_ctime < RECENT_SECONDS:
+        return read_npz(path)
+    return _kept(name, str(path), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=2)
+def _kept(name: str, place: str, *_: object) -> Raw:
+    return read_npz(Path(place)) if is_own_file(name) else DATASETS.get(name).read()
 
 
 def split_ids(num_samples: int, num_train: int, split: SplitName) -> np.ndarray:
@@ -90,13 +113,30 @@ def split_sizes(name: str, split: SplitName) -> tuple[int, int]:
     return len(split_ids(len(raw.labels), raw.num_train, split)), len(raw.labels)
 
 
-def load(name: str, split: SplitName = SplitName.TEST, limit: int | None = None) -> Split:
+class Request(Config):
+    """What `load` is asked for."""
+
+    name: str = Field(description="a dataset or npz:FILE")
+    split: SplitName
+    limit: int | None
+
+
+def load(name: str | os.PathLike[str], split: SplitName | str = SplitName.TEST, limit: int | None = None) -> Split:
     """The first `limit` samples of a split.
+
+    Args:
+        name: of `DATASETS`, `npz:FILE`, or the path of such a file.
+        split: or its name.
+        limit: None is all of them.
 
     Raises:
         UsageError: for an unknown name, files that cannot be had, an empty split, a limit beyond the data, or all
             samples of a source that has a split of its own.
     """
+    if isinstance(name, os.PathLike):
+        name = f"npz:{os.fspath(name)}"
+    asked = validate(Request, {"name": name, "split": split, "limit": limit}, "load")
+    name, split, limit = asked.name, asked.split, asked.limit
     raw = _read(name)
     if split is SplitName.ALL and not is_own_file(name):
         raise UsageError.of(

@@ -21,6 +21,7 @@ from robustbench_deq.evaluate.judge import Verdict, tight_solve, verdict_at
 from robustbench_deq.optimise import Contraction, Objective, Settled, estimate_contraction
 from robustbench_deq.protocol import Clean
 from robustbench_deq.rows import per_sample
+from robustbench_deq.shown import briefly_shown
 from robustbench_deq.solvers import Anderson, Solution, Solve
 
 ADJOINT_SOLVE = Solve(Anderson(), rtol=1e-3, max_steps=100)
@@ -29,6 +30,7 @@ RUN_AWAY = 0.1
 """The share of `||dL/dz||` that an adjoint may be short of its equation by; one that has run away is short of all."""
 
 
+@briefly_shown
 @dataclass
 class CleanBatch:
     """What the judge has found at the clean images; on the device of the images but for the verdict.

@@ -110,9 +110,9 @@ def examine(model: EquilibriumModel, data: Split) -> list[Finding]:
     if missing:
         found = Finding(Grade.BAD, f"no {' and no '.join(missing)}", "set them in the model's __init__", "parts")
         return [found, *(_left_out(check, "parts") for check in rest)]
-    x, y = data.x[:NUM_IMAGES], data.y[:NUM_IMAGES]
+    x = data.x[:NUM_IMAGES]
     model.check_images(x)
-    check_labels(y, len(x), model.num_classes)
+    x, y = x.clamp(0.0, 1.0), check_labels(data.y[:NUM_IMAGES], len(x), model.num_classes)
     with frozen(model), torch.random.fork_rng(devices=[]), torch.no_grad():
         findings = [_parts(model, x)._replace(check="parts")]
         if findings[0].is_bad:

@@ -18,6 +18,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,18 +27,24 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
+from robustbench_deq.configs import validate
 from robustbench_deq.data import Split
+from robustbench_deq.devices import choose_device
 from robustbench_deq.equilibrium import EquilibriumModel, check_labels, check_model
 from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate.clean import CleanBatch, judge_clean
 from robustbench_deq.evaluate.judge import Verdict, judge
+from robustbench_deq.inputs import as_ids, as_labels
 from robustbench_deq.memory import release_freed_memory
+from robustbench_deq.models import Origin, origin_of
 from robustbench_deq.proportions import wilson_interval
-from robustbench_deq.protocol import Attack, frozen
+from robustbench_deq.protocol import Attack, RunConfig, frozen
 from robustbench_deq.records.environment import describe_environment
 from robustbench_deq.records.record import SCHEMA_VERSION, CostRecord, CurvePoint, DataRecord, Record, ThreatRecord
+from robustbench_deq.shown import briefly_shown
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +52,7 @@ Progress = Callable[[int, int, float], None]
 """Called after each batch with (samples done, samples, robust accuracy so far)."""
 
 
+@briefly_shown
 class Evaluation(NamedTuple):
     """A record, its per-sample rows, and the perturbed images `(n, channels, height, width)` on the CPU."""
 
@@ -53,6 +61,7 @@ class Evaluation(NamedTuple):
     x_adv: Tensor
 
 
+@briefly_shown
 @dataclass(frozen=True)
 class Part:
     """What one batch gave: per-sample rows, its cost, its curve, the mean residuals, and the attack's diagnostics."""
@@ -64,49 +73,94 @@ class Part:
     diagnostics: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Task:
-    """What is done to every batch, and what the record says of it.
+class Task(RunConfig):
+    """What is done to every batch, and what the record says of it."""
 
-    Attributes:
-        label: display name of the attack; its registry name when None.
-        is_targeted: the class to be reached is the one after the true class.
-        num_snapshots: points of the accuracy-against-cost curve.
-    """
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
-    attack: Attack
-    model_name: str = "own"
-    label: str | None = None
-    batch_size: int = 128
-    seed: int = 0
-    is_targeted: bool = False
-    num_snapshots: int = 0
+    attack: Attack[Any]
+    model_name: str = Field("own", description="of the model, in tables")
+    label: str | None = Field(None, description="display name of the attack; its registry name when null")
+    batch_size: int = Field(128, ge=1, description="samples attacked at a time")
+    is_targeted: bool = Field(False, description="the class to be reached is the one after the true class")
     model_sha256: str | None = None
     file_sha256: str | None = None
 
 
 def evaluate(
     model: EquilibriumModel,
-    attack: Attack,
+    attack: Attack[Any],
     data: Split,
     *,
-    device: torch.device | None = None,
+    label: str | os.PathLike[str] | None = None,
+    batch_size: int = 128,
+    seed: int = 0,
+    is_targeted: bool = False,
+    num_snapshots: int = 0,
+    device: torch.device | str | None = None,
+    model_name: str | os.PathLike[str] | None = None,
+    model_sha256: str | None = None,
+    file_sha256: str | None = None,
     progress: Progress | None = None,
-    **settings: Any,
 ) -> Evaluation:
     """Attack and judge every sample of `data`, with `model` in evaluation mode and moved to `device`, where it stays.
 
+    All arguments are checked before the first batch. Within `torch.inference_mode` too.
+
     Args:
-        settings: the fields of `Task` but the attack.
+        attack: such as `JointPGD(Threat("l2", 0.5))`.
+        data: such as `load("digits", limit=256)`.
+        label: display name of the attack; None is its registry name.
+        batch_size: samples attacked at a time.
+        seed: of all randomness, which is keyed by the samples' ids too; an integer >= 0.
+        is_targeted: the class to be reached is the one after the true class.
+        num_snapshots: points of the accuracy-against-cost curve.
+        device: `cpu`, `cuda` or `cuda:N`; None is the CPU.
+        model_name, model_sha256, file_sha256: what the record calls the model, and the digest of its weights or its
+            file. None is what `load_model` loaded, as long as the weights are still those, else "own" and no digest.
+        progress: called after every batch.
+
+    Returns:
+        The record, its per-sample rows and the perturbed images.
 
     Raises:
-        UsageError: for a model that is none, data that does not fit it, or what the attack refuses.
+        UsageError: for an argument of another kind, an object that is not an `EquilibriumModel`, data that does not
+            fit it, or what the attack refuses.
     """
-    device, task = device or torch.device("cpu"), Task(attack, **settings)
     check_model(model)
-    model = model.to(device).eval()
+    if not isinstance(attack, Attack):
+        raise _unfit("attack", "an attack", attack, 'pass for example JointPGD(Threat("l2", 0.5))')
+    if not isinstance(data, Split):
+        raise _unfit("data", "a Split", data, 'pass for example load("digits", limit=256)')
+    if progress is not None and not callable(progress):
+        raise _unfit("progress", "a function", progress, "pass what is called with (done, samples, robust accuracy)")
+    origin = origin_of(model) or Origin("own")
+    told = {
+        "attack": attack,
+        "label": label,
+        "batch_size": batch_size,
+        "seed": seed,
+        "is_targeted": is_targeted,
+        "num_snapshots": num_snapshots,
+        "model_name": origin.name if model_name is None else model_name,
+        "model_sha256": origin.model_sha256 if model_sha256 is None else model_sha256,
+        "file_sha256": origin.file_sha256 if file_sha256 is None else file_sha256,
+    }
+    task, place = validate(Task, told, "evaluate"), choose_device("cpu" if device is None else device)
+    with torch.inference_mode(False):
+        return _evaluate(model.to(place).eval(), task, data, place, progress)
+
+
+def _unfit(what: str, expected: str, got: object, fix: str) -> UsageError:
+    shown = repr(got) if isinstance(got, str) else getattr(got, "__name__", type(got).__name__)
+    return UsageError.of(what, expected=expected, got=shown, fix=fix)
+
+
+def _evaluate(
+    model: EquilibriumModel, task: Task, data: Split, device: torch.device, progress: Progress | None
+) -> Evaluation:
     check_data(model, data)
-    if doubt := attack.threat.doubt(data.x[0].numel()):
+    if doubt := task.attack.threat.doubt(data.x[0].numel()):
         logger.warning(doubt)
     parts, images, num_robust = [], [], 0
     release_freed_memory()
@@ -128,6 +182,7 @@ def check_data(model: EquilibriumModel, data: Split) -> None:
     returns what it should on it (`EquilibriumModel.check_parts`)."""
     model.check_images(data.x)
     check_labels(data.y, len(data), model.num_classes)
+    as_ids(data.sample_ids, len(data))
     place = next(itertools.chain(model.parameters(), model.buffers()), data.x)
     model.check_parts(data.x[:1].to(place.device))
     if data.largest_label >= model.num_classes:
@@ -137,6 +192,12 @@ def check_data(model: EquilibriumModel, data: Split) -> None:
             got=f"{data.largest_label} beyond the chosen samples",
             fix="choose a model with that many classes, or correct the labels",
         )
+
+
+def batch_of(data: Split, rows: slice, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images and classes of a range of samples, as attacks and judge take them: clipped to [0, 1] and int64."""
+    x = data.x[rows].to(device).clamp(0.0, 1.0).contiguous()
+    return x, as_labels(data.y[rows], len(x)).to(device, copy=True)
 
 
 def evaluate_batch(
@@ -152,9 +213,9 @@ def evaluate_batch(
     Args:
         clean: what the judge has found on the clean images of this batch, if it has; it gains what the attack asks for.
     """
-    x, y = data.x[rows].to(device), data.y[rows].to(device)
+    x, y = batch_of(data, rows, device)
     targets = (y + 1) % model.num_classes if task.is_targeted else None
-    sample_ids = data.sample_ids[rows]
+    sample_ids = as_ids(data.sample_ids[rows], len(x))
     clean = clean or judge_clean(model, x, y)
     with frozen(model):
         known = clean.known(model, x, task.attack.first_objective(y, targets))
@@ -188,8 +249,8 @@ def evaluate_batch(
     is_failed = (result.is_failed | ~task.attack.threat.allows(perturbation)).cpu()
     samples = pd.DataFrame(
         {
-            "sample_id": sample_ids.numpy(),
-            "label": data.y[rows].numpy(),
+            "sample_id": sample_ids.cpu().numpy(),
+            "label": y.cpu().numpy(),
             "clean_prediction": clean.verdict.prediction.numpy(),
             "clean_loss": clean.verdict.loss.numpy(),
             "clean_residual": clean.verdict.residual.numpy(),

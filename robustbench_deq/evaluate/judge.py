@@ -15,6 +15,7 @@ from torch import Tensor
 
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.rows import per_sample
+from robustbench_deq.shown import briefly_shown
 from robustbench_deq.solvers import Anderson, Broyden, CellMap, NewtonKrylov, Picard, Solution, Solve, Status
 from robustbench_deq.solvers.base import FixedPointMap, residual_norms
 
@@ -37,6 +38,7 @@ LADDER = (
 )
 
 
+@briefly_shown
 @dataclass(frozen=True)
 class Verdict:
     """Per sample, on the CPU, `(batch,)`.

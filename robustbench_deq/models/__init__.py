@@ -19,6 +19,7 @@ from robustbench_deq.models.mdeq import MDEQ, MDEQConfig
 from robustbench_deq.models.mondeq_conv import MonDEQConv, MonDEQConvConfig
 from robustbench_deq.models.mondeq_fc import MonDEQFC, MonDEQFCConfig
 from robustbench_deq.models.mondeq_multi import MonDEQMulti, MonDEQMultiConfig
+from robustbench_deq.models.origin import Origin, origin_of
 from robustbench_deq.models.torchdeq import from_torchdeq
 from robustbench_deq.models.zoo import MODELS
 
@@ -46,6 +47,7 @@ __all__ = [
     "MonDEQFCConfig",
     "MonDEQMulti",
     "MonDEQMultiConfig",
+    "Origin",
     "ResNet",
     "ResNetConfig",
     "SizedConfig",
@@ -56,5 +58,6 @@ __all__ = [
     "list_models",
     "load_folder",
     "load_model",
+    "origin_of",
     "save_model",
 ]

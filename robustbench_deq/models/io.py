@@ -27,7 +27,8 @@ from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import replacing, sha256_of, write_json
 from robustbench_deq.models.base import FAMILIES, Family, FamilyModel
-from robustbench_deq.models.user_file import model_from_file
+from robustbench_deq.models.origin import Origin, with_origin
+from robustbench_deq.models.user_file import digest_of_file, model_from_file
 from robustbench_deq.models.zoo import MODELS, ModelEntry
 from robustbench_deq.optimise import NORMS
 from robustbench_deq.specs import ThreatSpec
@@ -177,7 +178,8 @@ def load_folder(folder: Path) -> EquilibriumModel:
         if tensors[name].dtype != expected[name].dtype:
             raise _wrong_tensors(path, f"{name!r} as {tensors[name].dtype} instead of {expected[name].dtype}")
     model.load_state_dict(tensors)
-    return model.eval()
+    is_registered = folder.name in MODELS and MODELS.get(folder.name).folder == folder
+    return with_origin(model.eval(), Origin(folder.name if is_registered else str(folder), description.sha256))
 
 
 def _build(family: Family, config: dict[str, Any], where: str) -> FamilyModel:
@@ -209,7 +211,9 @@ def _weights_of(folder: Path, sha256: str) -> Path:
     return path
 
 
-def load_model(model_name: str, dataset: str | None = None, threat_model: str | None = None) -> EquilibriumModel:
+def load_model(
+    model_name: str | os.PathLike[str], dataset: str | None = None, threat_model: str | None = None
+) -> EquilibriumModel:
     """The model behind `model_name`: a registry name, a folder, or `file.py:function`.
 
     The modules that lie beside such a file can be imported while it is run and the function called, not later; what
@@ -227,17 +231,19 @@ def load_model(model_name: str, dataset: str | None = None, threat_model: str | 
         UsageError: for an unknown name, none or several that fit dataset and threat, a damaged folder, or a file that
             does not build an `EquilibriumModel`.
     """
+    name = os.fspath(model_name)
     if dataset is not None or threat_model is not None:
-        model_name = _name_within(model_name, dataset, threat_model)
-    if model_name not in MODELS:
-        if ".py:" in model_name:
-            return model_from_file(model_name)
-        if Path(model_name).is_dir():
-            return load_folder(Path(model_name))
-    entry = _registered(model_name)
+        name = _name_within(name, dataset, threat_model)
+    if name not in MODELS:
+        if ".py:" in name:
+            model = model_from_file(name)
+            return with_origin(model, Origin(name, file_sha256=digest_of_file(Path(name.rpartition(":")[0]))))
+        if Path(name).is_dir():
+            return load_folder(Path(name))
+    entry = _registered(name)
     if entry.folder is not None:
         return load_folder(entry.folder)
-    return _build(FAMILIES.get(entry.family), entry.config, model_name).eval()
+    return with_origin(_build(FAMILIES.get(entry.family), entry.config, name).eval(), Origin(name))
 
 
 def _registered(name: str) -> ModelEntry:

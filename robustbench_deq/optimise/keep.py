@@ -19,9 +19,11 @@ from robustbench_deq.optimise.domains import Ball, Domain
 from robustbench_deq.optimise.problem import Problem, where_rows
 from robustbench_deq.optimise.sources.base import Look
 from robustbench_deq.optimise.steps.minimal_norm import SLACK
+from robustbench_deq.shown import briefly_shown
 from robustbench_deq.solvers.base import residual_norms
 
 
+@briefly_shown
 class Kept(NamedTuple):
     """The variable that would be returned, its loss (minus infinity: none was trusted), and what else the rule compares
     by; rows first."""

@@ -22,6 +22,7 @@ from robustbench_deq.optimise.keep import Keep, Kept
 from robustbench_deq.optimise.problem import Problem, where_rows
 from robustbench_deq.optimise.sources.base import Look, Moment, Settled, Source
 from robustbench_deq.optimise.steps.base import At, Step
+from robustbench_deq.shown import briefly_shown
 
 LEAVING_ERROR = 0.02
 """A row is done when it is successful at a state whose estimated relative error is at most this."""
@@ -31,6 +32,7 @@ UNKNOWN_AMPLIFICATION = 10.0
 """The error of a state a unit of its residual, where no equilibrium is known from which to estimate it."""
 
 
+@briefly_shown
 class Optimum(NamedTuple):
     """What a run has found; `z`, `mu` and `f` have the rows of the state, all else those of the variable.
 

@@ -18,8 +18,10 @@ from torch import Tensor
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.optimise.objectives import Objective
 from robustbench_deq.rows import per_sample
+from robustbench_deq.shown import briefly_shown
 
 
+@briefly_shown
 class Losses(NamedTuple):
     """Per row of the variable, `(rows,)`: what is ascended now, and by what iterates are compared. One tensor where
     they are the same."""
@@ -66,6 +68,7 @@ class Problem(abc.ABC):
         return values
 
 
+@briefly_shown
 @dataclass(frozen=True)
 class Classification(Problem):
     """A perturbation of images that is to raise a loss of the logits.

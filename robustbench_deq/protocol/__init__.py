@@ -4,7 +4,7 @@ from robustbench_deq.protocol.attack import ATTACKS, Attack, ObjectiveAttack, fr
 from robustbench_deq.protocol.batch import Batch, Clean, Proposal
 from robustbench_deq.protocol.recorder import Recorder, Snapshot
 from robustbench_deq.protocol.runs import AttackResult, Confirm
-from robustbench_deq.protocol.settings import AttackConfig, ObjectiveConfig
+from robustbench_deq.protocol.settings import AttackConfig, ObjectiveConfig, RunConfig
 
 __all__ = [
     "ATTACKS",
@@ -18,6 +18,7 @@ __all__ = [
     "ObjectiveConfig",
     "Proposal",
     "Recorder",
+    "RunConfig",
     "Snapshot",
     "frozen",
     "make_attack",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar, Generic, Self, TypeVar, final
 
@@ -18,12 +18,14 @@ from torch import Tensor
 
 from robustbench_deq.configs import validate
 from robustbench_deq.equilibrium import EquilibriumModel, check_labels, check_model
+from robustbench_deq.errors import UsageError
+from robustbench_deq.inputs import as_ids
 from robustbench_deq.meter import Meter
 from robustbench_deq.optimise import Classification, Keep, Objective, Optimum, Source, Step, optimise
 from robustbench_deq.protocol.batch import Batch, Clean, Proposal
 from robustbench_deq.protocol.recorder import Recorder
 from robustbench_deq.protocol.runs import AttackResult, Confirm, Runs
-from robustbench_deq.protocol.settings import AttackConfig, ObjectiveConfig
+from robustbench_deq.protocol.settings import AttackConfig, ObjectiveConfig, RunConfig
 from robustbench_deq.registry import Registry
 from robustbench_deq.threats import Threat
 
@@ -46,14 +48,49 @@ class Attack(abc.ABC, Generic[A]):
     config_type: ClassVar[type[AttackConfig]] = AttackConfig
     is_gradient_based: ClassVar[bool] = True
 
-    def __init__(self, threat: Threat, config: A | None = None) -> None:
+    def __init__(self, threat: Threat, config: A | Mapping[str, Any] | None = None, **settings: Any) -> None:
+        """An attack within `threat`.
+
+        Args:
+            config: a `config_type`, or its fields by name; None is the defaults.
+            settings: fields of the config, laid over it.
+
+        Raises:
+            UsageError: for a threat or config of another type, and for settings that the config refuses.
+        """
+        if not isinstance(threat, Threat):
+            got = threat.__name__ if isinstance(threat, type) else type(threat).__name__
+            raise UsageError.of(
+                f"attack {_title(type(self))}",
+                expected="a Threat",
+                got=got,
+                fix='pass for example Threat("l2", 0.5)',
+            )
         self.threat = threat
-        self.config: A = config if config is not None else self.config_type()  # type: ignore[assignment]  # its own
+        self.config: A = self._configured(config, settings)
+
+    def _configured(self, config: object, settings: dict[str, Any]) -> A:
+        kind, where = self.config_type, f"attack {_title(type(self))}"
+        if isinstance(config, kind):
+            if not settings:
+                return config  # type: ignore[return-value]  # its own
+            config = {name: getattr(config, name) for name in config.model_fields_set}
+        elif not isinstance(config, Mapping | None):
+            raise UsageError.of(
+                where,
+                expected=f"a {kind.__name__}",
+                got=type(config).__name__,
+                fix=f"pass settings by name: {type(self).__name__}(threat, restarts=2)",
+            )
+        return validate(kind, {**(config or {}), **settings}, where)  # type: ignore[return-value]  # its own
+
+    def __repr__(self) -> str:
+        settings = (f"{name}={getattr(self.config, name)!r}" for name in sorted(self.config.model_fields_set))
+        return f"{type(self).__name__}({', '.join([repr(self.threat), *settings])})"
 
     def with_(self, threat: Threat | None = None, **settings: Any) -> Self:
-        """The same attack with another threat, or other settings."""
-        config = self.config.model_copy(update=settings) if settings else self.config
-        return type(self)(threat or self.threat, config)
+        """The same attack with another threat, or other settings. Raises `UsageError` as the attack itself does."""
+        return type(self)(threat or self.threat, self.config, **settings)
 
     def first_objective(self, labels: Tensor, targets: Tensor | None) -> Objective | None:
         """The loss that a run ascends first, if its adjoint at the clean equilibrium is of use; None: it is not."""
@@ -64,6 +101,7 @@ class Attack(abc.ABC, Generic[A]):
         """Perturb the images of `batch`. Gradients with respect to parameters are off."""
 
     @final
+    @torch.inference_mode(False)
     def __call__(
         self,
         model: EquilibriumModel,
@@ -81,10 +119,11 @@ class Attack(abc.ABC, Generic[A]):
 
         Args:
             model: left as it was found.
-            x: images `(batch, channels, height, width)` in [0, 1].
-            y: true classes `(batch,)`.
+            x: images `(batch, channels, height, width)` in [0, 1], up to rounding, which is clipped.
+            y: true classes `(batch,)`, of any integer type.
             targets: classes to be reached `(batch,)`; None is untargeted.
-            sample_ids: what a sample's randomness is keyed by `(batch,)`; None numbers the batch.
+            sample_ids: what a sample's randomness is keyed by, integers >= 0 `(batch,)`; None numbers the batch.
+            seed: an integer >= 0.
             num_snapshots: points of the accuracy-against-cost curve.
             clean: what is known of the clean images: solves start there, and unless `stop_at_success` is off, samples
                 that are misclassified there are not attacked.
@@ -93,15 +132,25 @@ class Attack(abc.ABC, Generic[A]):
 
         Raises:
             UsageError: for an object that is not an `EquilibriumModel`, a model whose parts do not return what they
-                should or give no gradient, and images or labels that do not fit it.
+                should or give no gradient, images or labels that do not fit it, and other numbers of ids or of clean
+                verdicts than of images.
         """
         check_model(model)
-        x = x.detach()
+        told = validate(RunConfig, {"seed": seed, "num_snapshots": num_snapshots}, f"attack {_title(type(self))}")
+        seed, num_snapshots = told.seed, told.num_snapshots
         model.check_images(x)
-        check_labels(y, len(x), model.num_classes)
+        x = x.detach().clamp(0.0, 1.0).contiguous()  # rounding, other layouts, and views of inference mode end here
+        y = check_labels(y, len(x), model.num_classes).to(x.device, copy=True)
         if targets is not None:
-            check_labels(targets, len(x), model.num_classes)
-        ids = torch.arange(len(x)) if sample_ids is None else sample_ids
+            targets = check_labels(targets, len(x), model.num_classes).to(x.device, copy=True)
+        ids = torch.arange(len(x)) if sample_ids is None else as_ids(sample_ids, len(x))
+        if clean is not None and not len(clean.is_correct) == len(clean.settled.z) == len(x):
+            raise UsageError.of(
+                "clean",
+                expected=f"{len(x)} samples",
+                got=f"{len(clean.is_correct)} verdicts and {len(clean.settled.z)} states",
+                fix="judge the same images",
+            )
         with frozen(model):
             (model.check_gradient if self.is_gradient_based else model.check_parts)(x)
         settled = None if clean is None else clean.settled
@@ -186,6 +235,11 @@ def frozen(model: EquilibriumModel) -> Iterator[None]:
 
 
 ATTACKS: Registry[type[Attack[Any]]] = Registry("attack")
+
+
+def _title(kind: type[Attack[Any]]) -> str:
+    """The name of an attack, or of its class where it has none."""
+    return getattr(kind, "name", kind.__name__)
 
 
 def make_attack(name: str, threat: Threat, settings: dict[str, Any], where: str | None = None) -> Attack[Any]:

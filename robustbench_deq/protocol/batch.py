@@ -8,8 +8,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from robustbench_deq.optimise import Settled
+from robustbench_deq.shown import briefly_shown
 
 
+@briefly_shown
 class Clean(NamedTuple):
     """What is known of the clean images before an attack: their equilibria, and which are classified correctly there,
     `(batch,)`."""
@@ -18,6 +20,7 @@ class Clean(NamedTuple):
     is_correct: Tensor
 
 
+@briefly_shown
 @dataclass(frozen=True)
 class Batch:
     """What an attack is given; rows are samples.
@@ -58,6 +61,7 @@ class Batch:
         )
 
 
+@briefly_shown
 @dataclass(frozen=True)
 class Proposal:
     """What `run` returns.

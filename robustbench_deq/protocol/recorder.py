@@ -13,8 +13,10 @@ from robustbench_deq.meter import Meter
 from robustbench_deq.optimise import Ball
 from robustbench_deq.protocol.batch import Proposal
 from robustbench_deq.rows import per_sample
+from robustbench_deq.shown import briefly_shown
 
 
+@briefly_shown
 @dataclass(frozen=True)
 class Snapshot:
     """The perturbation that would be returned after `step`, with what it had cost until then (means per sample)."""

@@ -13,9 +13,11 @@ from robustbench_deq.protocol.batch import Batch, Proposal
 from robustbench_deq.protocol.recorder import Best, Recorder, Snapshot
 from robustbench_deq.protocol.settings import AttackConfig
 from robustbench_deq.rows import per_sample
+from robustbench_deq.shown import briefly_shown
 from robustbench_deq.threats import Threat
 
 
+@briefly_shown
 @dataclass(frozen=True)
 class AttackResult:
     """Perturbed images in ball and box, and how they were found. No verdict in it: see `evaluate.judge`.

@@ -23,12 +23,14 @@ import pyarrow
 from robustbench_deq.errors import UsageError
 from robustbench_deq.records.record import CurvePoint, Record, to_json
 from robustbench_deq.records.store import RecordStore, load_records
+from robustbench_deq.shown import briefly_shown
 
 logger = logging.getLogger(__name__)
 
 KEYS = ["folder", "record_id"]
 
 
+@briefly_shown
 class Frames(NamedTuple):
     """Long frames of one or more folders.
 

@@ -13,11 +13,13 @@ import numpy as np
 import pandas as pd
 
 from robustbench_deq.files import own_path, replacing
+from robustbench_deq.shown import briefly_shown
 
 IMAGES_FOLDER = "images"
 NUM_IMAGES = 8
 
 
+@briefly_shown
 class Images(NamedTuple):
     """Arrays of one length: images `(n, channels, height, width)` in [0, 1], and classes `(n,)`."""
 

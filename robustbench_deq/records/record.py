@@ -146,6 +146,13 @@ class Record(Fields):
         num_attacked = self.data.num_samples if self.num_attacked is None else self.num_attacked
         return f"zero gradient on {self.num_zero_gradient} of {num_attacked} attacked samples"
 
+    def __repr__(self) -> str:
+        about = f"{self.model}, {self.label}, {self.threat.norm} {self.threat.epsilon:g}, {self.data.name}"
+        found = f"clean {self.clean_accuracy:.1%}, robust {self.robust_accuracy:.1%} of {self.data.num_samples}"
+        return f"Record({self.record_id}: {about}: {found})"
+
+    __str__ = __repr__
+
     @model_validator(mode="before")
     @classmethod
     def _drop_nonfinite(cls, values: Any, info: ValidationInfo) -> Any:

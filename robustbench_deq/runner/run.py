@@ -24,7 +24,7 @@ from robustbench_deq.data import Split, SplitName, load
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate.clean import judge_clean
-from robustbench_deq.evaluate.evaluation import Part, Task, check_data, evaluate_batch, summarise
+from robustbench_deq.evaluate.evaluation import Part, Task, batch_of, check_data, evaluate_batch, summarise
 from robustbench_deq.files import check_json, is_blank, refuse_links, remove_temporaries, write_json
 from robustbench_deq.models import load_model
 from robustbench_deq.protocol import Attack
@@ -71,9 +71,9 @@ def _data(name: str, split: str, num_samples: int, digest: str) -> Split:
 
 
 @functools.lru_cache(maxsize=4)
-def _warm_up(name: str, model_digest: str, device: str, data: str, split: str, num_samples: int, digest: str) -> None:
+def _warm_up(name: str, model_digest: str, device: str, data: tuple[str, str, int, str]) -> None:
     """One gradient, once: what a process does for the first time must not count as the time of its first attack."""
-    x = _data(data, split, num_samples, digest).x[:2].to(device).requires_grad_()
+    x = _data(*data).x[:2].to(device).requires_grad_()
     logits = _model(name, model_digest, device)(x)
     if logits.requires_grad:  # a model without a gradient is refused by the attacks that need one
         torch.autograd.grad(logits.sum(), x, allow_unused=True)
@@ -108,17 +108,17 @@ def run_shard(shard: Shard, folder: Path, build_attack: BuildAttack, device: str
 def _attack(shard: Shard, folder: Path, build_attack: BuildAttack, device: str, claim: Claim) -> list[Part]:
     """The parts of a shard; the first one of a run also leaves some of its images in the folder."""
     run = shard.run
-    samples = run.data, run.split, run.num_samples, run.digest
-    model, data = _model(run.model, run.model_digest, device), _data(*samples)
+    named = run.data, run.split, run.num_samples, run.digest
+    model, data = _model(run.model, run.model_digest, device), _data(*named)
     check_data(model, data)
-    _warm_up(run.model, run.model_digest, device, *samples)
+    _warm_up(run.model, run.model_digest, device, named)
     task = task_of(run, build_attack)
     batches = [
         slice(begin, min(begin + run.batch_size, shard.end)) for begin in range(shard.begin, shard.end, run.batch_size)
     ]
     parts, num_robust, store, place = [], 0, CleanStore(folder), torch.device(device)
     for rows in batches:
-        x, y = data.x[rows].to(place), data.y[rows].to(place)
+        x, y = batch_of(data, rows, place)
         with store.batch(run, rows, place, lambda x=x, y=y: judge_clean(model, x, y)) as clean:
             part, x_adv = evaluate_batch(model, task, data, rows, place, clean)
         parts.append(part)
@@ -131,7 +131,7 @@ def _attack(shard: Shard, folder: Path, build_attack: BuildAttack, device: str, 
 
 def task_of(run: Run, build_attack: BuildAttack) -> Task:
     return Task(
-        build_attack(run.attack, ThreatSpec(norm=run.norm, epsilon=run.epsilon).build(), run.config),
+        attack=build_attack(run.attack, ThreatSpec(norm=run.norm, epsilon=run.epsilon).build(), run.config),
         model_name=run.model,
         label=run.label,
         batch_size=run.batch_size,

@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 from robustbench_deq.configs import Config, FolderName, merge, named_in, read_yaml, validate
 from robustbench_deq.data import Split, SplitName, load
 from robustbench_deq.errors import UsageError
+from robustbench_deq.inputs import shape_fix
 from robustbench_deq.models import MODELS, ModelDescription, describe_model
 from robustbench_deq.models.user_file import digest_of_file
 from robustbench_deq.protocol import ATTACKS
@@ -302,7 +303,10 @@ def _check_shape(model: str, described: ModelDescription | None, split: Split) -
     expected, got = described and described.config.get("input_shape"), list(split.x.shape[1:])
     if expected and list(expected) != got:
         raise UsageError.of(
-            f"suite: model {model}", expected=f"images {list(expected)}", got=f"{got} of {split.name}", fix="drop one"
+            f"suite: model {model}",
+            expected=f"images {list(expected)}",
+            got=f"{got} of {split.name}",
+            fix=shape_fix(got, expected) or "drop one",
         )
 
 

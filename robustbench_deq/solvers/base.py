@@ -28,6 +28,7 @@ from torch import Tensor
 
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.rows import per_sample
+from robustbench_deq.shown import briefly_shown
 
 DIVERGENCE_FACTOR = 1e6
 """A sample has diverged when `||f(z) - z||` exceeds its first value by this factor."""
@@ -93,6 +94,7 @@ class CellMap(FixedPointMap):
         return (self(z + step) - self(z - step)) * per_sample(length / (2 * h), z)
 
 
+@briefly_shown
 class Iterate(NamedTuple):
     """Where a solver takes a step, and how many it has taken.
 
@@ -122,6 +124,7 @@ class Iterate(NamedTuple):
         return Iterate(z, f, g, size, self.num_steps)
 
 
+@briefly_shown
 class Solution(NamedTuple):
     """What a solve returns; all but `value` and `trace` are `(batch,)`.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import importlib
+import inspect
 import json
 import math
 import os
@@ -28,7 +30,7 @@ import yaml
 
 from robustbench_deq.attacks import ATTACKS, JointPGD, build_attack
 from robustbench_deq.commands import attack as attack_command
-from robustbench_deq.commands import display
+from robustbench_deq.commands import display, options
 from robustbench_deq.commands import main as cli
 from robustbench_deq.commands import report as report_command
 from robustbench_deq.configs import read_yaml, validate
@@ -37,7 +39,7 @@ from robustbench_deq.errors import RunError
 from robustbench_deq.evaluate.evaluation import evaluate
 from robustbench_deq.files import alone_in
 from robustbench_deq.models import FAMILIES, MODELS, describe_model, list_models, load_folder, load_model, save_model
-from robustbench_deq.optimise import Norm
+from robustbench_deq.optimise import NORMS, Norm
 from robustbench_deq.records.record import Record
 from robustbench_deq.records.store import load_records
 from robustbench_deq.report.pages.commands import command_of
@@ -189,7 +191,7 @@ def test_attack_shows_what_its_record_warns_of(num_lagging: int | None, num_flat
     threat = Threat(Norm.L2, 0.1)
     found = evaluate(load_model("test-linear.tiny"), build_attack("noise", threat, {}), load("digits", limit=4))
     changes = {"num_lagging": num_lagging, "num_zero_gradient": num_flat, "diagnostics": {"num_audited": 4.0}}
-    attack_command._echo_result(found._replace(record=found.record.model_copy(update=changes)), None)
+    attack_command._echo(found._replace(record=found.record.model_copy(update=changes)), False)
     shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert ("at most: zero gradient on 3 of " in shown["robust"]) == bool(num_flat)
     assert ("lagging" in shown) == bool(num_lagging) and ("zero" in shown) == bool(num_flat)
@@ -567,7 +569,7 @@ def test_data_that_cannot_be_downloaded_is_one_line(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv(sources.DATA_VARIABLE, str(tmp_path / "data"))
-    splits._read.cache_clear()
+    splits._kept.cache_clear()
     for name in ("fashion-mnist", "mnist", "cifar10", "svhn"):
         said = refused("attack", "test-linear.tiny", "--epsilon", "1", "--data", name, "--out", tmp_path / "run")
         assert f"dataset {name}" in said and sources.DATA_VARIABLE in said and "npz:FILE" in said
@@ -643,8 +645,55 @@ def test_ctrl_c_is_handled_as_before_once_modules_are_imported(handler: Any) -> 
         signal.signal(signal.SIGINT, before)
 
 
+HELP = [["--help"], ["--version"], *([name, "--help"] for name in cli.COMMANDS)]
+COMPLETED = {
+    "robustbench-deq ": list(cli.COMMANDS),
+    "robustbench-deq attack deq-conv.digits-": MODELS.list("deq-conv.digits-*"),
+    "robustbench-deq attack no-such-": ["no-such-"],  # left to the shell's completion of paths
+    "robustbench-deq models test-": ["test-linear.tiny"],
+    "robustbench-deq attack own --attack ": ATTACKS.list(),
+    "robustbench-deq attack own --norm ": NORMS.list(),
+    "robustbench-deq attack own --data ": [*DATASETS.list(), "npz:"],
+    "robustbench-deq models own --check ": [*DATASETS.list(), "npz:"],
+    "robustbench-deq attack own --split t": ["train", "test"],
+    "robustbench-deq bench --exec": ["--executor"],
+}
+
+
+def test_help_version_and_completion_do_without_torch() -> None:
+    """In one process: what the first call imports, the others would hide, but none may import it."""
+    code = (
+        "import os, sys\nfrom click.shell_completion import BashComplete\n"
+        "from robustbench_deq.commands.main import main\n"
+        f"for words in {HELP!r}:\n    main.main(words, prog_name='x', standalone_mode=True)\n"
+        f"for line in {list(COMPLETED)!r}:\n"
+        "    os.environ['COMP_WORDS'], os.environ['COMP_CWORD'] = line, str(line.count(' '))\n"
+        "    print('#', BashComplete(main, {}, 'x', '_X').complete().replace(chr(10), ' '))\n"
+        "sys.exit(bool({'torch', 'numpy', 'pydantic', 'rich'} & set(sys.modules)))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0, answer.stderr
+    lines = [line[2:] for line in answer.stdout.splitlines() if line.startswith("# ")]
+    found = [[item.split(",")[1] for item in line.split()] for line in lines]
+    assert dict(zip(COMPLETED, found, strict=True)) == COMPLETED
+
+
+def test_choices_and_completed_names_are_those_of_the_registries() -> None:
+    assert options.model_names() == MODELS.list()
+    assert [*options.ATTACK_NAMES] == ATTACKS.list() and [*options.DATASET_NAMES] == DATASETS.list()
+    assert [*options.NORM_NAMES] == NORMS.list() and [*options.SPLIT_NAMES] == [name.value for name in SplitName]
+    assert f"at most {attack_command.DEFAULT_LIMIT}" in succeeds("attack", "--help")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_what_is_declared_of_a_command_is_what_it_takes(name: str) -> None:
+    module = {"attacks": "listings", "datasets": "listings"}.get(name, name)
+    function = getattr(importlib.import_module(f"robustbench_deq.commands.{module}"), name)
+    assert {option.name for option in cli.COMMANDS[name].params} == set(inspect.signature(function).parameters)
+
+
 def test_an_interrupt_while_a_command_is_imported_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.importlib, "import_module", fails_with(KeyboardInterrupt()))
+    monkeypatch.setattr(options.importlib, "import_module", fails_with(KeyboardInterrupt()))
     interrupted("models")
 
 

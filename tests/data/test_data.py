@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import pickle
 import struct
+import time
 import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ from hypothesis import strategies as st
 from robustbench_deq.data import DATASETS, SplitName, load, sources, split_sizes, splits
 from robustbench_deq.data.splits import split_ids
 from robustbench_deq.errors import UsageError
+from robustbench_deq.inputs import PIXEL_SLACK
 
 NUM_TRAIN, NUM_TEST = 20, 12
 THREE = (SplitName.TRAIN, SplitName.VALIDATION, SplitName.TEST)
@@ -41,9 +44,9 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv(sources.DATA_VARIABLE, str(tmp_path / "data"))
-    splits._read.cache_clear()
+    splits._kept.cache_clear()
     yield tmp_path / "data"
-    splits._read.cache_clear()
+    splits._kept.cache_clear()
 
 
 def random_images(n: int, *shape: int) -> np.ndarray:
@@ -155,7 +158,7 @@ def test_digits_are_cut_into_three() -> None:
 
 def test_digest_is_fixed() -> None:
     first = load("digits").digest
-    splits._read.cache_clear()
+    splits._kept.cache_clear()
     assert load("digits").digest == first == DIGITS_TEST_DIGEST
 
 
@@ -396,3 +399,84 @@ def test_split_without_samples_is_refused(tmp_path: Path) -> None:
     for split in (SplitName.TRAIN, SplitName.VALIDATION):
         with pytest.raises(UsageError, match=f"{split.value} split"):
             load(name, split)
+
+
+# ---------------------------------------------------------------- what a file holds now
+
+
+def npz_at(path: Path, value: float, age: float = 100.0) -> None:
+    """Four images of `value`, in a file that was written `age` seconds ago, as far as anybody can tell."""
+    write_npz(path, images=np.full((4, 1, 2, 2), value, np.float32), labels=labels_of(4))
+    os.utime(path, (time.time() - age,) * 2)
+
+
+@pytest.mark.parametrize("recent", [0.0, splits.RECENT_SECONDS])
+def test_an_npz_is_what_the_file_holds_now(recent: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(splits, "RECENT_SECONDS", recent)
+    for folder in (tmp_path / "one", tmp_path / "other"):
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        for value in (0.25, 0.75):
+            npz_at(Path("own.npz"), value)
+            time.sleep(0.02)  # longer than a tick of the clock of files
+            for name in ("npz:own.npz", Path("own.npz"), f"npz:{folder / 'own.npz'}"):
+                assert float(load(name, SplitName.ALL).x.mean()) == value
+
+
+def test_an_npz_that_does_not_change_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(splits, "RECENT_SECONDS", 0.0)
+    name, reads = write_npz(tmp_path / "own.npz", images=GOOD, labels=ZEROS), []
+    monkeypatch.setattr(splits, "read_npz", lambda path: reads.append(path) or sources.read_npz(path))
+    assert load(name, SplitName.ALL).digest == load(name, SplitName.ALL).digest and len(reads) == 1
+
+
+def test_a_data_folder_that_is_named_later_is_looked_into(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = sources.DatasetInfo("here", (1, 2, 2), 2, "", lambda: sources.read_npz(sources.data_folders()[0] / "a.npz"))
+    monkeypatch.setitem(vars(sources.DATASETS)["_entries"], "here", here)
+    for number, folder in enumerate((nowhere.parent / "first", nowhere.parent / "second")):
+        folder.mkdir()
+        npz_at(folder / "a.npz", number / 2)
+        monkeypatch.setenv(sources.DATA_VARIABLE, str(folder))
+        assert float(load("here").x.mean()) == number / 2
+
+
+# ---------------------------------------------------------------- labels and pixels
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint16, np.uint64, bool])
+def test_npz_labels_of_any_integer_type_are_taken(dtype: type, tmp_path: Path) -> None:
+    whole = load(write_npz(tmp_path / "own.npz", images=GOOD, labels=(np.arange(6) % 2).astype(dtype)), SplitName.ALL)
+    assert whole.y.dtype is torch.int64 and torch.equal(whole.y, whole.sample_ids % 2)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "fix"),
+    [
+        ({"labels": np.eye(6)}, r"one class index per image: labels.argmax\(1\) of one-hot rows"),
+        ({"labels": ZEROS[:, None]}, r"one class index per image: labels.ravel\(\)"),
+        ({"labels": ZEROS.astype(float)}, r"labels.astype\(int\) of an array"),
+        ({"images": GOOD[:, 0]}, r"add the axis of the channel: images\[:, None\]"),
+        ({"images": GOOD[:, 0, 0]}, "reshape the images"),
+    ],
+)
+def test_bad_npz_is_refused_with_its_fix(arrays: dict[str, np.ndarray], fix: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=fix):
+        load(write_npz(tmp_path / "own.npz", **{"images": GOOD, "labels": ZEROS, **arrays}))
+
+
+def test_npz_floats_a_rounding_error_outside_are_clipped(tmp_path: Path) -> None:
+    for low, high in ((-1e-9, 1 + 1e-9), (-PIXEL_SLACK / 2, 1 + PIXEL_SLACK / 2)):
+        images = np.linspace(low, high, 24).reshape(6, 1, 2, 2)
+        x = load(write_npz(tmp_path / "own.npz", images=images, labels=ZEROS), SplitName.ALL).x
+        assert float(x.min()) == 0.0 and float(x.max()) == 1.0
+    with pytest.raises(UsageError, match=r"got values from 0 to 1.0001; scale the images"):
+        load(write_npz(tmp_path / "own.npz", images=np.linspace(0, 1.0001, 24).reshape(6, 1, 2, 2), labels=ZEROS))
+
+
+@pytest.mark.parametrize(("highest", "is_odd"), [(0, False), (1, True), (16, True), (17, False), (255, False)])
+def test_uint8_images_that_are_almost_black_get_a_word(highest: int, is_odd: bool, tmp_path: Path, caplog) -> None:
+    images = np.full((6, 1, 2, 2), highest, np.uint8)
+    load(write_npz(tmp_path / "own.npz", images=images, labels=ZEROS))
+    assert bool(caplog.messages) == is_odd
+    if is_odd:
+        assert f"uint8 images of 0 to {highest} are read as of 0 to 255" in caplog.messages[0]

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from robustbench_deq.optimise.domains.base import Domain
 from robustbench_deq.optimise.domains.norm import Norm
+from robustbench_deq.shown import briefly_shown
 
 
+@briefly_shown
 @dataclass(frozen=True)
 class Ball(Domain):
     """`{delta : ||delta||_p <= radius, 0 <= x + delta <= 1}` around images x `(rows, channels, height, width)`.
@@ -48,11 +50,17 @@ class Ball(Domain):
         """A point drawn uniformly from the ball (then cut by the box), one stream per `(seed, restart, sample id)`.
 
         The draw of a sample does not depend on the batch it is in.
+
+        Args:
+            sample_ids: a number >= 0 a row, `(rows,)`.
+
+        Raises:
+            ValueError: for another number of ids than of rows.
         """
         rows = np.empty((len(self.x), self.x[0].numel()))
-        for row, sample_id in enumerate(sample_ids.tolist()):
+        for row, sample_id in zip(rows, sample_ids.tolist(), strict=True):
             stream = np.random.Generator(np.random.Philox(key=[_stream_key(seed, restart), sample_id]))
-            rows[row] = self.norm.draw(stream, rows.shape[1])
+            row[:] = self.norm.draw(stream, len(row))
         radius = self.radius if isinstance(self.radius, Tensor) else torch.full((len(self.x),), float(self.radius))
         delta = torch.from_numpy(rows) * radius.double().cpu()[:, None]
         return self.project(delta.to(self.x).view_as(self.x))

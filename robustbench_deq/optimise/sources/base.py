@@ -20,6 +20,7 @@ from torch import Tensor
 from robustbench_deq.optimise.contraction import Contraction
 from robustbench_deq.optimise.domains import Domain
 from robustbench_deq.optimise.problem import Problem
+from robustbench_deq.shown import briefly_shown
 
 
 class Moment(NamedTuple):
@@ -36,6 +37,7 @@ class Moment(NamedTuple):
         return self.number / self.num_steps
 
 
+@briefly_shown
 class Settled(NamedTuple):
     """An equilibrium that is known already, at the clean images; rows of the state first.
 
@@ -59,6 +61,7 @@ class Settled(NamedTuple):
         return Settled(z, mu, amplification, size, self.contraction and self.contraction.take(rows))
 
 
+@briefly_shown
 class Look(NamedTuple):
     """What a source sees at a variable; `output`, `f`, `mu` and `g` have the rows of the state, all else those of the
     variable.
