@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from robustbench_deq.attacks import build_attack
+from robustbench_deq.commands.console import plain_console
 from robustbench_deq.commands.display import suite_display
 from robustbench_deq.commands.shared import choose_device, named_device, tell_split
 from robustbench_deq.configs import merge, parse_assignments, read_yaml, validate
@@ -127,7 +127,7 @@ def _echo_plan(
             expected = (f"{pace.seconds * num_samples:.1f}", str(pace.num_threads or "-"), str(pace.source))
         counts = (str(run.num_samples), str(len(shards)), str(num_samples))
         table.add_row(run.model, run.label, f"{run.norm} {run.epsilon:g}", run.data, *counts, *expected)
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 240).print(table)
+    plain_console(width=None if sys.stdout.isatty() else 240).print(table)
     click.echo(f"{len(runs)} runs, {sum(len(shards) for _, shards in runs)} shards, {len(missing)} of them to do")
     num_to_do = sum(count > 0 for count in samples.values())
     if num_to_do and num_unknown == num_to_do:

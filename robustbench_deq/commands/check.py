@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from robustbench_deq.commands.console import plain_console
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.files import write_text, writing
 from robustbench_deq.records.missing import read_missing
@@ -71,5 +71,5 @@ def _echo_checks(checks: list[Check]) -> None:
         table.add_column(column, overflow="fold")
     for row in sorted(checks, key=lambda row: not row.is_good):
         table.add_row(*row[:5], "good" if row.is_good else "BAD")
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(table)
+    plain_console(width=None if sys.stdout.isatty() else 200).print(table)
     click.echo(f"{sum(row.is_good for row in checks)} of {len(checks)} checks are good")

@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from robustbench_deq.commands.console import plain_console
 from robustbench_deq.data import SplitName, is_own_file, split_sizes
 from robustbench_deq.errors import UsageError
 
@@ -48,7 +48,7 @@ def echo_listing(rows: list[dict[str, Any]], kind: str, is_json: bool) -> None:
         table.add_column(column.replace("_", " "), no_wrap=True)
     for row in rows:
         table.add_row(*("-" if value is None else str(value) for value in row.values()))
-    unlimited = Console(file=sys.stdout, width=1000)
+    unlimited = plain_console(width=1000)
     if not sys.stdout.isatty() or unlimited.measure(table).maximum <= shutil.get_terminal_size().columns:
         unlimited.print(table)
         return
