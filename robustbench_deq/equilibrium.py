@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_deq.adjoints import DEFAULT_ADJOINT_SOLVE, Adjoint, AdjointTrace, Implicit
-from robustbench_deq.errors import UsageError
+from robustbench_deq.errors import UsageError, told
 from robustbench_deq.meter import Meter
 from robustbench_deq.solvers import Anderson, CellMap, Solution, Solve
 
@@ -168,7 +168,8 @@ class EquilibriumModel(nn.Module, abc.ABC):
         return self.head(self.equilibrium(x).value)
 
     def check_images(self, x: Tensor) -> None:
-        """Raise `UsageError` unless `x` is a batch of finite images in [0, 1] of this model's shape."""
+        """Raise `UsageError` unless `x` is a batch of finite images in [0, 1] of this model's shape, which it has."""
+        check_sizes("model", getattr(self, "input_shape", None), getattr(self, "num_classes", None))
         if x.dim() != 4 or tuple(x.shape[1:]) != tuple(self.input_shape) or not x.is_floating_point():
             raise UsageError.of(
                 "images",
@@ -188,6 +189,11 @@ class EquilibriumModel(nn.Module, abc.ABC):
                 fix="divide by 255, and leave normalisation to the model",
             )
 
+    def check_parts(self, x: Tensor) -> None:
+        """Raise `UsageError`, with file and line, if a part of the model fails on one of the images `x`."""
+        with torch.no_grad():
+            self._logits_of_one(x[:1])
+
     def check_gradient(self, x: Tensor) -> None:
         """Raise `UsageError` unless autograd leads from the logits back to the images `x`, one of which it looks at.
 
@@ -197,8 +203,7 @@ class EquilibriumModel(nn.Module, abc.ABC):
         """
         with torch.inference_mode(False), torch.enable_grad():
             leaf = x[:1].detach().clone().requires_grad_()
-            u = self.inject(leaf)
-            logits = self.head(self.cell(self.initial_state(u).detach(), u))
+            logits = self._logits_of_one(leaf)
             if not logits.requires_grad or torch.autograd.grad(logits.sum(), leaf, allow_unused=True)[0] is None:
                 raise UsageError.of(
                     "model",
@@ -206,6 +211,25 @@ class EquilibriumModel(nn.Module, abc.ABC):
                     got="none",
                     fix="run models MODEL --check DATA",
                 )
+
+
+    def _logits_of_one(self, x: Tensor) -> Tensor:
+        """Logits after one evaluation of the cell, which no meter counts."""
+        part = "inject"
+        try:
+            u = self.inject(x)
+            part = "initial_state"
+            z = self.initial_state(u).detach()
+            part = "cell"
+            z = self.cell(z, u)
+            part = "head"
+            return self.head(z)
+        except UsageError:
+            raise
+        except Exception as error:  # whatever the code of a model raises
+            raise UsageError.of(
+                "model", expected=f"{part} to work on an image {tuple(x.shape)}", got=told(error), fix=f"correct {part}"
+            ) from error
 
 
 class _FromCallables(EquilibriumModel):
@@ -232,18 +256,18 @@ class _FromCallables(EquilibriumModel):
         return self.parts["initial_state"](u)
 
 
-def check_sizes(what: str, input_shape: Sequence[int], num_classes: int) -> None:
+def check_sizes(what: str, input_shape: object, num_classes: object) -> None:
     """Raise `UsageError` unless `input_shape` is three integers >= 1 and `num_classes` one >= 2.
 
     Args:
         what: who asks, for the message.
     """
-    is_sequence = isinstance(input_shape, Sequence) and not isinstance(input_shape, str)
-    if not is_sequence or len(input_shape) != 3 or not all(_is_count(side, 1) for side in input_shape):
+    sides = input_shape if isinstance(input_shape, Sequence) and not isinstance(input_shape, str) else ()
+    if len(sides) != 3 or not all(_is_count(side, 1) for side in sides):
         raise UsageError.of(
             f"{what}: input_shape",
             expected="(channels, height, width), three integers >= 1",
-            got=tuple(input_shape) if is_sequence else repr(input_shape),
+            got=tuple(sides) if sides else repr(input_shape),
             fix="name all three",
         )
     if not _is_count(num_classes, 2):

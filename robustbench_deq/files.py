@@ -77,6 +77,19 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        OSError: when it cannot be read.
+        ValueError: when it is not UTF-8 or not JSON, or is nested too deeply to read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def check_json(path: Path, content: dict[str, Any], but: Collection[str] = ()) -> None:
     """See that a folder's `path` was written from `content`, whatever it has under the keys in `but`.
 
@@ -84,7 +97,7 @@ def check_json(path: Path, content: dict[str, Any], but: Collection[str] = ()) -
         UsageError: when it is no JSON object, or another one.
     """
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        earlier = read_json(path)
     except (OSError, ValueError) as error:
         earlier = "none" if isinstance(error, FileNotFoundError) else "an unreadable one"
     if not isinstance(earlier, dict):
@@ -100,6 +113,16 @@ def check_json(path: Path, content: dict[str, Any], but: Collection[str] = ()) -
             got=f"another {changed[0]}",
             fix="use that one, or name a new folder",
         )
+
+
+def is_folder(name: str | Path) -> bool:
+    """Whether there is such a folder; False for names that no file can have, which are too long for instance."""
+    return os.path.isdir(name)
+
+
+def is_file(name: str | Path) -> bool:
+    """Likewise of a file."""
+    return os.path.isfile(name)
 
 
 def sha256_of(path: Path) -> str:

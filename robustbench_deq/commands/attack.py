@@ -10,7 +10,7 @@ import click
 from robustbench_deq.attacks import build_attack
 from robustbench_deq.commands.display import bar
 from robustbench_deq.commands.shared import choose_device, tell_split
-from robustbench_deq.configs import parse_assignments, parse_fraction
+from robustbench_deq.configs import MAX_COUNT, parse_assignments, parse_fraction
 from robustbench_deq.data import SplitName, load
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
@@ -46,8 +46,8 @@ NUM_SNAPSHOTS = 8
     "--limit", type=int, default=None, help=f"Images.  [default: at most {DEFAULT_LIMIT}; all of --split all]"
 )
 @click.option("--steps", type=int, default=None, help="The same as --set steps=K.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1, MAX_COUNT), default=128, show_default=True)
+@click.option("--seed", type=click.IntRange(0, MAX_COUNT), default=0, show_default=True)
 @click.option("--targeted", "is_targeted", is_flag=True, help="Aim at the class after the true one.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting of the attack.")
 @click.option("--label", default=None, help="Name of the row in reports.  [default: the attack's]")

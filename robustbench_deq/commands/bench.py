@@ -17,7 +17,7 @@ from robustbench_deq.commands.display import suite_display
 from robustbench_deq.commands.shared import choose_device, named_device, tell_split
 from robustbench_deq.configs import merge, parse_assignments, read_yaml, validate
 from robustbench_deq.errors import RunError, UsageError
-from robustbench_deq.files import output_folder
+from robustbench_deq.files import is_file, output_folder
 from robustbench_deq.records.store import RECORDS_FILE, load_records
 from robustbench_deq.runner.executors import Executor, Processes, Ray, Serial
 from robustbench_deq.runner.progress import EarlierPaces, SuiteProgress
@@ -30,7 +30,7 @@ from robustbench_deq.runner.suite import Run, Shard, SuiteConfig, cut, plan
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any key of the suite, dotted.")
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="New folder.  [default: results/runs/NAME]")
 @click.option("--resume", is_flag=True, help="Go on in the folder: do what is missing. Begins where nothing is yet.")
-@click.option("--workers", type=click.IntRange(min=1), default=None, help="Shards at a time.  [default: 1; Ray: all]")
+@click.option("--workers", type=click.IntRange(1, 1024), default=None, help="Shards at a time.  [default: 1; Ray: all]")
 @click.option("--executor", "kind", type=click.Choice(["local", "ray"]), default="local", show_default=True)
 @click.option("--address", default=None, help="Of a Ray cluster, such as HOST:6379.  [default: one on this machine]")
 @click.option("--dry-run", "is_dry", is_flag=True, help="Print the plan, with times from earlier records.")
@@ -60,7 +60,7 @@ def bench(
         device = str(choose_device(device) if address is None else named_device(device))
     if resume:
         check_folder(target, parsed, [run for run, _ in runs])
-    elif not is_dry and (target / SUITE_FILE).exists():
+    elif not is_dry and is_file(target / SUITE_FILE):
         raise UsageError.of(
             f"output folder {target}", expected="a new one", got="that of a suite", fix="add --resume, or name another"
         )
@@ -79,7 +79,7 @@ def bench(
             except KeyboardInterrupt:
                 raise RunError("interrupted; finished shards are kept, go on with --resume") from None
         seconds = time.monotonic() - start
-    records = load_records(target) if (target / RECORDS_FILE).exists() else []
+    records = load_records(target) if is_file(target / RECORDS_FILE) else []
     shown = f"; 'robustbench-deq report {target}' shows them" if records else ""
     click.echo(f"{len(records)} of {len(runs)} records in {target}{shown}")
     click.echo(f"{seconds:.0f} s; attack and judge took {outcome.busy_seconds:.0f} s, all workers together", err=True)

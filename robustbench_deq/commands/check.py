@@ -11,7 +11,7 @@ from rich.table import Table
 
 from robustbench_deq.commands.console import plain_console
 from robustbench_deq.errors import RunError, UsageError
-from robustbench_deq.files import write_text, writing
+from robustbench_deq.files import is_file, write_text, writing
 from robustbench_deq.records.missing import read_missing
 from robustbench_deq.runner.baseline import Runs, read_baseline, read_run, to_entries, update_baseline
 from robustbench_deq.runner.gate import Check, compare, to_junit
@@ -54,7 +54,7 @@ def _update(baseline: Path, folder: Path, runs: Runs, reason: str) -> None:
     if missing:
         got = f"{missing.failed.total()} failed shards and {missing.unfinished.total()} unfinished runs"
         raise UsageError.of(str(folder), expected="a whole run", got=got, fix="go on with bench --resume")
-    before = read_baseline(baseline).entries if baseline.exists() else []
+    before = read_baseline(baseline).entries if is_file(baseline) else []
     with writing(baseline):
         updated = update_baseline(baseline, runs, reason)
     kept = {entry.identity for entry in updated.entries}

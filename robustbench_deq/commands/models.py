@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -13,6 +12,7 @@ from robustbench_deq.commands.shared import echo_listing
 from robustbench_deq.data import SplitName, load
 from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate.doctor import examine
+from robustbench_deq.files import is_folder
 from robustbench_deq.models import MODELS, ModelDescription, describe_model, list_models, load_model
 from robustbench_deq.optimise import NORMS
 from robustbench_deq.proportions import wilson_interval
@@ -46,7 +46,7 @@ def _list_models(pattern: str, family: str | None, data: str | None, threat: str
     """What the cards say; the table leaves out what is long."""
     found = list_models(pattern, family=family, data=data, threat=threat)
     if not found:
-        if ".py:" in pattern or Path(pattern).is_dir():
+        if ".py:" in pattern or is_folder(pattern):
             raise UsageError.of(
                 "models", expected="registered names", got=f"the model {pattern}", fix="add --check DATA to examine it"
             )

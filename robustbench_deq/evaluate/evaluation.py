@@ -119,6 +119,7 @@ def evaluate(
 def check_data(model: EquilibriumModel, data: Split) -> None:
     """Raise `UsageError` unless `data` fits the model, the labels of its source that were not chosen too."""
     model.check_images(data.x)
+    model.check_parts(data.x.to(next(model.parameters(), data.x).device))
     check_labels(data.y, len(data), model.num_classes)
     if data.largest_label >= model.num_classes:
         raise UsageError.of(

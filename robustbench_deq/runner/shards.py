@@ -22,7 +22,7 @@ import pyarrow
 
 from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate.evaluation import Part
-from robustbench_deq.files import lock, remove_temporaries, replacing, write_json
+from robustbench_deq.files import lock, read_json, remove_temporaries, replacing, write_json
 from robustbench_deq.records.images import IMAGES_FOLDER
 from robustbench_deq.records.record import CostRecord, CurvePoint
 from robustbench_deq.records.store import SAMPLES_FOLDER, SHARDS_FOLDER
@@ -133,7 +133,7 @@ class ShardStore:
     def reason(self, shard: Shard) -> str | None:
         """Why the shard failed; None when it did not."""
         with contextlib.suppress(OSError, ValueError, KeyError):
-            return json.loads(self._path(shard, ".failed.json").read_text(encoding="utf-8"))["reason"]
+            return read_json(self._path(shard, ".failed.json"))["reason"]
         return None
 
     @contextlib.contextmanager
@@ -175,7 +175,7 @@ class ShardStore:
         if not self.is_claimed(shard):
             return None
         with contextlib.suppress(OSError, ValueError, TypeError):
-            return Standing(**json.loads(self._path(shard, LOCK_SUFFIX).read_text(encoding="utf-8")))
+            return Standing(**read_json(self._path(shard, LOCK_SUFFIX)))
         return None
 
     @contextlib.contextmanager
@@ -197,7 +197,7 @@ class ShardStore:
     def _read(self, shard: Shard) -> dict[str, Any]:
         path = self._path(shard, ".json")
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return read_json(path)
         except (OSError, ValueError):
             raise self._damaged(shard, path) from None
 

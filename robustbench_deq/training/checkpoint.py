@@ -19,7 +19,7 @@ from torch import Tensor
 
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
-from robustbench_deq.files import replacing, sha256_of, write_json
+from robustbench_deq.files import read_json, replacing, sha256_of, write_json
 
 
 class Checkpoint:
@@ -85,7 +85,7 @@ class Checkpoint:
 
     def _meta(self) -> dict[str, Any]:
         try:
-            meta = json.loads(self.meta_path.read_text(encoding="utf-8"))
+            meta = read_json(self.meta_path)
             if not isinstance(meta, dict):
                 raise ValueError("not a mapping")
             return meta

@@ -35,7 +35,7 @@ class EvaluationSpec(Config):
 class TrainingConfig(Config):
     """One training run. The Jacobian term estimates `||J_z||_F^2 / state size` (Hutchinson; Bai et al., ICML 2021)."""
 
-    name: str = Field(description="of the model, and of the default output folder")
+    name: str = Field(max_length=100, description="of the model, and of the default output folder")
     model: ModelSpec = Field(description="family and its settings; with `initial`, those it must have")
     data: str = Field("digits", description="a dataset or npz:FILE")
     seed: int = Field(
