@@ -5,7 +5,6 @@ Every YAML file, every `--set key=value` and every attack's settings go through 
 
 from __future__ import annotations
 
-import difflib
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +14,7 @@ import yaml
 
 from robustbench_deq import plain_yaml
 from robustbench_deq.errors import MAX_MESSAGE, UsageError, excerpt, shortened
-from robustbench_deq.registry import Registry
+from robustbench_deq.registry import Registry, choice
 
 MAX_FILE_SIZE = 2**20
 MAX_COUNT = 2**31 - 1
@@ -87,8 +86,8 @@ def _first_line(schema: type[pydantic.BaseModel], error: pydantic.ValidationErro
         if first["type"] == "missing":
             meaning = fields[key].description if key in fields else None
             return f"{where}: {path}: expected a value{f' ({meaning})' if meaning else ''}, got none; add it"
-        close = difflib.get_close_matches(key, fields, n=3, cutoff=0.5) or list(fields)
-        return f"{where}: unknown key {path!r}: expected one of {', '.join(close)}; remove or correct it"
+        expected = choice(key, fields, "another key")
+        return f"{where}: unknown key {path!r}: expected {expected}; remove or correct it"
     if isinstance(first.get("ctx", {}).get("error"), UsageError):
         return f"{where}: {path}: {first['ctx']['error']}"
     message = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")

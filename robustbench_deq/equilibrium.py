@@ -190,9 +190,16 @@ class EquilibriumModel(nn.Module, abc.ABC):
             )
 
     def check_parts(self, x: Tensor) -> None:
-        """Raise `UsageError`, with file and line, if a part of the model fails on one of the images `x`."""
+        """Raise `UsageError` if a part of the model fails on the first two of the images `x`, with file and line, or if
+        cell or head return another shape than theirs."""
         with torch.no_grad():
-            self._logits_of_one(x[:1])
+            z, after, logits = self._first_evaluation(x[:2])
+        expected = (len(x[:2]), self.num_classes)
+        for part, wanted, got in (("cell", _shape(z), _shape(after)), ("head", expected, _shape(logits))):
+            if wanted != got:
+                raise UsageError.of(
+                    "model", expected=f"{part} to return a tensor {wanted}", got=got, fix=f"correct {part}"
+                )
 
     def check_gradient(self, x: Tensor) -> None:
         """Raise `UsageError` unless autograd leads from the logits back to the images `x`, one of which it looks at.
@@ -203,7 +210,7 @@ class EquilibriumModel(nn.Module, abc.ABC):
         """
         with torch.inference_mode(False), torch.enable_grad():
             leaf = x[:1].detach().clone().requires_grad_()
-            logits = self._logits_of_one(leaf)
+            _, _, logits = self._first_evaluation(leaf)
             if not logits.requires_grad or torch.autograd.grad(logits.sum(), leaf, allow_unused=True)[0] is None:
                 raise UsageError.of(
                     "model",
@@ -212,23 +219,22 @@ class EquilibriumModel(nn.Module, abc.ABC):
                     fix="run models MODEL --check DATA",
                 )
 
-
-    def _logits_of_one(self, x: Tensor) -> Tensor:
-        """Logits after one evaluation of the cell, which no meter counts."""
+    def _first_evaluation(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The initial state, the state after one evaluation of the cell, which no meter counts, and its logits."""
         part = "inject"
         try:
             u = self.inject(x)
             part = "initial_state"
             z = self.initial_state(u).detach()
             part = "cell"
-            z = self.cell(z, u)
+            after = self.cell(z, u)
             part = "head"
-            return self.head(z)
+            return z, after, self.head(after)
         except UsageError:
             raise
         except Exception as error:  # whatever the code of a model raises
             raise UsageError.of(
-                "model", expected=f"{part} to work on an image {tuple(x.shape)}", got=told(error), fix=f"correct {part}"
+                "model", expected=f"{part} to work on images {tuple(x.shape)}", got=told(error), fix=f"correct {part}"
             ) from error
 
 
@@ -274,6 +280,11 @@ def check_sizes(what: str, input_shape: object, num_classes: object) -> None:
         raise UsageError.of(
             f"{what}: num_classes", expected="an integer >= 2", got=repr(num_classes), fix="count the logits"
         )
+
+
+def _shape(value: object) -> object:
+    """Of a tensor; of anything else its type."""
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _is_count(value: object, least: int) -> bool:

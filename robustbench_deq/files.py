@@ -132,7 +132,8 @@ def sha256_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def output_folder(path: Path | None) -> Iterator[Path | None]:
-    """`path` as a new or empty folder that can be written; removed again if the block fails and leaves it empty.
+    """`path` as a new or empty folder that can be written; removed again, with the folders above that
+    were made for it, if the block fails and leaves it empty.
 
     Raises:
         UsageError: when it holds something or cannot be written.
@@ -140,6 +141,7 @@ def output_folder(path: Path | None) -> Iterator[Path | None]:
     if path is None:
         yield None
         return
+    made = [folder for folder in (path, *path.parents) if not is_folder(folder)]
     try:
         path.mkdir(parents=True, exist_ok=True)
         if any(path.iterdir()):
@@ -158,8 +160,9 @@ def output_folder(path: Path | None) -> Iterator[Path | None]:
     try:
         yield path
     except BaseException:
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
+        for folder in [path, *made[1:]]:  # the innermost first
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
         raise
 
 

@@ -49,7 +49,7 @@ def test_valid_values_become_a_frozen_config() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"stepz": 3}, r"here: unknown key 'stepz': expected one of steps; remove or correct it"),
+        ({"stepz": 3}, r"here: unknown key 'stepz': expected one of steps, name, inner; remove or correct it"),
         ({"zzz": 3}, r"unknown key 'zzz': expected one of steps, name, inner"),
         ({"inner": {"tolerence": 1}}, r"unknown key 'inner.tolerence': expected one of tolerance"),
         ({"steps": "many"}, r"here: steps: expected a valid integer.*, got 'many'; correct it"),
@@ -93,7 +93,7 @@ class Listing(Config):
         ({"entries": [{}]}, "here: entries.0.width: expected a value (of all, in metres), got none; add it"),
         (
             {"entries": [{"widht": 1}]},
-            "here: unknown key 'entries.0.widht': expected one of width; remove or correct it",
+            "here: unknown key 'entries.0.widht': expected one of width, inner; remove or correct it",
         ),
         (
             {"entries": [{"width": []}, {"zzz": 1, "width": [1]}]},

@@ -13,7 +13,7 @@ from robustbench_deq.data import SplitName, load
 from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate.doctor import examine
 from robustbench_deq.files import is_folder
-from robustbench_deq.models import MODELS, ModelDescription, describe_model, list_models, load_model
+from robustbench_deq.models import FAMILIES, MODELS, ModelDescription, describe_model, list_models, load_model
 from robustbench_deq.optimise import NORMS
 from robustbench_deq.proportions import wilson_interval
 from robustbench_deq.specs import ThreatSpec
@@ -29,7 +29,7 @@ from robustbench_deq.specs import ThreatSpec
 def models(
     pattern: str, family: str | None, dataset: str | None, threat: str | None, checked: str | None, is_json: bool
 ) -> None:
-    """List registered models; PATTERN may hold wildcards.
+    """List registered models, and the families to train; PATTERN may hold wildcards.
 
     With --check, PATTERN is a model as for 'attack': a name, a folder or file.py:function. Exit code 1 means that a
     finding is bad.
@@ -59,7 +59,8 @@ def _list_models(pattern: str, family: str | None, data: str | None, threat: str
             got="none",
             fix="drop an option",
         )
-    echo_listing([_model_facts(row) if is_json else _model_columns(row) for row in found], "models", is_json)
+    rows = [_model_facts(row) if is_json else _model_columns(row) for row in found]
+    echo_listing(rows, "models", is_json, {"families": list(FAMILIES)})
 
 
 def _model_facts(described: ModelDescription) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -38,11 +39,23 @@ def _unknown_device(name: str | None) -> UsageError:
     return UsageError.of("--device", expected="cpu, cuda or cuda:N of this machine", got=repr(name), fix="omit it")
 
 
-def echo_listing(rows: list[dict[str, Any]], kind: str, is_json: bool) -> None:
-    """A line a row, or one JSON object. On a terminal too narrow for that, a paragraph a row."""
+def echo_listing(
+    rows: list[dict[str, Any]], kind: str, is_json: bool, names: Mapping[str, Sequence[str]] | None = None
+) -> None:
+    """A line a row, or one JSON object. On a terminal too narrow for that, a paragraph a row.
+
+    Args:
+        names: of other kinds, which have a line each, below the rows.
+    """
     if is_json:
-        click.echo(json.dumps({"schema_version": 1, kind: rows}))
+        click.echo(json.dumps({"schema_version": 1, kind: rows, **(names or {})}))
         return
+    _echo_rows(rows)
+    for other, listed in (names or {}).items():
+        click.echo(f"\n{other}: {', '.join(listed)}")
+
+
+def _echo_rows(rows: list[dict[str, Any]]) -> None:
     table = Table(box=None, pad_edge=False)
     for column in rows[0] if rows else ["name"]:
         table.add_column(column.replace("_", " "), no_wrap=True)

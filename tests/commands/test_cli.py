@@ -23,6 +23,7 @@ import torch
 import torchvision
 import yaml
 
+from robustbench_deq.adjoints import ADJOINTS
 from robustbench_deq.attacks import ATTACKS, JointPGD, build_attack
 from robustbench_deq.commands import attack as attack_command
 from robustbench_deq.commands import display
@@ -33,9 +34,10 @@ from robustbench_deq.data import DATASETS, SplitName, load, sources, splits
 from robustbench_deq.errors import RunError
 from robustbench_deq.evaluate.evaluation import evaluate
 from robustbench_deq.models import FAMILIES, MODELS, describe_model, list_models, load_folder, load_model, save_model
-from robustbench_deq.optimise import Norm
+from robustbench_deq.optimise import OBJECTIVES, Norm
 from robustbench_deq.records.store import load_records
 from robustbench_deq.report.pages.commands import command_of
+from robustbench_deq.solvers import SOLVERS
 from robustbench_deq.threats import Threat
 from robustbench_deq.training.checkpoint import Checkpoint
 from robustbench_deq.training.config import TrainingConfig
@@ -111,6 +113,17 @@ def test_listing_names_everything_as_text_and_as_json(command: str, names) -> No
     content = json.loads(succeeds(command, "--json"))
     assert content["schema_version"] == 1
     assert [row["name"] for row in content[command]] == list(names)
+
+
+def test_everything_that_settings_name_is_listed() -> None:
+    for command, kind, names in (
+        ("attacks", "solvers", SOLVERS),
+        ("attacks", "adjoints", ADJOINTS),
+        ("attacks", "objectives", OBJECTIVES),
+        ("models", "families", FAMILIES),
+    ):
+        assert f"\n{kind}: {', '.join(names)}\n" in succeeds(command)
+        assert json.loads(succeeds(command, "--json"))[kind] == list(names)
 
 
 def test_models_may_be_picked_by_a_wildcard() -> None:
@@ -457,7 +470,7 @@ def test_own_images_own_model_file_and_saved_folder(tmp_path: Path) -> None:
         ((*QUICK, "--seed", "-1"), "seed"),
         ((*QUICK, "--split", "tets"), "test"),
         ((*QUICK, "--device", "tpu9"), "--device: expected cpu, cuda"),
-        ((*QUICK, "--set", "stepsize=0.1"), "unknown key 'stepsize': expected one of step_size"),
+        ((*QUICK, "--set", "stepsize=0.1"), "unknown key 'stepsize': expected another key, closest step_size"),
         ((*QUICK, "--set", "step_size=big"), "step_size: expected"),
         ((*QUICK, "--set", "step_size=nan"), "step_size: expected"),
         ((*QUICK, "--set", "step_size=-1"), "step_size: expected"),
@@ -746,7 +759,7 @@ def test_training_that_diverges_is_exit_code_1_and_one_line(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("assignment", "said"),
     [
-        ("epoch=1", "unknown key 'epoch': expected one of epochs"),
+        ("epoch=1", "unknown key 'epoch': expected another key, closest epochs"),
         ("forward.solvr=picard", "unknown key 'forward.solvr': expected one of solver"),
         ("epochs=many", "epochs: expected"),
         ("epochs=0", "epochs: expected"),
@@ -759,7 +772,7 @@ def test_training_that_diverges_is_exit_code_1_and_one_line(tmp_path: Path, monk
         ("forward.solver=andersen", "anderson"),
         ("backward.solver=andersen", "anderson"),
         ("evaluation.attack.name=joint", "joint-pgd"),
-        ("evaluation.attack.config.stepz=3", "unknown key 'stepz': expected one of steps"),
+        ("evaluation.attack.config.stepz=3", "unknown key 'stepz': expected another key, closest steps"),
         ("evaluation.attack.threat.norm=l7", "expected l1, l2 or linf"),
         ("evaluation.attack.threat.epsilon=-1", "epsilon: expected"),
         ("epochs", "--set: expected key=value"),
