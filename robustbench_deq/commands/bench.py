@@ -66,7 +66,7 @@ def bench(
         )
     if is_dry:
         missing = missing_shards(runs, target) if resume else [shard for _, shards in runs for shard in shards]
-        _echo_plan(runs, missing, EarlierPaces([Path("results"), target], device), workers or 1)
+        _echo_plan(runs, missing, EarlierPaces(_earlier_records(target), device), workers or 1)
         return
     place = contextlib.nullcontext(target) if resume else output_folder(target)
     with place as folder:
@@ -89,6 +89,11 @@ def bench(
         raise RunError(
             f"{len(outcome.failures)} of {progress.num_shards} shards failed: {listed}; try them again with --resume"
         )
+
+
+def _earlier_records(target: Path) -> list[Path]:
+    """Folders that may hold some. An output folder of another kind is not searched: it may be the root of a disk."""
+    return [Path("results"), *([target] if is_file(target / RECORDS_FILE) else [])]
 
 
 def _check_executor(kind: str, address: str | None, workers: int | None) -> None:
