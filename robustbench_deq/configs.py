@@ -142,14 +142,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = plain_yaml.read(text)
     except yaml.YAMLError as error:
-        is_yaml = isinstance(error, plain_yaml.Unsupported)
         mark = getattr(error, "problem_mark", None)
-        raise UsageError.of(
-            str(path),
-            expected="YAML without aliases, tags and keys given twice" if is_yaml else "YAML",
-            got=(error.problem if is_yaml else "a syntax error") + (f" in line {mark.line + 1}" if mark else ""),
-            fix=error.note if is_yaml else "correct the file",
-        ) from None
+        place = f" in line {mark.line + 1}" if mark else ""
+        expected, got, fix = "YAML", "a syntax error", "correct the file"
+        if isinstance(error, plain_yaml.Unsupported):
+            expected, got, fix = "YAML without aliases, tags and keys given twice", str(error.problem), str(error.note)
+        raise UsageError.of(str(path), expected=expected, got=got + place, fix=fix) from None
     if not isinstance(content, dict):
         raise UsageError.of(
             str(path), expected="a mapping of keys to values", got=type(content).__name__, fix="correct the file"

@@ -190,15 +190,21 @@ class EquilibriumModel(nn.Module, abc.ABC):
             )
 
     def check_parts(self, x: Tensor) -> None:
-        """Raise `UsageError` if a part of the model fails on the first two of the images `x`, with file and line, or if
-        cell or head return another shape than theirs."""
+        """Raise `UsageError` if a part of the model fails on the first two of the images `x`, with file and line, or
+        returns another shape than it should: a row an image, the state's of the cell, `(batch, num_classes)` of the
+        head."""
         with torch.no_grad():
-            z, after, logits = self._first_evaluation(x[:2])
-        expected = (len(x[:2]), self.num_classes)
-        for part, wanted, got in (("cell", _shape(z), _shape(after)), ("head", expected, _shape(logits))):
-            if wanted != got:
+            found = self._first_evaluation(x[:2])
+        rows = len(x[:2])
+        for part, value in found.items():
+            wanted: object = (rows, self.num_classes)
+            if part == "cell":
+                wanted = _shape(found["initial_state"])
+            elif part != "head":
+                wanted = (rows, *value.shape[1:]) if isinstance(value, Tensor) else _shape(value)
+            if _shape(value) != wanted:
                 raise UsageError.of(
-                    "model", expected=f"{part} to return a tensor {wanted}", got=got, fix=f"correct {part}"
+                    "model", expected=f"{part} to return a tensor {wanted}", got=_shape(value), fix=f"correct {part}"
                 )
 
     def check_gradient(self, x: Tensor) -> None:
@@ -210,7 +216,7 @@ class EquilibriumModel(nn.Module, abc.ABC):
         """
         with torch.inference_mode(False), torch.enable_grad():
             leaf = x[:1].detach().clone().requires_grad_()
-            _, _, logits = self._first_evaluation(leaf)
+            logits = self._first_evaluation(leaf)["head"]
             if not logits.requires_grad or torch.autograd.grad(logits.sum(), leaf, allow_unused=True)[0] is None:
                 raise UsageError.of(
                     "model",
@@ -219,23 +225,24 @@ class EquilibriumModel(nn.Module, abc.ABC):
                     fix="run models MODEL --check DATA",
                 )
 
-    def _first_evaluation(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The initial state, the state after one evaluation of the cell, which no meter counts, and its logits."""
-        part = "inject"
+    def _first_evaluation(self, x: Tensor) -> dict[str, Tensor]:
+        """What each part returns, by its name, for one evaluation of the cell, which no meter counts."""
+        part, found = "inject", {}
         try:
-            u = self.inject(x)
+            found[part] = u = self.inject(x)
             part = "initial_state"
-            z = self.initial_state(u).detach()
+            found[part] = z = self.initial_state(u).detach()
             part = "cell"
-            after = self.cell(z, u)
+            found[part] = z = self.cell(z, u)
             part = "head"
-            return z, after, self.head(after)
+            found[part] = self.head(z)
         except UsageError:
             raise
         except Exception as error:  # whatever the code of a model raises
             raise UsageError.of(
                 "model", expected=f"{part} to work on images {tuple(x.shape)}", got=told(error), fix=f"correct {part}"
             ) from error
+        return found
 
 
 class _FromCallables(EquilibriumModel):

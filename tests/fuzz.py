@@ -1,6 +1,6 @@
 """Bad input for the command line, by the thousand: every call must end as the exit codes say.
 
-    python -m tests.fuzz --count 10000 --workers 2     # a process a call; half an hour or so on two cores
+    python -m tests.fuzz --count 10000 --workers 2     # a process a call; an hour or so on two cores
 
 A call is good when it ends within `MAX_SECONDS` with exit code 0, or with 1 or 2 and one line that begins with
 `Error:`. Bad are tracebacks, "the run failed with ..." (bad input is told as such), more lines, lines of more than

@@ -53,7 +53,7 @@ def save_images(folder: Path, record_id: str, images: Images) -> None:
 def load_images(folder: Path, record_id: str) -> Images | None:
     """The images of a record; None when there are none or they cannot be read."""
     try:
-        with np.load(images_path(folder, record_id), allow_pickle=False) as arrays:
+        with images_path(folder, record_id).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             images = Images(*(arrays[name] for name in Images._fields))
     except Exception:  # whatever numpy and zipfile raise for files that are empty, damaged or not ours
         return None

@@ -105,6 +105,7 @@ class TrainingSession:
         for split in (self._train, validation, load(self.config.data, SplitName.TEST)):
             model.check_images(split.x)
             check_labels(split.y, len(split), model.num_classes)
+        model.check_parts(self._train.x)
         self.trainer = Trainer(
             self.config,
             model,

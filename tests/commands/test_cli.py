@@ -653,6 +653,29 @@ def test_the_traceback_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 1 and isinstance(result.exception, RuntimeError)
 
 
+def test_the_traceback_of_a_models_file_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text("def build():\n    raise ValueError('mine')\n")
+    monkeypatch.setenv(cli.DEBUG_VARIABLE, "1")
+    result = invoke("attack", f"{tmp_path / 'mine.py'}:build", *QUICK[2:])
+    assert result.exit_code == 2 and "Traceback" in result.stderr
+    assert result.stderr.splitlines()[-1].endswith("got ValueError: mine, in mine.py line 2; correct the file")
+
+
+def test_the_end_of_a_file_is_no_interrupt_and_a_line_is_short_and_printable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attack_command, "evaluate", fails_with(EOFError("no data left")))
+    assert "the run failed with EOFError: no data left" in refused(*QUICK, code=1)
+    monkeypatch.setattr(attack_command, "evaluate", fails_with(RunError("x" * 10**6 + "\x1b[31m")))
+    said = refused(*QUICK, code=1)
+    assert len(said) < 2000 and said.isprintable()
+
+
+def test_a_refused_training_leaves_no_folder(tmp_path: Path) -> None:
+    model = "{family: deq-fc, config: {hidden: 100000}}"
+    (tmp_path / "mine.yaml").write_text(f"name: mine\nmodel: {model}\nvalidation: {{limit: 8}}\n")
+    assert "hidden: expected less than or equal to 16384" in refused("train", tmp_path / "mine.yaml")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
 def interrupted(*args: object) -> None:
     """The call must end with code 1 and one line (after the one that ^C leaves on a terminal)."""
     result = invoke(*args)

@@ -160,3 +160,26 @@ def test_its_classes_are_pickled_by_name(tmp_path: Path) -> None:
         [sys.executable, "-c", script, str(path), str(tmp_path / "note")], cwd=ROOT, capture_output=True, text=True
     )
     assert found.stdout == "here\n", found.stderr
+
+
+def test_an_error_is_told_with_the_file_and_line_it_is_in(tmp_path: Path) -> None:
+    """Of the user's files, wherever a library raises it; a syntax error too, which has no frame."""
+    (tmp_path / "beside.py").write_text("import json\n\n\ndef read():\n    return json.loads('{')\n")
+    (tmp_path / "spoilt.py").write_text("x = 1\nx = (\n")
+    (tmp_path / "mine.py").write_text(
+        "def build():\n    import beside\n    return beside.read()\n\ndef other():\n    import spoilt\n"
+    )
+    for function, said in (
+        ("build", "JSONDecodeError: .*beside.py line 5"),
+        ("other", "SyntaxError: .*spoilt.py line 2"),
+    ):
+        with pytest.raises(UsageError, match=said) as caught:
+            load_model(f"{tmp_path / 'mine.py'}:{function}")
+        assert caught.value.__cause__ is not None
+
+
+def test_a_name_that_no_file_can_have_is_told() -> None:
+    for name in ("x" * 5000, "a\0b"):
+        for source in (f"{name}.py:build", name):
+            with pytest.raises(UsageError, match="expected"):
+                load_model(source)
