@@ -5,7 +5,6 @@ Every YAML file, every `--set key=value` and every attack's settings go through 
 
 from __future__ import annotations
 
-import difflib
 import os
 import typing
 from pathlib import Path
@@ -14,8 +13,12 @@ from typing import Annotated, Any, TypeVar
 import pydantic
 import yaml
 
-from robustbench_deq.errors import UsageError
-from robustbench_deq.registry import Registry
+from robustbench_deq import plain_yaml
+from robustbench_deq.errors import MAX_MESSAGE, UsageError, excerpt, shortened
+from robustbench_deq.registry import Registry, choice
+
+MAX_FILE_SIZE = 2**20
+MAX_COUNT = 2**31 - 1
 
 MAX_FOLDER_NAME = 200
 """Bytes; temporary files beside it have longer names, and 255 is the limit of most file systems."""
@@ -29,7 +32,8 @@ def as_plain(value: object) -> object:
 
 
 class Config(pydantic.BaseModel):
-    """Base of all configs: frozen, no unknown keys, no infinities, no truth value or text where a number belongs.
+    """Base of all configs: frozen, no unknown keys, no infinities, no truth value or text where a number belongs, and
+    no integer beyond `MAX_COUNT`, which tensors and clocks could not hold.
 
     Scalars of NumPy and torch are as good as Python's numbers, and paths as text.
     """
@@ -48,6 +52,8 @@ class Config(pydantic.BaseModel):
             raise ValueError(number)
         if isinstance(value, str) and kinds <= {int, float, bool, type(None)}:
             raise ValueError("true or false" if bool in kinds else number)
+        if type(value) is int and abs(value) > MAX_COUNT:
+            raise ValueError(f"{number} from -{MAX_COUNT} to {MAX_COUNT}")
         return value
 
 
@@ -71,6 +77,16 @@ def _folder_name(name: str) -> str:
 FolderName = Annotated[str, pydantic.AfterValidator(_folder_name)]
 """A name that is also that of a folder."""
 
+
+def _check_distinct(values: list[Any]) -> list[Any]:
+    if len(set(values)) < len(values):
+        raise ValueError("every value once")
+    return values
+
+
+Distinct = pydantic.AfterValidator(_check_distinct)
+"""Annotation of a list whose values are to differ."""
+
 M = TypeVar("M", bound=pydantic.BaseModel)
 
 
@@ -83,25 +99,25 @@ def validate(schema: type[M], values: dict[str, Any], where: str) -> M:
     try:
         return schema.model_validate(values)
     except pydantic.ValidationError as error:
-        raise UsageError(_first_line(schema, error, where)) from None
+        raise UsageError(shortened(_first_line(schema, error, shortened(where)), MAX_MESSAGE)) from None
 
 
 def _first_line(schema: type[pydantic.BaseModel], error: pydantic.ValidationError, where: str) -> str:
     first = _most_telling(error)
-    path = ".".join(str(part) for part in first["loc"])
+    path = shortened(".".join(str(part) for part in first["loc"]))
     if first["type"] in ("extra_forbidden", "missing"):
         fields, key = _schema_at(schema, first["loc"][:-1]).model_fields, str(first["loc"][-1])
         if first["type"] == "missing":
             meaning = fields[key].description if key in fields else None
             return f"{where}: {path}: expected a value{f' ({meaning})' if meaning else ''}, got none; add it"
-        close = difflib.get_close_matches(key, fields, n=3, cutoff=0.5) or list(fields)
-        return f"{where}: unknown key {path!r}: expected one of {', '.join(close)}; remove or correct it"
+        expected = choice(key, fields, "another key")
+        return f"{where}: unknown key {path!r}: expected {expected}; remove or correct it"
     if isinstance(first.get("ctx", {}).get("error"), UsageError):
         return f"{where}: {path}: {first['ctx']['error']}"
     message = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     if isinstance(first.get("input"), dict) and first["type"] == "value_error":  # of settings that do not go together
         return f"{where}: {path + ': ' if path else ''}expected {message}; correct it"
-    return f"{where}: {path or 'the config'}: expected {message}, got {first['input']!r}; correct it"
+    return f"{where}: {path or 'the config'}: expected {message}, got {excerpt(first['input'])}; correct it"
 
 
 def _most_telling(error: pydantic.ValidationError) -> Any:
@@ -131,18 +147,31 @@ def _schemas_in(annotation: Any) -> list[type[pydantic.BaseModel]]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds one mapping. Raises `UsageError` for a missing, unreadable or malformed file."""
+    """A plain YAML file that holds one mapping (see `plain_yaml`).
+
+    Raises:
+        UsageError: for a missing, unreadable, malformed or large file, and for aliases, tags and keys given twice.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_SIZE + 1)
+        text = data.decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UsageError.of(str(path), expected="a readable YAML file", got=reason, fix="check the path") from None
+    if len(data) > MAX_FILE_SIZE:
+        raise UsageError.of(
+            str(path), expected=f"at most {MAX_FILE_SIZE} bytes", got="a larger file", fix="split it, or check the path"
+        )
     try:
-        content = yaml.safe_load(text)
+        content = plain_yaml.read(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = f"a syntax error in line {mark.line + 1}" if mark else "a syntax error"
-        raise UsageError.of(str(path), expected="YAML", got=place, fix="correct the file") from None
+        place = f" in line {mark.line + 1}" if mark else ""
+        expected, got, fix = "YAML", "a syntax error", "correct the file"
+        if isinstance(error, plain_yaml.Unsupported):
+            expected, got, fix = "YAML without aliases, tags and keys given twice", str(error.problem), str(error.note)
+        raise UsageError.of(str(path), expected=expected, got=got + place, fix=fix) from None
     if not isinstance(content, dict):
         raise UsageError.of(
             str(path), expected="a mapping of keys to values", got=type(content).__name__, fix="correct the file"
@@ -159,6 +188,8 @@ def parse_assignments(assignments: tuple[str, ...]) -> dict[str, Any]:
             raise UsageError.of("--set", expected="key=value", got=repr(text), fix="write for example --set steps=20")
         here = values
         *parents, last = key.strip().split(".")
+        if len(parents) > plain_yaml.MAX_DEPTH:
+            raise UsageError.of("--set", expected="a key of the config", got=repr(key), fix="correct the key")
         for parent in parents:
             here = here.setdefault(parent, {})
             if not isinstance(here, dict):
@@ -171,7 +202,7 @@ def parse_assignments(assignments: tuple[str, ...]) -> dict[str, Any]:
 
 def _scalar(text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        value = plain_yaml.read(text)
     except yaml.YAMLError:
         return text
     if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text

@@ -176,10 +176,11 @@ class EquilibriumModel(nn.Module, abc.ABC):
         return self.head(self.equilibrium(x).value)
 
     def check_images(self, x: Tensor) -> None:
-        """Raise `UsageError` unless `x` is a batch of finite images in [0, 1] of this model's shape.
+        """Raise `UsageError` unless `x` is a batch of finite images in [0, 1] of this model's shape, which it has.
 
         A pixel may lie `PIXEL_SLACK` outside, which rounding does: whoever takes the images clips them.
         """
+        check_sizes("model", getattr(self, "input_shape", None), getattr(self, "num_classes", None))
         if not isinstance(x, Tensor):
             raise UsageError.of(
                 "images", expected="a float tensor", got=type(x).__name__, fix="pass torch.as_tensor(images)"
@@ -213,10 +214,10 @@ class EquilibriumModel(nn.Module, abc.ABC):
             )
 
     def check_parts(self, x: Tensor) -> None:
-        """Raise `UsageError` unless the parts return what they should on the images `x`, one of which they get: see
+        """Raise `UsageError` unless the parts return what they should on the images `x`, two of which they get: see
         `try_parts`. One evaluation of the cell, which no meter counts."""
         with torch.no_grad():
-            try_parts(self, x[:1])
+            try_parts(self, x[:2])
 
     def check_gradient(self, x: Tensor) -> None:
         """Raise `UsageError` unless autograd leads from the logits back to the images `x`, one of which it looks at.
@@ -285,24 +286,29 @@ def _zeros(injection: Tensors) -> Tensors:
     return torch.zeros_like(injection) if isinstance(injection, Tensor) else tuple(map(torch.zeros_like, injection))
 
 
-def check_sizes(what: str, input_shape: Sequence[int], num_classes: int) -> None:
+def check_sizes(what: str, input_shape: object, num_classes: object) -> None:
     """Raise `UsageError` unless `input_shape` is three integers >= 1 and `num_classes` one >= 2.
 
     Args:
         what: who asks, for the message.
     """
-    is_sequence = isinstance(input_shape, Sequence) and not isinstance(input_shape, str)
-    if not is_sequence or len(input_shape) != 3 or not all(_is_count(side, 1) for side in input_shape):
+    sides = input_shape if isinstance(input_shape, Sequence) and not isinstance(input_shape, str) else ()
+    if len(sides) != 3 or not all(_is_count(side, 1) for side in sides):
         raise UsageError.of(
             f"{what}: input_shape",
             expected="(channels, height, width), three integers >= 1",
-            got=tuple(input_shape) if is_sequence else repr(input_shape),
+            got=tuple(sides) if sides else repr(input_shape),
             fix="name all three",
         )
     if not _is_count(num_classes, 2):
         raise UsageError.of(
             f"{what}: num_classes", expected="an integer >= 2", got=repr(num_classes), fix="count the logits"
         )
+
+
+def _shape(value: object) -> object:
+    """Of a tensor; of anything else its type."""
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _is_count(value: object, least: int) -> bool:

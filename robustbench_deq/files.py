@@ -180,6 +180,19 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        OSError: when it cannot be read.
+        ValueError: when it is not UTF-8 or not JSON, or is nested too deeply to read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
     """As `write_json`, and under "sha256" a digest of the content, so that damage does not pass unseen."""
     write_text(path, _sealed(content))
@@ -208,7 +221,7 @@ def check_json(path: Path, content: dict[str, Any], but: Collection[str] = ()) -
         UsageError: when it is no JSON object, or another one.
     """
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        earlier = read_json(path)
     except (OSError, ValueError) as error:
         earlier = "none" if isinstance(error, FileNotFoundError) else "an unreadable one"
     if not isinstance(earlier, dict):
@@ -226,6 +239,16 @@ def check_json(path: Path, content: dict[str, Any], but: Collection[str] = ()) -
         )
 
 
+def is_folder(name: str | Path) -> bool:
+    """Whether there is such a folder; False for names that no file can have, which are too long for instance."""
+    return os.path.isdir(name)
+
+
+def is_file(name: str | Path) -> bool:
+    """Likewise of a file."""
+    return os.path.isfile(name)
+
+
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -233,7 +256,8 @@ def sha256_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def output_folder(path: Path | None, is_resumed: bool = False) -> Iterator[Path | None]:
-    """`path` as a new or empty folder that can be written; removed again if the block fails and leaves it empty.
+    """`path` as a new or empty folder that can be written; removed again, with the folders above that
+    were made for it, if the block fails and leaves it empty.
 
     Args:
         is_resumed: it may hold something.
@@ -244,6 +268,7 @@ def output_folder(path: Path | None, is_resumed: bool = False) -> Iterator[Path 
     if path is None:
         yield None
         return
+    made = [folder for folder in (path, *path.parents) if not is_folder(folder)]
     try:
         path.mkdir(parents=True, exist_ok=True)
         if all(_is_temporary(entry.name) for entry in path.iterdir()):
@@ -264,8 +289,9 @@ def output_folder(path: Path | None, is_resumed: bool = False) -> Iterator[Path 
     try:
         yield path
     except BaseException:
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
+        for folder in [path, *made[1:]]:  # the innermost first
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
         raise
 
 

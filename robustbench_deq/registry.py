@@ -7,14 +7,26 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Generic, TypeVar
 
 from robustbench_deq.errors import UsageError
 
 T = TypeVar("T")
 MAX_LISTED = 12
-"""Names in a message; of a larger registry those that resemble what was asked for, or none."""
+"""Names in a message; of more only those that resemble what was asked for."""
+
+
+def choice(name: str, names: Collection[str], kind: str) -> str:
+    """What is expected instead of `name`, for a message: all of `names` when they are few, else the closest.
+
+    Args:
+        kind: what they are, with an article ("a registered model").
+    """
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    if len(names) <= MAX_LISTED:
+        return f"one of {', '.join(dict.fromkeys([*close, *names]))}"
+    return f"{kind}, closest {', '.join(close)}" if close else kind
 
 
 class Registry(Generic[T]):
@@ -44,15 +56,15 @@ class Registry(Generic[T]):
         return difflib.get_close_matches(name, self._entries, n=3, cutoff=0.4)
 
     def get(self, name: str) -> T:
-        """The value stored under `name`. Raises `UsageError` that lists the closest names."""
+        """The value stored under `name`. Raises `UsageError` with the names that there are, or the closest of many."""
         if name in self._entries:
             return self._entries[name]
-        close = self.closest(name) or (list(self._entries) if len(self) <= MAX_LISTED else [])
+        listed = _LISTED_BY.get(self.kind)
         raise UsageError.of(
             f"unknown {self.kind}",
-            expected=f"one of {', '.join(close)}" if close else f"a registered {self.kind}",
+            expected=choice(name, self._entries, f"a registered {self.kind}"),
             got=repr(name),
-            fix=f"list them with 'robustbench-deq {self.kind}s'" if self.kind in _LISTED else "correct the name",
+            fix=f"list them with 'robustbench-deq {listed}'" if listed else "correct the name",
         )
 
     def list(self, pattern: str = "*") -> list[str]:
@@ -73,4 +85,9 @@ class Registry(Generic[T]):
         return len(self._entries)
 
 
-_LISTED = frozenset({"model", "attack", "dataset"})
+_LISTED_BY = {
+    **{kind: "attacks" for kind in ("attack", "solver", "adjoint", "objective")},
+    **{kind: "models" for kind in ("model", "family")},
+    "dataset": "datasets",
+}
+"""The command that lists what is registered of each kind."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_deq.callables import modules_behind
-from robustbench_deq.errors import UsageError
+from robustbench_deq.errors import UsageError, told
 
 CONVERSIONS = {torch.float32: ".float()", torch.float64: ".double()"}
 
@@ -70,10 +70,11 @@ def try_parts(model: Parts, x: Tensor) -> Tried:
     for part, call in calls.items():
         try:
             output = call()
+        except UsageError:
+            raise
         except Exception as error:  # whatever a foreign model raises
             _check_type(model, x)
-            fix = f"correct {part}"
-            got = reason_of(error)
+            fix, got = f"correct {part}", told(error)
             raise PartError(part, expected="a result", got=got, fix=fix, found=f"{part} raises {got}") from error
         if not isinstance(output, Tensor) or output.dim() < 2:
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -90,12 +91,6 @@ def try_parts(model: Parts, x: Tensor) -> Tried:
             raise _wrong_type(part, x, output.dtype)
         made[part] = output
     return Tried(**made)
-
-
-def reason_of(error: Exception) -> str:
-    """The first line of what an exception says, with its type."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:150] if lines else 'no message'}"
 
 
 def _check_modes(model: Parts) -> None:

@@ -61,8 +61,11 @@ def test_workflow_makes_targets_that_exist_and_keeps_what_the_gate_writes() -> N
 
 
 def commands_of_the_gate() -> list[list[str]]:
-    """The words of each call of the command line that `make gate` makes."""
-    output = subprocess.run(["make", "--dry-run", "gate"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    """The words of each call of the command line that `make gate` makes, whatever a `make test ARGS=...` was told."""
+    own = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
+    output = subprocess.run(
+        ["make", "--dry-run", "gate"], cwd=ROOT, env=own, capture_output=True, text=True, check=True
+    ).stdout
     lines = [shlex.split(line) for line in output.splitlines() if " cli.py " in line]
     return [words[words.index("cli.py") + 1 :] for words in lines]
 
@@ -72,7 +75,9 @@ def folder_of_the_gate() -> str:
     return bench[bench.index("--out") + 1]
 
 
-def test_gate_calls_commands_as_they_are() -> None:
+@pytest.mark.parametrize("flags", ["", " -- ARGS=-k\\ gate GATE=elsewhere"])
+def test_gate_calls_commands_as_they_are(flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAKEFLAGS", flags)  # as `make test ARGS='-k gate'` sets it for what it runs
     (bench, *bench_words), (check, *check_words) = commands_of_the_gate()
     assert (bench, check) == ("bench", "check")
     made_by = cli.main.get_command(None, bench).make_context(bench, bench_words).params

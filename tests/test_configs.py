@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
 from robustbench_deq.configs import Config, merge, parse_assignments, parse_fraction, read_yaml, validate
-from robustbench_deq.errors import UsageError
+from robustbench_deq.errors import MAX_MESSAGE, UsageError
 from robustbench_deq.specs import ThreatSpec
 
 
@@ -49,7 +49,7 @@ def test_valid_values_become_a_frozen_config() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"stepz": 3}, r"here: unknown key 'stepz': expected one of steps; remove or correct it"),
+        ({"stepz": 3}, r"here: unknown key 'stepz': expected one of steps, name, inner; remove or correct it"),
         ({"zzz": 3}, r"unknown key 'zzz': expected one of steps, name, inner"),
         ({"inner": {"tolerence": 1}}, r"unknown key 'inner.tolerence': expected one of tolerance"),
         ({"steps": "many"}, r"here: steps: expected a valid integer.*, got 'many'; correct it"),
@@ -93,7 +93,7 @@ class Listing(Config):
         ({"entries": [{}]}, "here: entries.0.width: expected a value (of all, in metres), got none; add it"),
         (
             {"entries": [{"widht": 1}]},
-            "here: unknown key 'entries.0.widht': expected one of width; remove or correct it",
+            "here: unknown key 'entries.0.widht': expected one of width, inner; remove or correct it",
         ),
         (
             {"entries": [{"width": []}, {"zzz": 1, "width": [1]}]},
@@ -202,7 +202,16 @@ def test_yaml_mapping_is_read(tmp_path: Path) -> None:
         (b"- 1\n- 2\n", "expected a mapping of keys to values, got list"),
         (b"", "expected a mapping of keys to values, got NoneType"),
         (b"\xff\xfe\x00a", "expected a readable YAML file, got not UTF-8 text"),
-        (b"a: !!python/object/apply:os.getcwd []\n", "expected YAML, got a syntax error in line 1"),
+        (b"a: !!bool x\n", "got a tag in line 1; remove the tag, or quote"),
+        (b"a: 1\nb: &x [1]\nc: *x\n", "got an alias or anchor in line 2; write the value out"),
+        (b"a: 1\nb: {c: 1, c: 2}\n", "got the key 'c' twice in line 2; remove one"),
+        (b"a: 1\na: 1\n", "got the key 'a' twice in line 2; remove one"),
+        (b"1: a\n", "got a key that is not text in line 1; quote the key"),
+        (b"a: " + b"[" * 5000, "got more than 32 levels in line 1"),
+        (b"a: " + b"9" * 5000, "got a number that is not one or is too large in line 1"),
+        (b"a: 0x_\n", "got a number that is not one"),
+        (b"a: b\n" * 2**18, "expected at most 1048576 bytes, got a larger file"),
+        (b"a: !!python/object/apply:os.getcwd []\n", "expected YAML .*, got a tag in line 1"),
     ],
 )
 def test_unusable_yaml_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
@@ -211,6 +220,33 @@ def test_unusable_yaml_is_refused(content: bytes, message: str, tmp_path: Path) 
     with pytest.raises(UsageError, match=message) as caught:
         read_yaml(path)
     assert "bad.yaml" in str(caught.value)
+
+
+def test_dates_and_merge_keys_are_text(tmp_path: Path) -> None:
+    path = tmp_path / "dates.yaml"
+    path.write_text("a: 2024-13-45\nb: 2024-01-01\n<<: {c: 1}\n")
+    assert read_yaml(path) == {"a": "2024-13-45", "b": "2024-01-01", "<<": {"c": 1}}
+    assert parse_assignments(("a=2024-13-45", "b=!!bool x", "c=*d")) == {"a": "2024-13-45", "b": "!!bool x", "c": "*d"}
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["x" * 10**6, [[["x"] * 100] * 100] * 100, {"a": {"b": {"c": {}}}}, 10**5000],
+    ids=["text", "list", "map", "int"],
+)
+def test_messages_are_of_a_bounded_length_whatever_the_value(value: Any) -> None:
+    for values in ({"steps": value}, {"stepz": value}, {"s" * 10**5: value}):
+        with pytest.raises(UsageError) as caught:
+            validate(Outer, values, "here" * 1000)
+        assert len(str(caught.value)) <= MAX_MESSAGE + 20
+    assert len(str(UsageError.of("a", expected="b", got="x" * 10**6, fix="c"))) < 500
+
+
+def test_integers_beyond_what_tensors_hold_are_refused() -> None:
+    with pytest.raises(
+        UsageError, match="steps: expected a valid integer from -2147483647 to 2147483647, got 10000000000"
+    ):
+        validate(Outer, {"steps": 10**10}, "here")
 
 
 def test_missing_yaml_is_refused(tmp_path: Path) -> None:

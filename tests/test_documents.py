@@ -7,6 +7,7 @@ registers is taken out again.
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -298,6 +299,18 @@ def test_solver_solves(name: str, execute, make_images) -> None:
         solution = Solve(solver(), rtol=1e-9)(Affine(x), torch.zeros_like(x))
         assert set(solution.status.tolist()) == {Status.CONVERGED}
         torch.testing.assert_close(solution.value, 2 * x, rtol=1e-7, atol=1e-7)
+
+
+def test_examples_keep_the_contract_of_what_they_are_examples_of() -> None:
+    """In a process of its own, since the contract's cases are made of what is registered; on two families of ten."""
+    others = ("deq-fc", "mdeq", "mondeq", "lben", "linear", "resnet")
+    chosen = f"(fgsm-l2 and not {' and not '.join(others)}) or heavy-ball"
+    words = [sys.executable, "-m", "tests.pasted", "-k", chosen]
+    answer = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert answer.returncode == 0, answer.stdout[-3000:] + answer.stderr[-1000:]
+    assert (
+        answer.stdout.startswith("pasted: fgsm heavy-ball\n") and int(re.search(r"(\d+) passed", answer.stdout)[1]) > 50
+    )
 
 
 @pytest.mark.parametrize("name", list(MODULES) * 2)

@@ -175,3 +175,46 @@ def test_what_is_no_part_is_refused(changes: dict, said: str, network: Network) 
     with pytest.raises(UsageError) as caught:
         EquilibriumModel.from_callables(**{**parts, **changes})
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "wrong", "said"),
+    [
+        (
+            "inject",
+            lambda x: x.missing,
+            r"inject: expected a result, got AttributeError: .*test_equi.*; correct inject",
+        ),
+        (
+            "inject",
+            lambda x: x.flatten(1)[:1],
+            r"inject: expected \(2, 16\), got \(1, 16\); return \(2, 16\) from inject",
+        ),
+        ("cell", lambda z, u: z[:, :2], r"cell: expected \(2, 5\), got \(2, 2\); return \(2, 5\) from cell"),
+        ("cell", lambda z, u: None, r"cell: expected one tensor \(batch, ...\), got NoneType"),
+        ("head", lambda z: {"logits": z}, r"head: expected one tensor \(batch, ...\), got dict"),
+        ("head", lambda z: z.sum(), r"head: expected one tensor \(batch, ...\), got \(\)"),
+    ],
+)
+def test_a_part_that_fails_or_returns_another_shape_is_named(part: str, wrong, said: str, make_images) -> None:
+    weight = make_images(1).new_ones(16, 5) / 16
+    parts = {
+        "inject": lambda x: x.flatten(1) @ weight,
+        "cell": lambda z, u: 0.5 * z + u,
+        "head": lambda z: z[:, :3],
+    }
+    model = EquilibriumModel.from_callables(**parts, **FITS)
+    model.check_parts(make_images(4))
+    model = EquilibriumModel.from_callables(**parts | {part: wrong}, **FITS)
+    with pytest.raises(UsageError, match=said):
+        model.check_parts(make_images(4))
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_classes", "ten"), ("num_classes", 0), ("input_shape", None)])
+def test_sizes_that_are_none_are_refused_with_the_images(
+    name: str, value: object, network: Network, make_images
+) -> None:
+    model = from_methods(network)
+    setattr(model, name, value)
+    with pytest.raises(UsageError, match=f"model: {name}: expected"):
+        model.check_images(make_images(2))

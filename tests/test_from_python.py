@@ -106,7 +106,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "negative batch size": ({"batch_size": -1}, "evaluate: batch_size: expected greater than"),
     "half a batch": ({"batch_size": 2.5}, "evaluate: batch_size: expected a valid integer"),
     "negative seed": ({"seed": -1}, "evaluate: seed: expected greater than"),
-    "seed beyond 64 bits": ({"seed": 2**63}, "evaluate: seed: expected less than"),
+    "seed beyond 31 bits": ({"seed": 2**31}, "evaluate: seed: expected"),
     "snapshots": ({"num_snapshots": -1}, "evaluate: num_snapshots: expected"),
     "label": ({"label": 3}, "evaluate: label: expected a valid string, got 3"),
     "device": ({"device": "gpu0"}, "device: expected cpu, cuda or cuda:N of this machine, got 'gpu0'"),

@@ -8,17 +8,17 @@ import time
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from robustbench_deq.attacks import build_attack
+from robustbench_deq.commands.console import plain_console
 from robustbench_deq.commands.display import suite_display
 from robustbench_deq.commands.shared import tell_split
 from robustbench_deq.configs import merge, parse_assignments, read_yaml, validate
 from robustbench_deq.data import SplitName, load
 from robustbench_deq.devices import choose_device, named_device
 from robustbench_deq.errors import RunError, UsageError
-from robustbench_deq.files import needing_space, output_folder
+from robustbench_deq.files import is_file, needing_space, output_folder
 from robustbench_deq.records.store import RECORDS_FILE, load_records
 from robustbench_deq.runner.executors import Executor, Processes, Ray, Serial
 from robustbench_deq.runner.progress import EarlierPaces, SuiteProgress
@@ -52,13 +52,13 @@ def bench(
         device = str(choose_device(device, "--device") if address is None else named_device(device, "--device"))
     if resume:
         check_folder(target, parsed, [run for run, _ in runs])
-    elif not is_dry and (target / SUITE_FILE).exists():
+    elif not is_dry and is_file(target / SUITE_FILE):
         raise UsageError.of(
             f"output folder {target}", expected="a new one", got="that of a suite", fix="add --resume, or name another"
         )
     if is_dry:
         missing = missing_shards(runs, target) if resume else [shard for _, shards in runs for shard in shards]
-        _echo_plan(runs, missing, EarlierPaces([Path("results"), target], device), workers or 1)
+        _echo_plan(runs, missing, EarlierPaces(_earlier_records(target), device), workers or 1)
         return
     advice = "finished shards are kept: make room, and go on with --resume"
     with output_folder(target, resume) as folder, needing_space(advice):
@@ -71,9 +71,9 @@ def bench(
             except KeyboardInterrupt:
                 raise RunError("interrupted; finished shards are kept, go on with --resume") from None
         seconds = time.monotonic() - start
-        if not (folder / SUITE_FILE).exists():  # somebody has removed it; without it there is no going on
+        if not is_file(folder / SUITE_FILE):  # somebody has removed it; without it there is no going on
             claim_folder(folder, parsed, [run for run, _ in runs])
-    records = load_records(target) if (target / RECORDS_FILE).exists() else []
+    records = load_records(target) if is_file(target / RECORDS_FILE) else []
     shown = f"; 'robustbench-deq report {target}' shows them" if records else ""
     click.echo(f"{len(records)} of {len(runs)} records in {target}{shown}")
     doubtful = [record for record in records if record.zero_gradient]
@@ -101,6 +101,11 @@ def bench(
 def _doubt(run: Run) -> str | None:
     num_pixels = load(run.data, SplitName(run.split), 1).x[0].numel()
     return ThreatSpec(norm=run.norm, epsilon=run.epsilon).build().doubt(num_pixels)
+
+
+def _earlier_records(target: Path) -> list[Path]:
+    """Folders that may hold some. An output folder of another kind is not searched: it may be the root of a disk."""
+    return [Path("results"), *([target] if is_file(target / RECORDS_FILE) else [])]
 
 
 def _check_executor(kind: str, address: str | None, workers: int | None) -> None:
@@ -139,7 +144,7 @@ def _echo_plan(
             expected = (f"{pace.seconds * num_samples:.1f}", str(pace.num_threads or "-"), str(pace.source))
         counts = (str(run.num_samples), str(len(shards)), str(num_samples))
         table.add_row(run.model, run.label, f"{run.norm} {run.epsilon:g}", run.data, *counts, *expected)
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 240).print(table)
+    plain_console(width=None if sys.stdout.isatty() else 240).print(table)
     click.echo(f"{len(runs)} runs, {sum(len(shards) for _, shards in runs)} shards, {len(missing)} of them to do")
     num_to_do = sum(count > 0 for count in samples.values())
     if num_to_do and num_unknown == num_to_do:

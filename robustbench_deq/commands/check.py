@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from robustbench_deq.commands.console import plain_console
 from robustbench_deq.errors import RunError, UsageError
-from robustbench_deq.files import write_text, writing
+from robustbench_deq.files import is_file, write_text, writing
 from robustbench_deq.records.missing import read_missing
 from robustbench_deq.runner.baseline import Runs, read_baseline, read_run, to_entries, update_baseline
 from robustbench_deq.runner.gate import Check, compare, to_junit
@@ -45,7 +45,7 @@ def _update(baseline: Path, folder: Path, runs: Runs, reason: str) -> None:
     if missing:
         got = f"{missing.failed.total()} failed shards and {missing.unfinished.total()} unfinished runs"
         raise UsageError.of(str(folder), expected="a whole run", got=got, fix="go on with bench --resume")
-    before = read_baseline(baseline).entries if baseline.exists() else []
+    before = read_baseline(baseline).entries if is_file(baseline) else []
     with writing(baseline):
         updated = update_baseline(baseline, runs, reason)
     kept = {entry.identity for entry in updated.entries}
@@ -62,5 +62,5 @@ def _echo_checks(checks: list[Check]) -> None:
         table.add_column(column, overflow="fold")
     for row in sorted(checks, key=lambda row: not row.is_good):
         table.add_row(*row[:5], "good" if row.is_good else "BAD")
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(table)
+    plain_console(width=None if sys.stdout.isatty() else 200).print(table)
     click.echo(f"{sum(row.is_good for row in checks)} of {len(checks)} checks are good")

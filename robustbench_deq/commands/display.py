@@ -15,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from robustbench_deq.commands.console import plain_console
 from robustbench_deq.runner.progress import SuiteProgress
 from robustbench_deq.runner.suite import Run, Shard
 
@@ -28,15 +29,15 @@ def bar(title: str, total: int, note: str) -> Iterator[Callable[[int, float], An
     Args:
         note: what is said of the value, such as `loss {:.4f}`.
     """
-    console = Console(stderr=True)
+    console = plain_console(is_error=True)
     if not console.is_terminal:
         yield _line_by_line(console, title, total, note)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
@@ -72,7 +73,7 @@ def suite_display(name: str, progress: SuiteProgress) -> Iterator[Callable[[Shar
     On a terminal a bar of all shards, with a line for every shard in progress; else a line now and then. A shard that
     has failed gets a line of its own at once.
     """
-    console = Console(stderr=True)
+    console = plain_console(is_error=True)
     with contextlib.ExitStack() as stack:
         if console.is_terminal:
             stack.enter_context(
@@ -126,5 +127,5 @@ def _place(shard: Shard) -> str:
 
 
 def _say(console: Console, line: str) -> None:
-    """One line as it is: not wrapped, no markup, no colours."""
-    console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
+    """One line, not wrapped."""
+    console.print(line, soft_wrap=True)

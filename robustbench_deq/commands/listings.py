@@ -7,13 +7,16 @@ from typing import Any
 
 import click
 
+from robustbench_deq.adjoints import ADJOINTS
 from robustbench_deq.attacks import ATTACKS
 from robustbench_deq.commands.shared import echo_listing
 from robustbench_deq.data import DATASETS
+from robustbench_deq.optimise import OBJECTIVES
+from robustbench_deq.solvers import SOLVERS
 
 
 def attacks(is_json: bool) -> None:
-    """List attacks and what --set reaches in each."""
+    """List attacks and what --set reaches in each; also solvers, adjoints and objectives, which settings name."""
     rows = []
     for name in ATTACKS:
         kind = ATTACKS.get(name)
@@ -24,7 +27,8 @@ def attacks(is_json: bool) -> None:
             rows.append({"name": name, "summary": kind.summary, "settings": settings})
         else:
             rows.append({"name": name, "summary": kind.summary, "settings": len(fields)})
-    echo_listing(rows, "attacks", is_json)
+    named = {"solvers": SOLVERS, "adjoints": ADJOINTS, "objectives": OBJECTIVES}
+    echo_listing(rows, "attacks", is_json, {kind: list(registry) for kind, registry in named.items()})
     if not is_json:
         click.echo("\nSettings with their defaults, for --set key=value:")
         for name in ATTACKS:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -12,7 +11,8 @@ import click
 from robustbench_deq.commands.shared import echo_listing
 from robustbench_deq.data import SplitName, load
 from robustbench_deq.errors import UsageError
-from robustbench_deq.models import MODELS, ModelDescription, describe_model, list_models, load_model
+from robustbench_deq.files import is_folder
+from robustbench_deq.models import FAMILIES, MODELS, ModelDescription, describe_model, list_models, load_model
 from robustbench_deq.proportions import wilson_interval
 from robustbench_deq.specs import ThreatSpec
 
@@ -20,7 +20,7 @@ from robustbench_deq.specs import ThreatSpec
 def models(
     pattern: str, family: str | None, dataset: str | None, threat: str | None, checked: str | None, is_json: bool
 ) -> None:
-    """List registered models; PATTERN may hold wildcards."""
+    """List registered models, and the families to train; PATTERN may hold wildcards."""
     if checked is not None:
         if family or dataset or threat:
             raise UsageError.of("models --check", expected="no filters", got="one", fix="name the model alone")
@@ -33,7 +33,7 @@ def _list_models(pattern: str, family: str | None, data: str | None, threat: str
     """What the cards say; the table leaves out what is long."""
     found = list_models(pattern, family=family, data=data, threat=threat)
     if not found:
-        if ".py:" in pattern or Path(pattern).is_dir():
+        if ".py:" in pattern or is_folder(pattern):
             raise UsageError.of(
                 "models", expected="registered names", got=f"the model {pattern}", fix="add --check DATA to examine it"
             )
@@ -46,7 +46,8 @@ def _list_models(pattern: str, family: str | None, data: str | None, threat: str
             got="none",
             fix="drop an option",
         )
-    echo_listing([_model_facts(row) if is_json else _model_columns(row) for row in found], "models", is_json)
+    rows = [_model_facts(row) if is_json else _model_columns(row) for row in found]
+    echo_listing(rows, "models", is_json, {"families": list(FAMILIES)})
 
 
 def _model_facts(described: ModelDescription) -> dict[str, Any]:

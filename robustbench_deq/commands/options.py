@@ -24,6 +24,8 @@ ATTACK_NAMES = (
 )  # fmt: skip
 DATASET_NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "svhn")
 NORM_NAMES = ("l1", "l2", "linf")
+MAX_COUNT = 2**31 - 1
+"""The largest integer, as `configs` has it."""
 SPLIT_NAMES = ("train", "validation", "test", "all")
 COMMANDS: dict[str, click.Command] = {}
 """By name, in the order of the listing."""
@@ -100,8 +102,8 @@ _set_any = "Any key of the {}, dotted."
 )
 @click.option("--limit", type=int, default=None, help="Images.  [default: at most 1000; all of --split all]")
 @click.option("--steps", type=int, default=None, help="The same as --set steps=K.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1, MAX_COUNT), default=128, show_default=True)
+@click.option("--seed", type=click.IntRange(0, MAX_COUNT), default=0, show_default=True)
 @click.option("--targeted", "is_targeted", is_flag=True, help="Aim at the class after the true one.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting of the attack.")
 @click.option("--label", default=None, help="Name of the row in reports.  [default: the attack's]")
@@ -119,7 +121,7 @@ def _attack() -> None:
 @_declared("attacks", "listings")
 @_json
 def _attacks() -> None:
-    """List attacks and what --set reaches in each."""
+    """List attacks and what --set reaches in each; also solvers, adjoints and objectives, which settings name."""
 
 
 @_declared("bench")
@@ -127,7 +129,7 @@ def _attacks() -> None:
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help=_set_any.format("suite"))
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="New folder.  [default: results/runs/NAME]")
 @click.option("--resume", is_flag=True, help="Go on in the folder: do what is missing. Begins where nothing is yet.")
-@click.option("--workers", type=click.IntRange(min=1), default=None, help="Shards at a time.  [default: 1; Ray: all]")
+@click.option("--workers", type=click.IntRange(1, 1024), default=None, help="Shards at a time.  [default: 1; Ray: all]")
 @click.option("--executor", "kind", type=click.Choice(["local", "ray"]), default="local", show_default=True)
 @click.option("--address", default=None, help="Of a Ray cluster, such as HOST:6379.  [default: one on this machine]")
 @click.option("--dry-run", "is_dry", is_flag=True, help="Print the plan, with times from earlier records.")
@@ -173,7 +175,7 @@ def _datasets() -> None:
 )
 @_json
 def _models() -> None:
-    """List registered models; PATTERN may hold wildcards.
+    """List registered models, and the families to train; PATTERN may hold wildcards.
 
     With --check, PATTERN is a model as for 'attack': a name, a folder or file.py:function, which is run as code.
     Exit code 1 means that a finding is bad.

@@ -6,26 +6,39 @@ import json
 import shutil
 import sys
 import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from robustbench_deq.commands.console import plain_console
 from robustbench_deq.data import SplitName, is_own_file, split_sizes
 
 
-def echo_listing(rows: list[dict[str, Any]], kind: str, is_json: bool) -> None:
-    """A line a row, or one JSON object. On a terminal too narrow for that, a paragraph a row."""
+def echo_listing(
+    rows: list[dict[str, Any]], kind: str, is_json: bool, names: Mapping[str, Sequence[str]] | None = None
+) -> None:
+    """A line a row, or one JSON object. On a terminal too narrow for that, a paragraph a row.
+
+    Args:
+        names: of other kinds, which have a line each, below the rows.
+    """
     if is_json:
-        click.echo(json.dumps({"schema_version": 1, kind: rows}))
+        click.echo(json.dumps({"schema_version": 1, kind: rows, **(names or {})}))
         return
+    _echo_rows(rows)
+    for other, listed in (names or {}).items():
+        click.echo(f"\n{other}: {', '.join(listed)}")
+
+
+def _echo_rows(rows: list[dict[str, Any]]) -> None:
     table = Table(box=None, pad_edge=False)
     for column in rows[0] if rows else ["name"]:
         table.add_column(column.replace("_", " "), no_wrap=True)
     for row in rows:
         table.add_row(*("-" if value is None else str(value) for value in row.values()))
-    unlimited = Console(file=sys.stdout, width=1000)
+    unlimited = plain_console(width=1000)
     if not sys.stdout.isatty() or unlimited.measure(table).maximum <= shutil.get_terminal_size().columns:
         unlimited.print(table)
         return

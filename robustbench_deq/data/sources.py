@@ -10,7 +10,6 @@ import gzip
 import logging
 import os
 import shutil
-import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -192,7 +191,7 @@ def read_npz(path: Path) -> Raw:
             raise ValueError("one array without a name")
         with archive:
             images, labels = archive["images"], archive["labels"]
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # whatever numpy and zipfile raise for damaged files
         got = "no such file" if isinstance(error, FileNotFoundError) else f"an unusable file ({error})"
         raise UsageError.of(
             where, expected="a .npz file with plain arrays 'images' and 'labels'", got=got, fix="write it with np.savez"

@@ -35,6 +35,7 @@ from torch import Tensor
 from robustbench_deq.adjoints import AdjointTrace, Implicit
 from robustbench_deq.data import Split
 from robustbench_deq.equilibrium import EquilibriumModel, check_labels
+from robustbench_deq.errors import told
 from robustbench_deq.evaluate.judge import JUDGE_RTOL, LADDER, is_readable, tight_solve
 from robustbench_deq.meter import Meter
 from robustbench_deq.models.diagnostics import picard_solution, spectral_radius
@@ -42,7 +43,7 @@ from robustbench_deq.optimise import estimate_contraction
 from robustbench_deq.protocol import frozen
 from robustbench_deq.rows import per_sample
 from robustbench_deq.solvers import SOLVERS, Anderson, CellMap, Solution, Solve, Status
-from robustbench_deq.trial import PartError, reason_of, try_parts
+from robustbench_deq.trial import PartError, try_parts
 
 NUM_IMAGES = 32
 NUM_DIFFERENTIATED = 8
@@ -148,7 +149,7 @@ def _finding(check: str, look: Callable[[Case], Finding], case: Case, before: Se
     try:
         return look(case)._replace(check=check)
     except Exception as error:  # whatever a foreign model raises
-        return Finding(Grade.BAD, f"raises {reason_of(error)}", "correct the model", check)
+        return Finding(Grade.BAD, f"raises {told(error)}", "correct the model", check)
 
 
 def _parts(model: EquilibriumModel, x: Tensor) -> Finding:
@@ -235,7 +236,7 @@ def _equilibrium(case: Case, settled: list[Case]) -> Finding:
     try:
         solution = tight_solve(case.model, case.u)
     except Exception as error:  # whatever a foreign cell raises
-        found = f"the judge's solve raises {reason_of(error)}"
+        found = f"the judge's solve raises {told(error)}"
         return Finding(Grade.BAD, found, "let cell take any batch and any state")
     num_images, num_found = len(solution.status), int(solution.is_converged.sum())
     if num_found:
@@ -398,7 +399,7 @@ def _solver(case: Case) -> Finding:
             try:
                 solution = solve(CellMap(case.model.evaluate, case.u), case.model.initial_state(case.u))
             except Exception as error:  # whatever a foreign cell raises
-                raising[name] = reason_of(error)
+                raising[name] = told(error)
                 continue
         num_left = int((~solution.is_converged).sum())
         ranking.append((num_left, meter.eval_rows / len(case.u), name))

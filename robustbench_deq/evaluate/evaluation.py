@@ -181,6 +181,7 @@ def check_data(model: EquilibriumModel, data: Split) -> None:
     """Raise `UsageError` unless `data` fits the model, the labels of its source that were not chosen too, and the model
     returns what it should on it (`EquilibriumModel.check_parts`)."""
     model.check_images(data.x)
+    model.check_parts(data.x.to(next(model.parameters(), data.x).device))
     check_labels(data.y, len(data), model.num_classes)
     as_ids(data.sample_ids, len(data))
     place = next(itertools.chain(model.parameters(), model.buffers()), data.x)

@@ -7,22 +7,26 @@ A config says all that a saved model needs but its weights: the shape of the dat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from robustbench_deq.configs import Config
+from robustbench_deq.configs import Config, validate
 from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.errors import UsageError
 from robustbench_deq.registry import Registry
 from robustbench_deq.specs import AdjointSpec, SolveSpec
+
+Size = Annotated[int, Field(ge=1, le=4096)]
+"""Of an axis of images, of channels and the like."""
 
 
 class ModelConfig(Config):
     """Shape of the data, its normalisation, which lives inside the model, and the defaults of `forward`."""
 
-    input_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(description="channels, height, width")
-    num_classes: int = Field(10, ge=2, description="number of classes")
+    input_shape: tuple[Size, Size, Size] = Field(description="channels, height, width")
+    num_classes: int = Field(10, ge=2, le=100_000, description="number of classes")
     pixel_mean: float = Field(0.0, description="subtracted from every pixel")
     pixel_std: float = Field(1.0, gt=0, description="divides every pixel")
     solve: SolveSpec = Field(SolveSpec(), description="how forward finds equilibria when the call does not say")
@@ -88,6 +92,26 @@ class Family(NamedTuple):
     name: str
     config_type: type[ModelConfig]
     build: Callable[[ModelConfig], FamilyModel]
+
+    def make(self, settings: Mapping[str, Any], where: str) -> FamilyModel:
+        """A new model from plain settings.
+
+        Args:
+            where: what the settings are from, for the message.
+
+        Raises:
+            UsageError: for settings that the family refuses, or sizes that do not go together or into memory.
+        """
+        config = validate(self.config_type, dict(settings), where)
+        try:
+            return self.build(config)
+        except UsageError:
+            raise
+        except (ArithmeticError, MemoryError, RuntimeError, ValueError) as error:
+            got = " ".join(str(error).split()) or type(error).__name__
+            raise UsageError.of(
+                where, expected="sizes that go together and into memory", got=got, fix="correct the sizes"
+            ) from error
 
 
 FAMILIES: Registry[Family] = Registry("family")

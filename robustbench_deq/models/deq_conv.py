@@ -18,11 +18,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch.nn.functional as F
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from robustbench_deq.models.base import FamilyModel, SizedConfig, Sizes, add_family, group_norm
+from robustbench_deq.models.base import FamilyModel, Size, SizedConfig, Sizes, add_family, group_norm
 
 
 class DEQConvConfig(SizedConfig):
@@ -32,9 +32,9 @@ class DEQConvConfig(SizedConfig):
         "base": {"channels": 96, "groups": 8},
     }
 
-    channels: int = Field(48, ge=2, description="channels of the state and inside the cell; even")
+    channels: int = Field(48, ge=2, le=4096, description="channels of the state and inside the cell; even")
     groups: int = Field(8, ge=0, description="groups of the group norms, which divide half of channels; 0: none")
-    strides: tuple[PositiveInt, PositiveInt] = Field((2, 2), description="strides of the injection's two convolutions")
+    strides: tuple[Size, Size] = Field((2, 2), description="strides of the injection's two convolutions")
     init_scale: float = Field(0.5, gt=0, description="factor on the default initialisation of the cell's convolutions")
     has_weight_norm: bool = Field(False, description="reparametrise the cell's convolutions by norm and direction")
 

@@ -34,7 +34,7 @@ class DEQFCConfig(SizedConfig):
         "base": {"hidden": 512},
     }
 
-    hidden: int = Field(128, ge=1, description="size of the state")
+    hidden: int = Field(128, ge=1, le=16384, description="size of the state")
     activation: Activation = Field(Activation.TANH, description="tanh or relu")
     init_norm: float = Field(0.7, gt=0, description="spectral norm of W at initialisation")
     groups: int = Field(0, ge=0, description="groups of the group norm, which divide hidden; 0: no group norm")

@@ -13,11 +13,10 @@ last step.
 from __future__ import annotations
 
 import torch.nn.functional as F
-from pydantic import Field, JsonValue, PositiveInt, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 from torch import Tensor, nn
 
-from robustbench_deq.configs import validate
-from robustbench_deq.models.base import FAMILIES, FamilyModel, ModelConfig, add_family, iterates
+from robustbench_deq.models.base import FAMILIES, FamilyModel, ModelConfig, Size, add_family, iterates
 from robustbench_deq.specs import AdjointSpec, SolveSpec
 
 
@@ -29,7 +28,7 @@ class ExplicitConfig(ModelConfig):
 class UnrolledConfig(ExplicitConfig):
     cell: str = Field("deq-conv", description="the family whose cell is unrolled")
     cell_config: dict[str, JsonValue] = Field(default_factory=dict, description="that family's settings")
-    num_steps: int = Field(8, ge=1, description="K, applications of the cell")
+    num_steps: int = Field(8, ge=1, le=1000, description="K, applications of the cell")
 
     @field_validator("cell")
     @classmethod
@@ -55,7 +54,7 @@ class UnrolledNetwork(FamilyModel):
         super().__init__(config)
         family = FAMILIES.get(config.cell)
         shared = {name: getattr(config, name) for name in ModelConfig.model_fields}
-        self.deq = family.build(validate(family.config_type, {**shared, **config.cell_config}, f"model {config.cell}"))
+        self.deq = family.make({**shared, **config.cell_config}, f"model {config.cell}")
 
     def inject(self, x: Tensor) -> Tensor:
         return self.deq.inject(x)
@@ -72,8 +71,10 @@ class UnrolledNetwork(FamilyModel):
 
 
 class ResNetConfig(ExplicitConfig):
-    channels: tuple[PositiveInt, ...] = Field((24, 48), min_length=1, description="channels of each stage")
-    blocks: int = Field(1, ge=1, description="residual blocks a stage; each stage but the first halves the resolution")
+    channels: tuple[Size, ...] = Field((24, 48), min_length=1, description="channels of each stage")
+    blocks: int = Field(
+        1, ge=1, le=100, description="residual blocks a stage; each stage but the first halves the resolution"
+    )
     groups: int = Field(8, ge=1, description="groups of the group norms; divides every number of channels")
     stem_stride: int = Field(2, ge=1, description="stride of the first convolution")
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save
 from robustbench_deq.configs import Config, validate
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
-from robustbench_deq.files import replacing, sha256_of, write_json
+from robustbench_deq.files import is_folder, read_json, replacing, sha256_of, write_json
 from robustbench_deq.models.base import FAMILIES, Family, FamilyModel
 from robustbench_deq.models.origin import Origin, with_origin
 from robustbench_deq.models.user_file import digest_of_file, model_from_file
@@ -136,7 +135,7 @@ def describe(folder: Path) -> ModelDescription:
     """Read `model.json`. Raises `UsageError` when it is missing, malformed, or of a newer schema."""
     path = folder / DESCRIPTION_NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         got = "no such file" if isinstance(error, FileNotFoundError) else "an unreadable file"
         raise UsageError.of(str(path), expected="a model description", got=got, fix="save the model again") from None
@@ -185,7 +184,7 @@ def load_folder(folder: Path) -> EquilibriumModel:
 def _build(family: Family, config: dict[str, Any], where: str) -> FamilyModel:
     """Initial weights are drawn in a fork of the global random state, and take gradients whatever mode we are in."""
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
-        return family.build(validate(family.config_type, config, where))
+        return family.make(config, where)
 
 
 def _wrong_tensors(path: Path, got: str) -> UsageError:
@@ -238,7 +237,7 @@ def load_model(
         if ".py:" in name:
             model = model_from_file(name)
             return with_origin(model, Origin(name, file_sha256=digest_of_file(Path(name.rpartition(":")[0]))))
-        if Path(name).is_dir():
+        if is_folder(name):
             return load_folder(Path(name))
     entry = _registered(name)
     if entry.folder is not None:
@@ -314,7 +313,7 @@ def list_models(
 
 def describe_model(source: str) -> ModelDescription:
     """Name, family, config and card of a registry name or a folder, without loading the weights."""
-    if source in MODELS or not Path(source).is_dir():
+    if source in MODELS or not is_folder(source):
         entry = _registered(source)
         if entry.folder is not None:
             return describe(entry.folder)

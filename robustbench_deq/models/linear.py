@@ -16,7 +16,7 @@ from robustbench_deq.models.base import FamilyModel, ModelConfig, add_family
 
 
 class LinearConfig(ModelConfig):
-    hidden: int = Field(12, ge=1, description="size of the state")
+    hidden: int = Field(12, ge=1, le=16384, description="size of the state")
     contraction: float = Field(0.6, gt=0, lt=1, description="spectral norm of A")
     seed: int = Field(0, ge=0, description="of the weights, which are fixed")
 

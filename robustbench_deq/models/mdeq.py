@@ -25,11 +25,11 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from robustbench_deq.models.base import FamilyModel, SizedConfig, Sizes, add_family
+from robustbench_deq.models.base import FamilyModel, Size, SizedConfig, Sizes, add_family
 
 HEAD_EXPANSION = 4
 
@@ -40,11 +40,11 @@ class MDEQConfig(SizedConfig):
         "base": {"channels": (32, 64, 128, 256), "head_channels": (14, 28, 56, 112), "has_weight_norm": True},
     }
 
-    channels: tuple[PositiveInt, ...] = Field((24, 24), min_length=1, description="channels of each branch")
-    head_channels: tuple[PositiveInt, ...] = Field((8, 16), description="bottleneck of each branch in the head")
+    channels: tuple[Size, ...] = Field((24, 24), min_length=1, description="channels of each branch")
+    head_channels: tuple[Size, ...] = Field((8, 16), description="bottleneck of each branch in the head")
     groups: int = Field(8, ge=1, description="groups of the group norms; divides every number of channels")
-    expansion: int = Field(5, ge=1, description="width of a residual block over its branch's channels")
-    stem_strides: tuple[PositiveInt, ...] = Field((1,), min_length=1, description="strides of the stem's convolutions")
+    expansion: int = Field(5, ge=1, le=64, description="width of a residual block over its branch's channels")
+    stem_strides: tuple[Size, ...] = Field((1,), min_length=1, description="strides of the stem's convolutions")
     has_weight_norm: bool = Field(False, description="reparametrise the cell's convolutions by norm and direction")
     init_scale: float = Field(0.1, gt=0, description="factor on the initial gain of every way from the state to itself")
 

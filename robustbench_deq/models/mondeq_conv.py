@@ -21,7 +21,7 @@ from robustbench_deq.models.splitting import InverseSplittingConfig, SpectralDEQ
 
 class MonDEQConvConfig(InverseSplittingConfig):
     monotonicity: float = Field(1.0, gt=0, description="m, the strong monotonicity of I - W")
-    channels: int = Field(32, ge=1, description="channels of the state")
+    channels: int = Field(32, ge=1, le=4096, description="channels of the state")
     stride: int = Field(2, ge=1, description="stride of the injection's convolution")
 
 

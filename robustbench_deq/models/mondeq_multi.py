@@ -19,17 +19,17 @@ import itertools
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from robustbench_deq.models.base import add_family
+from robustbench_deq.models.base import Size, add_family
 from robustbench_deq.models.mondeq_conv import circular_conv, circular_kernel
 from robustbench_deq.models.splitting import InverseSplittingConfig, SpectralDEQ
 
 
 class MonDEQMultiConfig(InverseSplittingConfig):
     monotonicity: float = Field(1.0, gt=0, description="m, the strong monotonicity of I - W")
-    channels: tuple[PositiveInt, ...] = Field((16, 32), min_length=1, description="channels of each tier")
+    channels: tuple[Size, ...] = Field((16, 32), min_length=1, description="channels of each tier")
     stride: int = Field(2, ge=1, description="stride of the injection's convolution")
 
     def finest(self) -> tuple[int, int]:

@@ -156,7 +156,7 @@ def _gain(matrix: Tensor) -> float:
 
 
 class DenseConfig(SplittingConfig):
-    hidden: int = Field(128, ge=1, description="size of the state")
+    hidden: int = Field(128, ge=1, le=16384, description="size of the state")
 
 
 class DenseDEQ(SplittingDEQ):

@@ -21,8 +21,8 @@ from types import ModuleType
 import torch
 
 from robustbench_deq.equilibrium import EquilibriumModel, check_model
-from robustbench_deq.errors import UsageError
-from robustbench_deq.files import sha256_of
+from robustbench_deq.errors import UsageError, told
+from robustbench_deq.files import is_file, sha256_of
 
 
 def model_from_file(source: str) -> EquilibriumModel:
@@ -33,9 +33,9 @@ def model_from_file(source: str) -> EquilibriumModel:
             `EquilibriumModel`.
     """
     file, _, function = source.rpartition(":")
-    path = Path(file).resolve()
-    if not path.is_file():
+    if not is_file(file):
         raise UsageError.of(f"model {source}", expected="file.py:function", got="no such file", fix="check the path")
+    path = Path(file).resolve()
     digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]  # two files of one stem are two modules
     spec = importlib.util.spec_from_file_location(f"_robustbench_deq_user_{path.stem}_{digest}", path)
     module = importlib.util.module_from_spec(spec)
@@ -57,9 +57,8 @@ def model_from_file(source: str) -> EquilibriumModel:
     except UsageError:
         raise
     except (Exception, SystemExit) as error:  # whatever the user's file raises
-        reason = str(error).splitlines()[0] if str(error) else "no message"
         raise UsageError.of(
-            f"model {source}", expected="a model", got=f"{type(error).__name__}: {reason}", fix="correct the file"
+            f"model {source}", expected="a model", got=told(error, path.parent), fix="correct the file"
         ) from error
     check_model(model, f"model {source}")
     return model.eval()

@@ -5,7 +5,6 @@ They are there to be looked at. Nothing is computed from them, and a record with
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +57,19 @@ def save_images(folder: Path, record_id: str, images: Images) -> None:
 def load_images(folder: Path, record_id: str) -> Images | None:
     """The images of a record; None when there are none or they cannot be read."""
     try:
-        with np.load(images_path(folder, record_id), allow_pickle=False) as arrays:
-            return Images(*(arrays[name] for name in Images._fields))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        with images_path(folder, record_id).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            images = Images(*(arrays[name] for name in Images._fields))
+    except Exception:  # whatever numpy and zipfile raise for files that are empty, damaged or not ours
         return None
+    return images if _are_whole(images) else None
+
+
+def _are_whole(images: Images) -> bool:
+    """Whether shapes and kinds are those of `Images`."""
+    clean, adversarial, *classes = images
+    return (
+        clean.ndim == 4
+        and clean.shape == adversarial.shape
+        and clean.dtype.kind == adversarial.dtype.kind == "f"
+        and all(part.shape == clean.shape[:1] and part.dtype.kind in "iu" for part in classes)
+    )

@@ -8,13 +8,12 @@ reads records alone does not see that an attack is missing.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from robustbench_deq.files import write_json
+from robustbench_deq.files import read_json, write_json
 from robustbench_deq.records.store import SHARDS_FOLDER
 
 PLAN_FILE = "plan.json"
@@ -64,7 +63,7 @@ def read_missing(folder: Path, known: Collection[str]) -> Missing:
 def _read_plan(path: Path) -> dict[str, Attacked] | None:
     """Model and label by record identifier; None where there is no plan."""
     try:
-        return {run["record_id"]: (run["model"], run["label"]) for run in _read(path)["runs"]}
+        return {run["record_id"]: (run["model"], run["label"]) for run in read_json(path)["runs"]}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -72,11 +71,7 @@ def _read_plan(path: Path) -> dict[str, Attacked] | None:
 def _read_failure(path: Path) -> tuple[str, Attacked]:
     """Record identifier, empty where it is not known, model and label of the run."""
     try:
-        content = _read(path)
+        content = read_json(path)
         return content.get("record_id", ""), (content["shard"]["run"]["model"], content["shard"]["run"]["label"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "", UNKNOWN
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

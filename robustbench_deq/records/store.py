@@ -121,11 +121,16 @@ class RecordStore:
         return {record.record_id for record in _read(path)} if path.is_file() else set()
 
     def load_samples(self, record_id: str) -> pd.DataFrame:
-        """The per-sample rows of a record. Raises `UsageError` when there are none."""
+        """The per-sample rows of a record. Raises `UsageError` when there are none, or they cannot be read."""
         path = self.samples_path(record_id)
         if not path.is_file():
             raise UsageError.of(str(path), expected="the samples of a record", got="no file", fix="check the record_id")
-        return pd.read_parquet(path)
+        try:
+            return pd.read_parquet(path)
+        except Exception as error:  # whatever the readers of Arrow and pandas raise for a damaged file
+            raise UsageError.of(
+                str(path), expected="the samples of a record", got="a damaged file", fix="restore it, or run again"
+            ) from error
 
     def samples_table(self, record_id: str, columns: Sequence[str] | None = None) -> pyarrow.Table:
         """The same as an Arrow table of some columns, read in a tenth of a millisecond.
@@ -213,7 +218,7 @@ def _parse(line: bytes, where: str) -> Record:
             return Record.model_validate_json(line)
     try:
         values = json.loads(line, parse_constant=_refuse_constant)
-    except ValueError:  # malformed JSON or UTF-8
+    except (ValueError, RecursionError):  # malformed JSON or UTF-8, or nested too deeply
         values = None
     if not isinstance(values, dict):
         raise UsageError.of(where, expected="a record as one JSON object", got=_excerpt(line), fix="remove the line")

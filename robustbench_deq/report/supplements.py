@@ -7,7 +7,6 @@ their record, are left out with a warning in the log.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 import pyarrow
 
 from robustbench_deq.errors import UsageError
+from robustbench_deq.files import is_file, read_json
 from robustbench_deq.records.images import images_path, load_images
 from robustbench_deq.records.missing import Missing, read_missing
 from robustbench_deq.records.record import Record
@@ -130,15 +130,15 @@ def read_model_facts(models: Iterable[str], weights_folder: Path) -> dict[str, M
     found = {}
     for model in sorted(models):
         registered = weights_folder / model / MODEL_FILE
-        path = registered if Path(model).name == model and registered.is_file() else Path(model) / MODEL_FILE
-        if path.is_file() and (facts := _read_facts(path)) is not None:
+        path = registered if Path(model).name == model and is_file(registered) else Path(model) / MODEL_FILE
+        if is_file(path) and (facts := _read_facts(path)) is not None:
             found[model] = facts
     return found
 
 
 def _read_facts(path: Path) -> ModelFacts | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError):
         content = None
     if isinstance(content, dict) and all(isinstance(content.get(key), kind) for key, kind in _FACTS.items()):

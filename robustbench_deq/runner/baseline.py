@@ -11,7 +11,6 @@ It changes only by `update_baseline`, which asks for a reason.
 from __future__ import annotations
 
 import datetime
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from pydantic import Field, JsonValue, model_validator
 
 from robustbench_deq.configs import Config, validate
 from robustbench_deq.errors import UsageError
-from robustbench_deq.files import write_json
+from robustbench_deq.files import is_file, read_json, write_json
 from robustbench_deq.records.record import Record
 from robustbench_deq.records.store import RecordStore, load_records
 
@@ -164,7 +163,7 @@ def _to_entry(record: Record, samples: pd.DataFrame) -> BaselineEntry:
 def read_baseline(path: Path) -> Baseline:
     """Raises `UsageError` for a missing or malformed file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except OSError:
         raise UsageError.of(
             str(path), expected="a baseline", got="no file that can be read", fix="write one with --update REASON"
@@ -190,7 +189,7 @@ def update_baseline(path: Path, runs: Runs, reason: str) -> Baseline:
     """
     if not reason.strip():
         raise UsageError.of("--update", expected="a reason", got="none", fix="say why the baseline changes")
-    old = read_baseline(path) if path.exists() else None
+    old = read_baseline(path) if is_file(path) else None
     commits = [record.environment.get("commit") for record, _ in runs]
     update = Update(
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),

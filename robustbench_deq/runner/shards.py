@@ -27,6 +27,7 @@ from robustbench_deq.evaluate.evaluation import Part
 from robustbench_deq.files import (
     lock,
     open_own,
+    read_json,
     read_sealed,
     remove_temporaries,
     replacing,
@@ -153,7 +154,7 @@ class ShardStore:
     def reason(self, shard: Shard) -> str | None:
         """Why the shard failed; None when it did not."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return json.loads(self._path(shard, ".failed.json").read_text(encoding="utf-8"))["reason"]
+            return read_json(self._path(shard, ".failed.json"))["reason"]
         return None
 
     @contextlib.contextmanager
@@ -195,7 +196,7 @@ class ShardStore:
         if not self.is_claimed(shard):
             return None
         with contextlib.suppress(OSError, ValueError, TypeError):
-            return Standing(**json.loads(self._path(shard, LOCK_SUFFIX).read_text(encoding="utf-8")))
+            return Standing(**read_json(self._path(shard, LOCK_SUFFIX)))
         return None
 
     @contextlib.contextmanager

@@ -13,15 +13,17 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from robustbench_deq.configs import Config, FolderName, merge, named_in, read_yaml, validate
+from robustbench_deq.configs import MAX_COUNT, Config, Distinct, FolderName, merge, named_in, read_yaml, validate
 from robustbench_deq.data import Split, SplitName, load
 from robustbench_deq.errors import UsageError
+from robustbench_deq.files import is_folder
 from robustbench_deq.inputs import shape_fix
 from robustbench_deq.models import MODELS, ModelDescription, describe_model
 from robustbench_deq.models.user_file import digest_of_file
@@ -32,13 +34,17 @@ from robustbench_deq.specs import AttackSpec, NormName, Radius, ThreatSpec
 
 Axis = list[dict[str, Any]]
 """Points of an axis of the suite, each as settings of an attack."""
+MAX_RUNS = 10_000
+MAX_SHARDS = 100_000
 
 
 class AttackGrid(Config):
     """An attack with settings to combine: a list of `AttackSpec`."""
 
     name: str = Field("joint-pgd", description="a registered attack")
-    label: str | None = Field(None, description="its name in tables; the settings of the grid are added to it")
+    label: str | None = Field(
+        None, max_length=200, description="its name in tables; the settings of the grid are added to it"
+    )
     config: dict[str, Any] = Field(default_factory=dict, description="the attack's own settings")
     grid: dict[str, list[Any]] = Field(default_factory=dict, description="settings, each with the values it takes")
 
@@ -49,8 +55,7 @@ class AttackGrid(Config):
             UsageError: when the attack sets by itself what an axis sets.
         """
         grid = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
-        known = ATTACKS.get(self.name).config_type.model_fields
-        own = [[point for point in axis if point.keys() <= known.keys()] or [{}] for axis in axes]
+        own = self._own(axes)
         for key in {key for axis in own for point in axis for key in point} & {*self.config, *self.grid}:
             raise UsageError.of(
                 f"suite: attack {self.label or self.name}",
@@ -62,6 +67,15 @@ class AttackGrid(Config):
             point = {key: value for part in points for key, value in part.items()}
             words = [self.label or self.name, *(f"{key}={_text(value)}" for key, value in point.items())]
             yield " ".join(words), merge(self.config, point)
+
+    def num_variants(self, axes: Sequence[Axis]) -> int:
+        """How many `variants` there are, without making them."""
+        return math.prod(map(len, [*self.grid.values(), *self._own(axes)]))
+
+    def _own(self, axes: Sequence[Axis]) -> list[Axis]:
+        """Of each axis the points that the attack has settings for."""
+        known = ATTACKS.get(self.name).config_type.model_fields
+        return [[point for point in axis if point.keys() <= known.keys()] or [{}] for axis in axes]
 
 
 def _text(value: Any) -> str:
@@ -91,7 +105,9 @@ class ThreatGrid(Config):
     """A norm with several radii: a list of `ThreatSpec`."""
 
     norm: NormName = Field("l2", description="l1, l2 or linf")
-    epsilons: list[Radius] = Field(min_length=1, description="radii in pixel units of [0, 1]; may be written 8/255")
+    epsilons: Annotated[list[Radius], Distinct] = Field(
+        min_length=1, description="radii in pixel units of [0, 1]; may be written 8/255"
+    )
 
     def specs(self) -> list[ThreatSpec]:
         return [ThreatSpec(norm=self.norm, epsilon=epsilon) for epsilon in self.epsilons]
@@ -108,23 +124,35 @@ class SuiteConfig(Config):
     """A suite as its file says it."""
 
     name: FolderName = Field(description="of the suite and its default output folder")
-    models: list[str] = Field(min_length=1, description="names, wildcards, folders or file.py:function")
+    models: Annotated[list[str], Distinct] = Field(
+        min_length=1, description="names, wildcards, folders or file.py:function"
+    )
     attacks: list[AttackGrid] = Field(min_length=1)
     threats: list[ThreatGrid] | None = Field(None, description="null: the threat of each model's card")
-    data: str | Annotated[list[str], Field(min_length=1)] | None = Field(
+    data: str | Annotated[list[str], Field(min_length=1), Distinct] | None = Field(
         None, description="a dataset or npz:FILE, or several; null: that of each model's card"
     )
     split: Literal["train", "validation", "test", "all"] = Field("test", description="all: every sample of npz:FILE")
     limit: int = Field(256, ge=1, description="samples of a run; at most those of the split")
-    budgets: list[Budget] | None = Field(None, min_length=1, description="null: what the attacks' settings say")
-    solvers: list[Annotated[str, named_in(SOLVERS)]] | None = Field(
+    budgets: Annotated[list[Budget], Distinct] | None = Field(
+        None, min_length=1, description="null: what the attacks' settings say"
+    )
+    solvers: Annotated[list[Annotated[str, named_in(SOLVERS)]], Distinct] | None = Field(
         None, min_length=1, description="of the attacks' equilibrium solves; null: what their settings say"
     )
-    seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
+    seeds: Annotated[list[Annotated[int, Field(ge=0, le=MAX_COUNT)]], Distinct] = Field([0], min_length=1)
     batch_size: int = Field(128, ge=1)
     batches_per_shard: int = Field(1, ge=1, description="batches of a shard")
-    num_snapshots: int = Field(8, ge=0, description="points of the accuracy-against-cost curves")
+    num_snapshots: int = Field(8, ge=0, le=1000, description="points of the accuracy-against-cost curves")
     resources: Resources = Resources()
+
+    @field_validator("threats")
+    @classmethod
+    def _check_threats(cls, threats: list[ThreatGrid] | None) -> list[ThreatGrid] | None:
+        specs = [spec for grid in threats or () for spec in grid.specs()]
+        if len({(spec.norm, spec.epsilon) for spec in specs}) < len(specs):
+            raise ValueError("every threat once")
+        return threats
 
     def axes(self) -> list[Axis]:
         """Budgets and solvers, as far as the suite has them.
@@ -202,17 +230,24 @@ def plan(suite: SuiteConfig) -> list[Run]:
 
     Raises:
         UsageError: for unknown names, settings that an attack refuses, a model whose card lacks what the suite leaves
-            to it, or two runs of one name.
+            to it, two runs of one name, or more than `MAX_RUNS` runs or `MAX_SHARDS` shards.
     """
     runs: dict[tuple[Any, ...], Run] = {}
     splits: dict[str, Split] = {}
     axes, attacks = suite.axes(), suite.attacks
+    num_variants = sum(grid.num_variants(axes) for grid in attacks)
+    num_runs = num_shards = 0
     for model in dict.fromkeys(name for pattern in suite.models for name in _expand(pattern)):
         described, model_digest = _describe(model), digest_of_model(model)
         for name in _data(suite, model, described):
             split = splits[name] = splits.get(name) or _load(name, suite)
             _check_shape(model, described, split)
-            for threat, grid, seed in itertools.product(_threats(suite, model, described), attacks, suite.seeds):
+            threats = _threats(suite, model, described)
+            more = num_variants * len(threats) * len(suite.seeds)
+            num_runs += more
+            num_shards += more * math.ceil(len(split) / (suite.batch_size * suite.batches_per_shard))
+            _check_size(num_runs, num_shards)
+            for threat, grid, seed in itertools.product(threats, attacks, suite.seeds):
                 for label, config in grid.variants(axes):
                     chosen = AttackSpec(name=grid.name, threat=threat, config=config)
                     attack = chosen.build(f"suite: attack {label}")
@@ -241,6 +276,14 @@ def plan(suite: SuiteConfig) -> list[Run]:
                         )
                     runs[name_of_run] = run
     return list(runs.values())
+
+
+def _check_size(num_runs: int, num_shards: int) -> None:
+    """Before they are made: a few lists multiply out to more than fits into memory."""
+    for count, most, kind in ((num_runs, MAX_RUNS, "runs"), (num_shards, MAX_SHARDS, "shards")):
+        if count > most:
+            fix = "shorten a list or a grid, or make several suites" + ", or raise batch_size" * (kind == "shards")
+            raise UsageError.of("suite", expected=f"at most {most} {kind}", got=f"{count} or more", fix=fix)
 
 
 def digest_of_model(model: str) -> str:
@@ -276,7 +319,7 @@ def cut(run: Run, batches_per_shard: int) -> list[Shard]:
 
 def _expand(pattern: str) -> list[str]:
     """Registered names that match, or the pattern itself where it names a folder or a file."""
-    if ".py:" in pattern or Path(pattern).is_dir():
+    if ".py:" in pattern or is_folder(pattern):
         return [pattern]
     names = MODELS.list(pattern)
     if not names:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from robustbench_deq.configs import merge, validate
+from robustbench_deq.configs import merge
 from robustbench_deq.data import DATASETS, Split, SplitName, load
 from robustbench_deq.equilibrium import EquilibriumModel, check_labels
 from robustbench_deq.errors import RunError, UsageError
@@ -78,7 +78,7 @@ class TrainingSession:
             shape["num_classes"] = max(2, int(self._train.y.max()) + 1)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
-            return family.build(validate(family.config_type, merge(shape, spec.config), f"model {spec.family}"))
+            return family.make(merge(shape, spec.config), f"model {spec.family}")
 
     def _load_initial(self, initial: str, spec: ModelSpec) -> EquilibriumModel:
         described = describe_model(initial)  # refuses a file.py:function, which has no card
@@ -106,6 +106,7 @@ class TrainingSession:
         for split in (self._train, validation, load(self.config.data, SplitName.TEST)):
             model.check_images(split.x)
             check_labels(split.y, len(split), model.num_classes)
+        model.check_parts(self._train.x)
         self.trainer = Trainer(
             self.config,
             model,

@@ -226,6 +226,44 @@ def test_two_versions_of_a_file_are_two_models(tmp_path: Path) -> None:
     assert {name.model for name in names.values()} == {f"{file}:build ({digest[:8]})" for digest in digests}
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"attacks": [{"name": "pgd", "grid": {"steps": list(range(1, 200)), "max_steps": list(range(1, 200))}}]},
+            "10000 runs",
+        ),
+        ({"attacks": [{"name": "pgd", "grid": {key: list(range(1000)) for key in "abcdefgh"}}]}, "10000 runs"),
+        ({"limit": 500, "batch_size": 1, "seeds": list(range(101))}, "100000 shards"),
+    ],
+)
+def test_lists_that_multiply_out_to_too_much_are_refused_before(changes: dict, said: str, tmp_path: Path) -> None:
+    result = bench(write(tmp_path / "large.yaml", **changes), "--dry-run")
+    assert result.exit_code == 2 and f"suite: expected at most {said}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("threats: [{norm: linf, epsilons: [0.1, 0.10]}]", "threats.0.epsilons: expected every value once"),
+        ("threats: [{epsilons: [1]}, {epsilons: [1.0]}]", "threats: expected every threat once"),
+        ("seeds: [1, 1]", "seeds: expected every value once"),
+        ("name: " + "x" * 300, "name: expected"),
+        ("limit: 2024-13-45", "limit: expected a valid integer, got '2024-13-45'"),
+        ("limit: 1e400", "limit: expected a valid integer"),
+    ],
+)
+def test_values_that_no_suite_has_are_one_line(text: str, said: str, tmp_path: Path) -> None:
+    whole = json.loads(write(tmp_path / "small.yaml").read_text()) | yaml.safe_load(
+        text.replace("2024-13-45", "'2024-13-45'")
+    )
+    key = text.partition(":")[0]
+    lines = [text if name == key else f"{name}: {json.dumps(value)}" for name, value in whole.items()]
+    (tmp_path / "small.yaml").write_text("\n".join(lines))
+    result = bench(tmp_path / "small.yaml", "--dry-run")
+    assert result.exit_code == 2 and said in result.stderr and len(result.stderr.splitlines()) == 1
+
+
 def test_folder_with_something_is_refused_without_resume(path: Path, tmp_path: Path) -> None:
     folder = tmp_path / "full"
     folder.mkdir()

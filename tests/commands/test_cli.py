@@ -28,21 +28,23 @@ import torch
 import torchvision
 import yaml
 
+from robustbench_deq.adjoints import ADJOINTS
 from robustbench_deq.attacks import ATTACKS, JointPGD, build_attack
 from robustbench_deq.commands import attack as attack_command
 from robustbench_deq.commands import display, options
 from robustbench_deq.commands import main as cli
 from robustbench_deq.commands import report as report_command
-from robustbench_deq.configs import read_yaml, validate
+from robustbench_deq.configs import MAX_COUNT, read_yaml, validate
 from robustbench_deq.data import DATASETS, SplitName, load, sources, splits
 from robustbench_deq.errors import RunError
 from robustbench_deq.evaluate.evaluation import evaluate
 from robustbench_deq.files import alone_in
 from robustbench_deq.models import FAMILIES, MODELS, describe_model, list_models, load_folder, load_model, save_model
-from robustbench_deq.optimise import NORMS, Norm
+from robustbench_deq.optimise import NORMS, OBJECTIVES, Norm
 from robustbench_deq.records.record import Record
 from robustbench_deq.records.store import load_records
 from robustbench_deq.report.pages.commands import command_of
+from robustbench_deq.solvers import SOLVERS
 from robustbench_deq.threats import Threat
 from robustbench_deq.training import checkpoint
 from robustbench_deq.training.checkpoint import Checkpoint
@@ -119,6 +121,17 @@ def test_listing_names_everything_as_text_and_as_json(command: str, names) -> No
     content = json.loads(succeeds(command, "--json"))
     assert content["schema_version"] == 1
     assert [row["name"] for row in content[command]] == list(names)
+
+
+def test_everything_that_settings_name_is_listed() -> None:
+    for command, kind, names in (
+        ("attacks", "solvers", SOLVERS),
+        ("attacks", "adjoints", ADJOINTS),
+        ("attacks", "objectives", OBJECTIVES),
+        ("models", "families", FAMILIES),
+    ):
+        assert f"\n{kind}: {', '.join(names)}\n" in succeeds(command)
+        assert json.loads(succeeds(command, "--json"))[kind] == list(names)
 
 
 def test_models_may_be_picked_by_a_wildcard() -> None:
@@ -466,7 +479,7 @@ def test_own_images_own_model_file_and_saved_folder(tmp_path: Path) -> None:
         ((*QUICK, "--seed", "-1"), "seed"),
         ((*QUICK, "--split", "tets"), "test"),
         ((*QUICK, "--device", "tpu9"), "--device: expected cpu, cuda"),
-        ((*QUICK, "--set", "stepsize=0.1"), "unknown key 'stepsize': expected one of step_size"),
+        ((*QUICK, "--set", "stepsize=0.1"), "unknown key 'stepsize': expected another key, closest step_size"),
         ((*QUICK, "--set", "step_size=big"), "step_size: expected"),
         ((*QUICK, "--set", "step_size=nan"), "step_size: expected"),
         ((*QUICK, "--set", "step_size=-1"), "step_size: expected"),
@@ -682,7 +695,7 @@ def test_choices_and_completed_names_are_those_of_the_registries() -> None:
     assert options.model_names() == MODELS.list()
     assert [*options.ATTACK_NAMES] == ATTACKS.list() and [*options.DATASET_NAMES] == DATASETS.list()
     assert [*options.NORM_NAMES] == NORMS.list() and [*options.SPLIT_NAMES] == [name.value for name in SplitName]
-    assert f"at most {attack_command.DEFAULT_LIMIT}" in succeeds("attack", "--help")
+    assert f"at most {attack_command.DEFAULT_LIMIT}" in succeeds("attack", "--help") and options.MAX_COUNT == MAX_COUNT
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -735,6 +748,29 @@ def test_the_traceback_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cli.DEBUG_VARIABLE, "1")
     result = invoke(*QUICK)
     assert result.exit_code == 1 and isinstance(result.exception, RuntimeError)
+
+
+def test_the_traceback_of_a_models_file_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text("def build():\n    raise ValueError('mine')\n")
+    monkeypatch.setenv(cli.DEBUG_VARIABLE, "1")
+    result = invoke("attack", f"{tmp_path / 'mine.py'}:build", *QUICK[2:])
+    assert result.exit_code == 2 and "Traceback" in result.stderr
+    assert result.stderr.splitlines()[-1].endswith("got ValueError: mine, in mine.py line 2; correct the file")
+
+
+def test_the_end_of_a_file_is_no_interrupt_and_a_line_is_short_and_printable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attack_command, "evaluate", fails_with(EOFError("no data left")))
+    assert "the run failed with EOFError: no data left" in refused(*QUICK, code=1)
+    monkeypatch.setattr(attack_command, "evaluate", fails_with(RunError("x" * 10**6 + "\x1b[31m")))
+    said = refused(*QUICK, code=1)
+    assert len(said) < 2000 and said.isprintable()
+
+
+def test_a_refused_training_leaves_no_folder(tmp_path: Path) -> None:
+    model = "{family: deq-fc, config: {hidden: 100000}}"
+    (tmp_path / "mine.yaml").write_text(f"name: mine\nmodel: {model}\nvalidation: {{limit: 8}}\n")
+    assert "hidden: expected less than or equal to 16384" in refused("train", tmp_path / "mine.yaml")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
 
 
 def interrupted(*args: object) -> None:
@@ -902,7 +938,7 @@ def test_training_that_diverges_is_exit_code_1_and_one_line(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("assignment", "said"),
     [
-        ("epoch=1", "unknown key 'epoch': expected one of epochs"),
+        ("epoch=1", "unknown key 'epoch': expected another key, closest epochs"),
         ("forward.solvr=picard", "unknown key 'forward.solvr': expected one of solver"),
         ("name=../run", "name: expected a name of one folder"),
         ("epochs=many", "epochs: expected"),
@@ -916,7 +952,7 @@ def test_training_that_diverges_is_exit_code_1_and_one_line(tmp_path: Path, monk
         ("forward.solver=andersen", "anderson"),
         ("backward.solver=andersen", "anderson"),
         ("evaluation.attack.name=joint", "joint-pgd"),
-        ("evaluation.attack.config.stepz=3", "unknown key 'stepz': expected one of steps"),
+        ("evaluation.attack.config.stepz=3", "unknown key 'stepz': expected another key, closest steps"),
         ("evaluation.attack.threat.norm=l7", "expected l1, l2 or linf"),
         ("evaluation.attack.threat.epsilon=-1", "epsilon: expected"),
         ("epochs", "--set: expected key=value"),

@@ -262,7 +262,10 @@ def test_config_or_name_of_another_family_is_refused(saved) -> None:
         ({"surplus": 1}, "unknown key 'surplus'"),
         ({"schema_version": 2, "surplus": 1}, "expected schema version 1 at most, got 2; read it with the newer"),
         ({"schema_version": 0}, "schema_version: expected greater than or equal to 1"),
-        ({"card": {"clean_acuracy": 0.5}}, "unknown key 'card.clean_acuracy': expected one of clean_accuracy"),
+        (
+            {"card": {"clean_acuracy": 0.5}},
+            "unknown key 'card.clean_acuracy': expected another key, closest clean_accuracy",
+        ),
     ],
 )
 def test_keys_and_types_of_the_description_are_checked(values: dict, said: str, saved) -> None:

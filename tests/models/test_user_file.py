@@ -47,7 +47,7 @@ def test_a_function_in_a_file_builds_a_model(tmp_path: Path, make_images) -> Non
 @pytest.mark.parametrize(
     ("function", "said"),
     [
-        ("fails", "expected a model, got RuntimeError: no weights here; correct the file"),
+        ("fails", f"mine.py line {1 + SOURCE[: SOURCE.index('no weights')].count(chr(10))}; correct the file"),
         ("missing", "expected a function 'missing' in the file, got none"),
         ("constant", "expected a function 'constant' in the file, got none"),
         ("other", "expected an EquilibriumModel, got Linear"),
@@ -206,3 +206,26 @@ def test_digest_of_a_file_that_stands_alone_is_its_own(source: str, tmp_path: Pa
     path = tmp_path / "mine.py"
     path.write_text(source)
     assert digest_of_file(path) == hashlib.sha256(source.encode()).hexdigest()
+
+
+def test_an_error_is_told_with_the_file_and_line_it_is_in(tmp_path: Path) -> None:
+    """Of the user's files, wherever a library raises it; a syntax error too, which has no frame."""
+    (tmp_path / "beside.py").write_text("import json\n\n\ndef read():\n    return json.loads('{')\n")
+    (tmp_path / "spoilt.py").write_text("x = 1\nx = (\n")
+    (tmp_path / "mine.py").write_text(
+        "def build():\n    import beside\n    return beside.read()\n\ndef other():\n    import spoilt\n"
+    )
+    for function, said in (
+        ("build", "JSONDecodeError: .*beside.py line 5"),
+        ("other", "SyntaxError: .*spoilt.py line 2"),
+    ):
+        with pytest.raises(UsageError, match=said) as caught:
+            load_model(f"{tmp_path / 'mine.py'}:{function}")
+        assert caught.value.__cause__ is not None
+
+
+def test_a_name_that_no_file_can_have_is_told() -> None:
+    for name in ("x" * 5000, "a\0b"):
+        for source in (f"{name}.py:build", name):
+            with pytest.raises(UsageError, match="expected"):
+                load_model(source)

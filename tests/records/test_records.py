@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -20,6 +21,7 @@ from robustbench_deq.configs import validate
 from robustbench_deq.errors import UsageError
 from robustbench_deq.records import store
 from robustbench_deq.records.frames import to_frame
+from robustbench_deq.records.images import Images, images_path, load_images
 from robustbench_deq.records.record import Record, to_json
 from robustbench_deq.records.store import RecordStore, load_folders, load_records
 
@@ -342,3 +344,37 @@ def test_frame_is_flat_with_a_row_for_each_record() -> None:
     assert frame["attack_config.solver.name"].tolist() == ["anderson", "anderson"]
     assert frame["diagnostics.num_audited"].isna().tolist() == [False, True]
     assert not {"curve", "residuals", "diagnostics"} & set(frame.columns)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 damaged PAR1", b"PAR1"])
+def test_samples_that_are_damaged_are_told(content: bytes, tmp_path: Path) -> None:
+    store = RecordStore(tmp_path)
+    store.samples_path("one").parent.mkdir()
+    store.samples_path("one").write_bytes(content)
+    with pytest.raises(UsageError, match=r"one\.parquet: expected the samples of a record, got a damaged file"):
+        store.load_samples("one")
+
+
+def test_images_that_are_empty_damaged_or_foreign_are_left_out(tmp_path: Path) -> None:
+    path = images_path(tmp_path, "one")
+    path.parent.mkdir()
+    good = np.zeros((2, 1, 4, 4), np.float32)
+    whole = dict(zip(Images._fields, (good, good, *[np.zeros(2, int)] * 3), strict=True))
+    for changes in (
+        {},
+        {"clean": good[0]},
+        {"labels": good},
+        {"adversarial": good.astype(str)},
+        {"labels": np.array(3)},
+    ):
+        np.savez(path, **whole | changes)
+        assert (load_images(tmp_path, "one") is None) == bool(changes)
+    for content in (b"", b"PK\x03\x04", b"\x93NUMPY", path.read_bytes()[:300]):
+        path.write_bytes(content)
+        assert load_images(tmp_path, "one") is None
+
+
+def test_a_line_that_is_nested_too_deeply_is_told(tmp_path: Path) -> None:
+    (tmp_path / "records.jsonl").write_text("[" * 100_000 + "\n")
+    with pytest.raises(UsageError, match="expected a record as one JSON object"):
+        load_records(tmp_path)

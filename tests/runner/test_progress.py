@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from robustbench_deq.commands import display
 from robustbench_deq.commands import main as cli
+from robustbench_deq.files import write_sealed
 from robustbench_deq.records.store import load_records
 from robustbench_deq.runner import progress as progress_module
 from robustbench_deq.runner.progress import EarlierPaces, SuiteProgress
@@ -40,7 +41,9 @@ def take_back(folder: Path, shards: list[Shard]) -> dict[str, str]:
 
 
 def finish(folder: Path, shard: Shard, held: dict[str, str], seconds: float) -> None:
-    path_of(folder, shard).write_text(json.dumps(json.loads(held[shard.key]) | {"seconds": seconds}))
+    content = json.loads(held[shard.key]) | {"seconds": seconds}
+    del content["sha256"]
+    write_sealed(path_of(folder, shard), content)
 
 
 @pytest.fixture
