@@ -22,7 +22,7 @@ from robustbench_deq.attacks import (
 from robustbench_deq.data import Split, SplitName
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
-from robustbench_deq.evaluate.evaluation import Evaluation, Part, _curve, evaluate
+from robustbench_deq.evaluate.evaluation import Evaluation, Part, Progress, _curve, evaluate
 from robustbench_deq.evaluate.judge import judge
 from robustbench_deq.models import Linear, LinearConfig
 from robustbench_deq.optimise import Norm
@@ -311,9 +311,22 @@ def test_parts_of_unlike_length_make_one_curve() -> None:
 def test_progress_counts_samples_and_ends_with_the_result(setup) -> None:
     model, data = setup()
     seen = []
-    found = evaluate(model, pgd(), data, batch_size=6, progress=lambda *said: seen.append(said))
-    assert [(done, total) for done, total, _ in seen] == [(6, 14), (12, 14), (14, 14)]
-    assert seen[-1][2] == pytest.approx(found.record.robust_accuracy)
+    found = evaluate(model, pgd(), data, batch_size=6, progress=seen.append)
+    assert [(at.done, at.total) for at in seen if not at.stage] == [(6, 14), (12, 14), (14, 14)]
+    assert seen[-1].robust_accuracy == pytest.approx(found.record.robust_accuracy)
+
+
+def test_progress_moves_within_a_batch_and_names_the_stage(setup) -> None:
+    model, data = setup()
+    seen: list[Progress] = []
+    evaluate(model, pgd(stop_at_success=False), data, batch_size=7, progress=seen.append, num_snapshots=2)
+    assert [at.done for at in seen] == sorted(at.done for at in seen)
+    stages = list(dict.fromkeys(at.stage for at in seen))
+    assert stages == ["clean equilibria", "attack", "judge", ""]
+    for begin in (0, 7):
+        moved = {at.done for at in seen if at.stage == "attack" and begin < at.done < begin + 7}
+        assert len(moved) >= pgd().config.steps
+    assert seen[0].robust_accuracy is None
 
 
 # ---------------------------------------------------------------- curves
@@ -507,6 +520,6 @@ def test_a_bad_pixel_in_a_late_batch_is_refused_before_any_work(setup) -> None:
             pgd(),
             Split("mine", SplitName.TEST, x, data.y, data.sample_ids, "ab12"),
             batch_size=4,
-            progress=lambda *said: done.append(said),
+            progress=done.append,
         )
     assert done == []
