@@ -8,7 +8,7 @@ classified correctly and has converged at both the clean and the perturbed image
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,6 +38,9 @@ LADDER = (
 )
 MAX_STEPS = sum(rung.max_steps for rung in LADDER)
 """Solver steps on one image after which it is unconverged."""
+FEW = 4
+"""Rows to a multiple of which the judge fills up what it computes. Products and convolutions of fewer, or of a remainder,
+are rounded otherwise, and where a solve hangs by a thread that would decide the verdict."""
 FINER = Solve(Anderson(ridge=1e-8), rtol=JUDGE_RTOL, max_steps=50)
 """Goes on from what a rung has found."""
 
@@ -79,13 +82,27 @@ def judge(model: EquilibriumModel, x: Tensor, y: Tensor, ladder: Sequence[Solve]
     Args:
         ladder: the solvers that are tried, at least one.
     """
-    return verdict_at(model, tight_solve(model, model.inject(x), ladder), y)
+    return verdict_at(model, tight_solve(model, filled_up(model.inject)(x), ladder), y)
+
+
+def filled_up(part: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A part of a model, evaluated on a multiple of `FEW` rows, of which the last is repeated."""
+
+    def evaluated(*inputs: Tensor) -> Tensor:
+        rows = len(inputs[0])
+        num_missing = -rows % FEW
+        if not num_missing:
+            return part(*inputs)
+        repeated = (torch.cat([each, each[-1:].expand(num_missing, *each.shape[1:])]) for each in inputs)
+        return part(*repeated)[:rows]
+
+    return evaluated
 
 
 @torch.no_grad()
 def verdict_at(model: EquilibriumModel, solution: Solution, y: Tensor) -> Verdict:
     """The verdict on equilibria that have been solved."""
-    logits = model.head(solution.value)
+    logits = filled_up(model.head)(solution.value)
     is_finite = torch.isfinite(logits).all(1)
     prediction = logits.argmax(1)
     loss = torch.where(is_finite, F.cross_entropy(torch.nan_to_num(logits), y, reduction="none"), torch.nan)
@@ -113,7 +130,7 @@ def tight_solve(model: EquilibriumModel, u: Tensor, ladder: Sequence[Solve] = LA
     the cell itself. Where there is no equilibrium at that pace, the first solver tries the cell itself.
     """
     z0 = model.initial_state(u)
-    cell = CellMap(model.evaluate, u)
+    cell = CellMap(filled_up(model.evaluate), u)
     start = _Start(z0, cell(z0) - z0)
     factor = _relaxation(cell, start)
     index = (factor != 1.0).nonzero()[:, 0]

@@ -341,6 +341,17 @@ def test_batch_mates_do_not_matter(family: str, make_model, make_images) -> None
     torch.testing.assert_close(part.loss, whole.loss[order], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["deq-conv.digits-joint-l2", "deq-fc.digits-joint-l2"])
+def test_a_verdict_is_the_same_in_batches_of_any_size(name: str) -> None:
+    """To the last bit in float32: one row alone is rounded as it is among many."""
+    model, data = load_model(name).eval(), load("digits", limit=9)
+    whole = judge(model, data.x, data.y)
+    for size in (1, 2, 5):
+        parts = [judge(model, x, y) for x, y in zip(data.x.split(size), data.y.split(size), strict=True)]
+        for index, expected in enumerate(whole.parts()):
+            assert torch.equal(torch.cat([part.parts()[index] for part in parts]), expected)
+
+
 def test_judging_leaves_mode_and_gradients_alone(build) -> None:
     model, x = build(Linear)
     model.train()
