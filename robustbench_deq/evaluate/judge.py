@@ -39,8 +39,8 @@ LADDER = (
 MAX_STEPS = sum(rung.max_steps for rung in LADDER)
 """Solver steps on one image after which it is unconverged."""
 FEW = 4
-"""Rows to a multiple of which the judge fills up what it computes. Products and convolutions of fewer, or of a remainder,
-are rounded otherwise, and where a solve hangs by a thread that would decide the verdict."""
+"""Rows to a multiple of which the judge fills up what it computes. Products and convolutions of fewer, or of a
+remainder, are rounded otherwise, and where a solve hangs by a thread that would decide the verdict."""
 FINER = Solve(Anderson(ridge=1e-8), rtol=JUDGE_RTOL, max_steps=50)
 """Goes on from what a rung has found."""
 
