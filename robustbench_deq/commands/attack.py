@@ -77,9 +77,9 @@ def attack(
                 batch_size=batch_size,
                 seed=seed,
                 is_targeted=is_targeted,
-                num_snapshots=NUM_SNAPSHOTS,
+                num_snapshots=NUM_SNAPSHOTS if is_json or folder is not None else 0,  # else nobody sees the curve
                 device=target,
-                progress=lambda done, total, accuracy: advance(done, accuracy),
+                progress=lambda at: advance(at.done, at.robust_accuracy, at.stage),
             )
         if folder is not None:
             try:

@@ -23,8 +23,8 @@ SECONDS_A_LINE = 30
 
 
 @contextlib.contextmanager
-def bar(title: str, total: int, note: str) -> Iterator[Callable[[int, float], Any]]:
-    """Progress of one thing; yields `advance(done, value)`.
+def bar(title: str, total: int, note: str) -> Iterator[Callable[..., Any]]:
+    """Progress of one thing; yields `advance(done, value, stage="")`, where a value may be None.
 
     Args:
         note: what is said of the value, such as `loss {:.4f}`.
@@ -44,16 +44,20 @@ def bar(title: str, total: int, note: str) -> Iterator[Callable[[int, float], An
     )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(title, total=total, note="")
-        yield lambda done, value: progress.update(task, completed=done, note=note.format(value))
+        yield lambda done, value, stage="": progress.update(task, completed=done, note=_note(note, value, stage))
 
 
-def _line_by_line(console: Console, title: str, total: int, note: str) -> Callable[[int, float], None]:
+def _note(note: str, value: float | None, stage: str) -> str:
+    return "  ".join(filter(None, ("" if value is None else note.format(value), stage)))
+
+
+def _line_by_line(console: Console, title: str, total: int, note: str) -> Callable[..., None]:
     """A line at the start, then one every `SECONDS_A_LINE` seconds, with the time left."""
     _say(console, f"{title}  0/{total}")
     start = last = time.monotonic()
-    first: int | None = None
+    first: float | None = None
 
-    def advance(done: int, value: float) -> None:
+    def advance(done: float, value: float | None, stage: str = "") -> None:
         nonlocal last, first
         now = time.monotonic()
         first = done if first is None else first
@@ -61,7 +65,7 @@ def _line_by_line(console: Console, title: str, total: int, note: str) -> Callab
             return
         last = now
         left = datetime.timedelta(seconds=round((now - start) / (done - first) * (total - done)))
-        _say(console, f"{title}  {done}/{total}  {note.format(value)}  left {left}")
+        _say(console, f"{title}  {int(done)}/{total}  {_note(note, value, stage)}  left {left}")
 
     return advance
 
@@ -103,7 +107,8 @@ def suite_table(name: str, progress: SuiteProgress) -> Table:
         size = shard.end - shard.begin
         elapsed = datetime.timedelta(seconds=round(time.time() - at.began))
         of_shard = f", robust {at.num_robust / at.num_done:.1%}" if at.num_done else ""
-        standing = f"{at.num_done}/{size}{of_shard}  {elapsed}"
+        stage = f", {at.stage}" if at.stage else ""
+        standing = f"{at.num_done}/{size}{of_shard}{stage}  {elapsed}"
         table.add_row(Text(f"  {_run_words(progress, shard.run)}"), Text(f"{_place(shard)}: {standing}"))
     return table
 

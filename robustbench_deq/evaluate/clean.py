@@ -17,7 +17,7 @@ from torch import Tensor
 
 from robustbench_deq.adjoints import AdjointMap
 from robustbench_deq.equilibrium import EquilibriumModel
-from robustbench_deq.evaluate.judge import Verdict, tight_solve, verdict_at
+from robustbench_deq.evaluate.judge import Verdict, filled_up, tight_solve, verdict_at
 from robustbench_deq.optimise import Contraction, Objective, Settled, estimate_contraction
 from robustbench_deq.protocol import Clean
 from robustbench_deq.rows import per_sample
@@ -80,7 +80,7 @@ class CleanBatch:
 def judge_clean(model: EquilibriumModel, x: Tensor, y: Tensor) -> CleanBatch:
     """Judge clean images `x` `(batch, channels, height, width)` of classes `y`, and keep what was solved."""
     start = time.perf_counter()
-    u = model.inject(x)
+    u = filled_up(model.inject)(x)
     solution = tight_solve(model, u)
     z0 = model.initial_state(u)
     first = torch.linalg.vector_norm((model.evaluate(z0, u) - z0).flatten(1), dim=1)

@@ -422,14 +422,16 @@ def _solver(case: Case) -> Finding:
 
 
 def _rungs_needed(case: Case) -> str:
-    """Which of the judge's solvers find the equilibria of the case's images, from cold, and their most steps."""
+    """Which of the judge's solvers find the equilibria of the case's images, each from where those before ended, and
+    their most steps."""
     start, left, needed = case.model.initial_state(case.u), torch.arange(len(case.x), device=case.x.device), []
     for rung in LADDER:
-        solution = rung(CellMap(case.model.evaluate, case.u[left]), start[left])
+        solution = rung(CellMap(case.model.evaluate, case.u[left]), start)
         if num_found := int(solution.is_converged.sum()):
             most = int(solution.num_steps[solution.is_converged].max())
             needed.append(f"{type(rung.solver).__name__} on {num_found} images (up to {most} steps)")
-        left = left[~solution.is_converged]
+        is_left = ~solution.is_converged
+        left, start = left[is_left], solution.value[is_left]
         if not len(left):
             break
     return ", ".join(needed)

@@ -36,7 +36,7 @@ from robustbench_deq.devices import choose_device
 from robustbench_deq.equilibrium import EquilibriumModel, check_labels, check_model
 from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate.clean import CleanBatch, judge_clean
-from robustbench_deq.evaluate.judge import Verdict, judge
+from robustbench_deq.evaluate.judge import LADDER, MAX_STEPS, Verdict, judge
 from robustbench_deq.inputs import as_ids, as_labels
 from robustbench_deq.memory import release_freed_memory
 from robustbench_deq.models import Origin, origin_of
@@ -45,11 +45,28 @@ from robustbench_deq.protocol import Attack, RunConfig, frozen
 from robustbench_deq.records.environment import describe_environment
 from robustbench_deq.records.record import SCHEMA_VERSION, CostRecord, CurvePoint, DataRecord, Record, ThreatRecord
 from robustbench_deq.shown import briefly_shown
+from robustbench_deq.solvers import Solve
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int, float], None]
-"""Called after each batch with (samples done, samples, robust accuracy so far)."""
+
+class Progress(NamedTuple):
+    """How far an evaluation is.
+
+    done             samples, of the batch in progress the share of its time that has passed
+    total            samples
+    robust_accuracy  of the batches that are done; None before the first
+    stage            what is done to the batch in progress: "clean equilibria", "attack" or "judge"; "" between batches
+    """
+
+    done: float
+    total: int
+    robust_accuracy: float | None
+    stage: str
+
+
+Watch = Callable[[str, float], None]
+"""Told the stage that a batch is in, and what share of that is done."""
 
 
 @briefly_shown
@@ -101,7 +118,7 @@ def evaluate(
     model_name: str | os.PathLike[str] | None = None,
     model_sha256: str | None = None,
     file_sha256: str | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> Evaluation:
     """Attack and judge every sample of `data`, with `model` in evaluation mode and moved to `device`, where it stays.
 
@@ -118,7 +135,7 @@ def evaluate(
         device: `cpu`, `cuda` or `cuda:N`; None is the CPU.
         model_name, model_sha256, file_sha256: what the record calls the model, and the digest of its weights or its
             file. None is what `load_model` loaded, as long as the weights are still those, else "own" and no digest.
-        progress: called after every batch.
+        progress: called after each batch and, more often, within.
 
     Returns:
         The record, its per-sample rows and the perturbed images.
@@ -133,7 +150,7 @@ def evaluate(
     if not isinstance(data, Split):
         raise _unfit("data", "a Split", data, 'pass for example load("digits", limit=256)')
     if progress is not None and not callable(progress):
-        raise _unfit("progress", "a function", progress, "pass what is called with (done, samples, robust accuracy)")
+        raise _unfit("progress", "a function", progress, "pass what is called with a Progress")
     origin = origin_of(model) or Origin("own")
     told = {
         "attack": attack,
@@ -157,7 +174,11 @@ def _unfit(what: str, expected: str, got: object, fix: str) -> UsageError:
 
 
 def _evaluate(
-    model: EquilibriumModel, task: Task, data: Split, device: torch.device, progress: Progress | None
+    model: EquilibriumModel,
+    task: Task,
+    data: Split,
+    device: torch.device,
+    progress: Callable[[Progress], None] | None,
 ) -> Evaluation:
     check_data(model, data)
     if doubt := task.attack.threat.doubt(data.x[0].numel()):
@@ -165,27 +186,51 @@ def _evaluate(
     parts, images, num_robust = [], [], 0
     release_freed_memory()
     for begin in range(0, len(data), task.batch_size):
-        part, x_adv = evaluate_batch(model, task, data, slice(begin, begin + task.batch_size), device)
+        end = min(begin + task.batch_size, len(data))
+        accuracy = num_robust / begin if begin else None
+        watch = None if progress is None else _watch(progress, begin, end, len(data), accuracy, _attack_share(parts))
+        part, x_adv = evaluate_batch(model, task, data, slice(begin, end), device, watch=watch)
         parts.append(part)
         images.append(x_adv)
         num_robust += int(part.samples["is_robust"].sum())
         if progress is not None:
-            done = min(begin + task.batch_size, len(data))
-            progress(done, len(data), num_robust / done)
+            progress(Progress(end, len(data), num_robust / end, ""))
     described = DataRecord(name=data.name, split=data.split.value, num_samples=len(data), digest=data.digest)
     record, samples = summarise(parts, task, described, describe_environment(device))
     return Evaluation(record, samples, torch.cat(images))
+
+
+def _attack_share(parts: Sequence[Part]) -> float:
+    """The share of the time that the attack has taken so far; half before anything is known."""
+    attack = sum(part.cost.wall_seconds for part in parts)
+    whole = attack + sum(part.cost.judge_seconds or 0.0 for part in parts)
+    return attack / whole if whole else 0.5
+
+
+def _watch(
+    progress: Callable[[Progress], None], begin: int, end: int, total: int, accuracy: float | None, attack: float
+) -> Watch:
+    """Places the stages of a batch between its first and last sample, as long as they are expected to take."""
+    places = {"clean equilibria": (0.0, (1 - attack) / 2), "attack": ((1 - attack) / 2, attack)}
+    furthest = 0.0  # a restart begins its steps again
+
+    def watch(stage: str, share: float) -> None:
+        nonlocal furthest
+        start, length = places.get(stage, ((1 + attack) / 2, (1 - attack) / 2))
+        furthest = max(furthest, start + length * share)
+        progress(Progress(begin + (end - begin) * furthest, total, accuracy, stage))
+
+    return watch
 
 
 def check_data(model: EquilibriumModel, data: Split) -> None:
     """Raise `UsageError` unless `data` fits the model, the labels of its source that were not chosen too, and the model
     returns what it should on it (`EquilibriumModel.check_parts`)."""
     model.check_images(data.x)
-    model.check_parts(data.x.to(next(model.parameters(), data.x).device))
     check_labels(data.y, len(data), model.num_classes)
     as_ids(data.sample_ids, len(data))
     place = next(itertools.chain(model.parameters(), model.buffers()), data.x)
-    model.check_parts(data.x[:1].to(place.device))
+    model.check_parts(data.x[:2].to(place.device))
     if data.largest_label >= model.num_classes:
         raise UsageError.of(
             f"labels of {data.name}",
@@ -208,12 +253,16 @@ def evaluate_batch(
     rows: slice,
     device: torch.device,
     clean: CleanBatch | None = None,
+    watch: Watch | None = None,
 ) -> tuple[Part, Tensor]:
     """Attack and judge one batch; its part, and its perturbed images on the CPU.
 
     Args:
         clean: what the judge has found on the clean images of this batch, if it has; it gains what the attack asks for.
+        watch: told how far the batch is.
     """
+    watch = watch or (lambda stage, share: None)
+    watch("clean equilibria", 0.0)
     x, y = batch_of(data, rows, device)
     targets = (y + 1) % model.num_classes if task.is_targeted else None
     sample_ids = as_ids(data.sample_ids[rows], len(x))
@@ -231,21 +280,23 @@ def evaluate_batch(
         num_snapshots=task.num_snapshots,
         clean=known,
         confirm=bench.confirm,
+        progress=lambda share: watch("attack", share),
     )
-    curve = []
-    for snapshot in result.snapshots:
-        verdict = bench.verdict((x + snapshot.delta).clamp_(0, 1))
-        curve.append(
-            CurvePoint(
-                step=snapshot.step,
-                cell_evals=snapshot.cell_evals,
-                cell_vjps=snapshot.cell_vjps,
-                solver_steps=snapshot.solver_steps,
-                wall_seconds=snapshot.wall_seconds,
-                robust_accuracy=float((clean.verdict.is_correct & verdict.is_correct).double().mean()),
-            )
+    watch("judge", 0.0)
+    adversarial = bench.final(result.x_adv)
+    watch("judge", 0.5)
+    num_unbroken = bench.num_unbroken([snapshot.delta for snapshot in result.snapshots], adversarial)
+    curve = [
+        CurvePoint(
+            step=snapshot.step,
+            cell_evals=snapshot.cell_evals,
+            cell_vjps=snapshot.cell_vjps,
+            solver_steps=snapshot.solver_steps,
+            wall_seconds=snapshot.wall_seconds,
+            robust_accuracy=float((num_unbroken > number).double().mean()),
         )
-    adversarial = bench.verdict(result.x_adv, is_final=True)
+        for number, snapshot in enumerate(result.snapshots)
+    ]
     perturbation = task.attack.threat.norm.size(result.x_adv - x)
     is_failed = (result.is_failed | ~task.attack.threat.allows(perturbation)).cpu()
     samples = pd.DataFrame(
@@ -273,41 +324,67 @@ def evaluate_batch(
 
 
 class _Bench:
-    """The judge of one batch: judges no image twice, and no snapshot of a sample that is lost already; and the seconds
-    taken.
+    """The judge of one batch, and the seconds it took. It judges no image twice.
 
-    A sample that is wrong or without an equilibrium at its clean image is not robust whatever comes.
+    A sample that is wrong or without an equilibrium at its clean image is not robust whatever comes: no snapshot of it
+    is judged, and where there was no equilibrium, only the first solver looks for one at the end.
     """
 
     def __init__(self, model: EquilibriumModel, x: Tensor, y: Tensor, clean: Verdict) -> None:
-        self.model, self.y, self.seconds = model, y, 0.0
-        self._known = {"clean": (x, clean, torch.ones(len(x), dtype=torch.bool, device=x.device))}
+        self.model, self.x, self.y, self.clean, self.seconds = model, x, y, clean, 0.0
+        self._known = [(x, clean)]
 
     def confirm(self, rows: Tensor, images: Tensor) -> Tensor:
         """Which of `images`, of the samples `rows`, are not classified correctly."""
-        x, verdict, is_judged = self._known["clean"]
-        x, verdict = x.index_copy(0, rows, images), self._judged(rows, images, verdict)
-        self._known["left early"] = x, verdict, is_judged
+        verdict = self._judged(rows, images, self.clean, LADDER)
+        self._known.append((self.x.index_copy(0, rows, images), verdict))
         return ~verdict.is_correct[rows.cpu()]
 
-    def verdict(self, images: Tensor, is_final: bool = False) -> Verdict:
-        """The verdict on images of the whole batch; on lost samples that of their clean images, unless `is_final`."""
-        found, is_known = self._known["clean"][1], torch.zeros(len(images), dtype=torch.bool, device=images.device)
-        is_lost = ~found.is_correct.to(images.device)
-        for others, verdict, is_judged in self._known.values():
-            is_same = (images == others).flatten(1).all(1) & is_judged & ~is_known
-            rows = is_same.nonzero()[:, 0].cpu()
-            found, is_known = found.put(rows, verdict.take(rows)), is_known | is_same
-        missing = (~is_known if is_final else ~is_known & ~is_lost).nonzero()[:, 0]
-        found = self._judged(missing, images[missing], found)
-        self._known["last"] = images, found, is_known.index_fill(0, missing, True)
+    def final(self, images: Tensor) -> Verdict:
+        """The verdict on the images of the whole batch that the attack returns."""
+        found, missing = self._recalled(images)
+        has_clean = self.clean.is_converged[missing.cpu()].to(missing.device)
+        for rows, ladder in ((missing[has_clean], LADDER), (missing[~has_clean], LADDER[:1])):
+            found = self._judged(rows, images[rows], found, ladder)
+        self._known.append((images, found))
         return found
 
-    def _judged(self, rows: Tensor, images: Tensor, found: Verdict) -> Verdict:
+    def num_unbroken(self, deltas: Sequence[Tensor], final: Verdict) -> Tensor:
+        """How many of the perturbations `deltas`, from the first, leave each sample robust, `(batch,)`.
+
+        What is robust at the end counts as robust before, and what is broken as broken from then on. The first
+        perturbation that breaks a sample is found by bisection, with the first solver alone.
+        """
+        end = len(deltas)
+        is_robust = self.clean.is_correct & final.is_correct
+        first = torch.where(is_robust, end, 0)  # no earlier than this, and no later than the last
+        last = torch.where(self.clean.is_correct, end, 0)
+        while bool((is_open := first < last).any()):
+            middle, images = (first + last) // 2, self.x.clone()
+            for number, delta in enumerate(deltas):
+                rows = (is_open & (middle == number)).nonzero()[:, 0].to(images.device)
+                images[rows] = (self.x[rows] + delta[rows]).clamp_(0, 1)
+            found, missing = self._recalled(images)
+            found = self._judged(missing, images[missing], found, LADDER[:1])
+            self._known.append((images, found))
+            last = torch.where(is_open & ~found.is_correct, middle, last)
+            first = torch.where(is_open & found.is_correct, middle + 1, first)
+        return first
+
+    def _recalled(self, images: Tensor) -> tuple[Verdict, Tensor]:
+        """Verdicts on those of `images`, of the whole batch, that have been judged, and the rows of the others."""
+        found, is_known = self.clean, torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        for others, verdict in self._known:
+            is_same = (images == others).flatten(1).all(1) & ~is_known
+            rows = is_same.nonzero()[:, 0].cpu()
+            found, is_known = found.put(rows, verdict.take(rows)), is_known | is_same
+        return found, (~is_known).nonzero()[:, 0]
+
+    def _judged(self, rows: Tensor, images: Tensor, found: Verdict, ladder: Sequence[Solve]) -> Verdict:
         if len(rows) == 0:
             return found
         start = time.perf_counter()
-        verdict = judge(self.model, images, self.y[rows])  # hands over on the CPU, so the device is done
+        verdict = judge(self.model, images, self.y[rows], ladder)  # hands over on the CPU, so the device is done
         self.seconds += time.perf_counter() - start
         return found.put(rows.cpu(), verdict)
 
@@ -350,6 +427,7 @@ def summarise(
         num_failed=int(samples["is_failed"].sum()),
         num_nonfinite=None if is_readable is None else int((~is_readable).sum()),
         num_attacked=int(samples["is_attacked"].sum()),
+        judge_max_steps=MAX_STEPS,
         **marks,
         finished_by=None if num_finished is None else "sequential" if num_finished else "joint",
         max_perturbation=float(samples["perturbation"].max()),

@@ -1,13 +1,16 @@
 """The judge: an attack proposes, this decides.
 
 The equilibrium at the perturbed images is solved again, from the initial state, to a tolerance far below the attack's,
-by a ladder of solvers. A sample whose equilibrium no solver finds is *unconverged*; it is counted, shown, and never
-robust. A sample is robust when it is classified correctly and has converged at both the clean and the perturbed image.
+by a ladder of solvers, each from the best state of those before. A sample whose equilibrium none of them finds within
+`MAX_STEPS` steps in all is *unconverged*; it is counted, shown, and never robust. A sample is robust when it is
+classified correctly and has converged at both the clean and the perturbed image.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +19,7 @@ from torch import Tensor
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.rows import per_sample
 from robustbench_deq.shown import briefly_shown
-from robustbench_deq.solvers import Anderson, Broyden, CellMap, NewtonKrylov, Picard, Solution, Solve, Status
+from robustbench_deq.solvers import Anderson, Broyden, CellMap, Solution, Solve, Status
 from robustbench_deq.solvers.base import FixedPointMap, residual_norms
 
 JUDGE_RTOL = 1e-5
@@ -32,10 +35,15 @@ FAR = 100.0
 POLISHED_RTOL = 1e-8
 LADDER = (
     Solve(Anderson(ridge=1e-8), rtol=JUDGE_RTOL, max_steps=200),
-    Solve(Picard(damping=0.5), rtol=JUDGE_RTOL, max_steps=400),
-    Solve(Broyden(history_size=30), rtol=JUDGE_RTOL, max_steps=400),
-    Solve(NewtonKrylov(krylov_size=20), rtol=JUDGE_RTOL, max_steps=100),
+    Solve(Broyden(history_size=60, patience=20), rtol=JUDGE_RTOL, max_steps=200),
 )
+MAX_STEPS = sum(rung.max_steps for rung in LADDER)
+"""Solver steps on one image after which it is unconverged."""
+FEW = 4
+"""Rows to a multiple of which the judge fills up what it computes. Products and convolutions of fewer, or of a
+remainder, are rounded otherwise, and where a solve hangs by a thread that would decide the verdict."""
+FINER = Solve(Anderson(ridge=1e-8), rtol=JUDGE_RTOL, max_steps=50)
+"""Goes on from what a rung has found."""
 
 
 @briefly_shown
@@ -71,16 +79,34 @@ class Verdict:
 
 
 @torch.no_grad()
-def judge(model: EquilibriumModel, x: Tensor, y: Tensor) -> Verdict:
+def judge(model: EquilibriumModel, x: Tensor, y: Tensor, ladder: Sequence[Solve] = LADDER) -> Verdict:
     """Judge images `x` `(batch, channels, height, width)` with classes `y` `(batch,)`. The model's mode is
-    respected."""
-    return verdict_at(model, tight_solve(model, model.inject(x)), y)
+    respected.
+
+    Args:
+        ladder: the solvers that are tried, at least one.
+    """
+    return verdict_at(model, tight_solve(model, filled_up(model.inject)(x), ladder), y)
+
+
+def filled_up(part: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A part of a model, evaluated on a multiple of `FEW` rows, of which the last is repeated."""
+
+    def evaluated(*inputs: Tensor) -> Tensor:
+        rows = len(inputs[0])
+        num_missing = -rows % FEW
+        if not num_missing:
+            return part(*inputs)
+        repeated = (torch.cat([each, each[-1:].expand(num_missing, *each.shape[1:])]) for each in inputs)
+        return part(*repeated)[:rows]
+
+    return evaluated
 
 
 @torch.no_grad()
 def verdict_at(model: EquilibriumModel, solution: Solution, y: Tensor) -> Verdict:
     """The verdict on equilibria that have been solved."""
-    logits = model.head(solution.value)
+    logits = filled_up(model.head)(solution.value)
     can_read = is_readable(logits)
     prediction = logits.argmax(1)
     loss = torch.where(can_read, F.cross_entropy(logits, y, reduction="none"), torch.nan)
@@ -95,47 +121,66 @@ def is_readable(logits: Tensor) -> Tensor:
     return torch.isfinite(logits.amax(1))
 
 
+class _Start(NamedTuple):
+    """Where cold solves begin, and the step `f(z0) - z0` that they begin with; rows first."""
+
+    z: Tensor
+    step: Tensor
+
+    def take(self, rows: Tensor) -> _Start:
+        return _Start(self.z[rows], self.step[rows])
+
+
 @torch.no_grad()
-def tight_solve(model: EquilibriumModel, u: Tensor) -> Solution:
-    """The equilibrium for injections `u` to `JUDGE_RTOL`; samples that fail on one solver go to the next, from cold.
+def tight_solve(model: EquilibriumModel, u: Tensor, ladder: Sequence[Solve] = LADDER) -> Solution:
+    """The equilibrium for injections `u` to `JUDGE_RTOL`; samples that fail on one solver go to the next.
 
     A damped cell `z + w (f - z)` has the equilibria of f at residuals that are smaller by w: it is solved at its own
-    pace, relaxed by 1 / w, and to a tolerance of that. The residual that is returned is of the cell itself.
+    pace, relaxed by 1 / w, and to a tolerance of that, or to what rounding hides. The residual that is returned is of
+    the cell itself. Where there is no equilibrium at that pace, the first solver tries the cell itself.
     """
     z0 = model.initial_state(u)
-    cell = CellMap(model.evaluate, u)
-    factor = _relaxation(cell, z0)
+    cell = CellMap(filled_up(model.evaluate), u)
+    start = _Start(z0, cell(z0) - z0)
+    factor = _relaxation(cell, start)
     index = (factor != 1.0).nonzero()[:, 0]
     if len(index) == 0:
-        return _climb(cell, z0)
-    solution = _climb(_RelaxedMap(cell, factor), z0)
+        return _climb(ladder, cell, start)
+    relaxed = _Start(z0, start.step * per_sample(factor, z0))
+    solution = _climb(ladder, _RelaxedMap(cell, factor), relaxed)
+    is_hidden = (factor != 1.0) & (solution.residual <= factor * torch.finfo(factor.dtype).eps)
+    is_hidden &= solution.status == Status.MAX_STEPS
+    solution = solution._replace(status=solution.status.masked_fill(is_hidden, int(Status.CONVERGED)))
     left = index[~solution.is_converged[index]]
     if len(left):
-        solution = _with_rows(solution, left, _climb(cell.restrict(left), z0[left]))
+        again = _climb(ladder[:1], cell.restrict(left), start.take(left))
+        solution = _with_rows(solution, left, again, again.is_converged)
     value = solution.value[index]
     _, residual = residual_norms(value, cell.restrict(index)(value))
     return solution._replace(residual=solution.residual.index_copy(0, index, residual))
 
 
-def _climb(cell: FixedPointMap, z0: Tensor) -> Solution:
-    """By the ladder of solvers, each from cold on what those before have not found."""
-    solution = _unless_run_away(LADDER[0], cell, z0)
-    for rung in LADDER[1:]:
+def _climb(ladder: Sequence[Solve], cell: FixedPointMap, start: _Start) -> Solution:
+    """By a ladder of solvers: the first from cold, each of the others from the best state that those before have left
+    of what they have not found. One that has run away begins again."""
+    solution = _unless_run_away(ladder[0], cell, start, start.z)
+    for rung in ladder[1:]:
         index = (~solution.is_converged).nonzero()[:, 0]
         if len(index) == 0:
             break
-        again = _unless_run_away(rung, cell.restrict(index), z0[index])
+        part, status = start.take(index), solution.status[index]
+        best = torch.where(per_sample(status == Status.DIVERGED, part.z), part.z, solution.value[index])
+        again = _unless_run_away(rung, cell.restrict(index), part, best)
         # Keep an equilibrium, else whichever of the two states is nearer to one (NaN residuals never are).
         is_nearer = (again.residual < solution.residual[index]) | torch.isnan(solution.residual[index])
-        wins = (again.is_converged | is_nearer).nonzero()[:, 0]
-        won = Solution(*(part[wins] for part in again[:4]))
-        solution = _with_rows(solution, index[wins], won)
-    return _polished(cell, z0, solution)
+        solution = _with_rows(solution, index, again, again.is_converged | is_nearer)
+    return _polished(cell, start, solution)
 
 
-def _with_rows(solution: Solution, rows: Tensor, other: Solution) -> Solution:
-    parts = zip(solution[:4], other[:4], strict=True)
-    return Solution(*(whole.index_copy(0, rows, part) for whole, part in parts))
+def _with_rows(solution: Solution, rows: Tensor, other: Solution, wins: Tensor) -> Solution:
+    """With its rows `rows` replaced by those of `other` that win."""
+    parts, wins = zip(solution[:4], other[:4], strict=True), wins.nonzero()[:, 0]
+    return Solution(*(whole.index_copy(0, rows[wins], part[wins]) for whole, part in parts))
 
 
 class _RelaxedMap(FixedPointMap):
@@ -154,66 +199,80 @@ class _RelaxedMap(FixedPointMap):
         return torch.lerp(tangent, self.inner.jvp(z, tangent), per_sample(self.factor, tangent))
 
 
-def _relaxation(cell: FixedPointMap, z0: Tensor) -> Tensor:
+def _relaxation(cell: FixedPointMap, start: _Start) -> Tensor:
     """`1 / ||I - J||` near the start, a factor a row; 1 unless it is above `SLOW`.
 
-    From a power iteration by differences. They are taken as far apart as the steps of the relaxed cell go.
+    From a power iteration by differences, on the rows for which those before have left it possible. They are taken as
+    far apart as the steps of the relaxed cell go.
     """
-    step = cell(z0) - z0
-    way, first = step, torch.linalg.vector_norm(step.flatten(1), dim=1)
-    factor = torch.ones_like(first)
+    first = torch.linalg.vector_norm(start.step.flatten(1), dim=1)
+    factor, way, rows = torch.ones_like(first), start.step, torch.arange(len(first), device=first.device)
     for _ in range(NUM_DIFFERENCES):
-        moved = cell(z0 + way) - (z0 + way) - step
+        moved = cell(start.z + way) - (start.z + way) - start.step
         size, length = (torch.linalg.vector_norm(part.flatten(1), dim=1) for part in (moved, way))
-        factor = length / size
-        way = moved * per_sample(factor * first / size, moved)
-    is_slow = (factor > SLOW) & (factor < 0.1 / torch.finfo(factor.dtype).eps)  # beyond that, it is rounding
-    return torch.where(is_slow, factor, 1.0)
+        found = length / size
+        is_slow = (found > SLOW) & (found < 0.1 / torch.finfo(found.dtype).eps)  # beyond that, it is rounding
+        factor = factor.index_copy(0, rows, torch.where(is_slow, found, 1.0))
+        left = is_slow.nonzero()[:, 0]
+        if len(left) == 0:
+            break
+        way = (moved * per_sample(found * first / size, moved))[left]
+        cell, start, first, rows = cell.restrict(left), start.take(left), first[left], rows[left]
+    return factor
 
 
-def _polished(cell: FixedPointMap, z0: Tensor, solution: Solution) -> Solution:
+def _polished(cell: FixedPointMap, start: _Start, solution: Solution) -> Solution:
     """Rows far from the start solved further, from where they are: what a residual says of the error is amplified by
     how far the equilibrium is from there, in first steps."""
-    first, _ = residual_norms(z0, cell(z0))
-    distance = torch.linalg.vector_norm((solution.value - z0).flatten(1), dim=1)
+    first, distance = (
+        torch.linalg.vector_norm(way.flatten(1), dim=1) for way in (start.step, solution.value - start.z)
+    )
     index = (solution.is_converged & (distance > FAR * first)).nonzero()[:, 0]
     if len(index) == 0:
         return solution
-    again = LADDER[0].with_(rtol=_finest(z0))(cell.restrict(index), solution.value[index])
+    again = FINER.with_(rtol=_finest(start.z))(cell.restrict(index), solution.value[index])
     wins = again.residual < solution.residual[index]
     index = index[wins]
     value = solution.value.index_copy(0, index, again.value[wins])
     return solution._replace(value=value, residual=solution.residual.index_copy(0, index, again.residual[wins]))
 
 
-def _unless_run_away(rung: Solve, cell: FixedPointMap, z0: Tensor) -> Solution:
-    """The rung's solution, but diverged where only the state's size has made the relative residual small.
+def _unless_run_away(rung: Solve, cell: FixedPointMap, start: _Start, z: Tensor) -> Solution:
+    """The rung's solution from `z`, but diverged where only the state's size has made the relative residual small.
 
     A solver may drive the state of a cell without an equilibrium, such as `z + u`, so far out that the step it still
     takes is small beside it, or is lost in rounding; a single component may go so beside an ordinary state. One that
-    has gone `RUN_AWAY` first steps and still takes a tenth of them, after a finer solve too, is put back half of its
-    way: towards an equilibrium it would take far larger steps from there, and where it does not, there is none.
+    `_has_run_away` is lost if it still has after a finer solve.
     """
-    solution = rung(cell, z0)
-    first = (cell(z0) - z0).abs()
-    is_suspect = _takes_first_steps(cell, z0, first, solution.value)
-    index = (is_suspect.flatten(1).any(1) & solution.is_converged).nonzero()[:, 0]
+    solution = rung(cell, z)
+    index = (solution.is_converged & _is_far(start, solution.value).flatten(1).any(1)).nonzero()[:, 0]
     if len(index) == 0:
         return solution
-    cell, z0, first = cell.restrict(index), z0[index], first[index]
-    found = rung.with_(rtol=_finest(z0))(cell, solution.value[index]).value
-    is_suspect = _takes_first_steps(cell, z0, first, found)
-    back = torch.where(is_suspect, (found + z0) / 2, found)
-    step, step_back = _steps(cell, found), (cell(back) - back).abs()
-    lost = index[((step_back < 2 * step) & is_suspect).flatten(1).any(1)]
+    index = index[_has_run_away(cell.restrict(index), start.take(index), solution.value[index])]
+    if len(index) == 0:
+        return solution
+    cell, start = cell.restrict(index), start.take(index)
+    found = FINER.with_(rtol=_finest(start.z))(cell, solution.value[index]).value
+    lost = index[_has_run_away(cell, start, found)]
     return solution._replace(status=solution.status.index_fill(0, lost, int(Status.DIVERGED)))
 
 
-def _takes_first_steps(cell: FixedPointMap, z0: Tensor, first: Tensor, z: Tensor) -> Tensor:
-    """Components of `z` that are far out, in units of their steps `first` at `z0`, and still take such steps."""
-    way = (z - z0).abs()
-    is_far = (way > RUN_AWAY * first) & (way > DOMINANT * per_sample(way.flatten(1).amax(1), way))
-    return is_far & (_steps(cell, z) > 0.1 * first)
+def _is_far(start: _Start, z: Tensor) -> Tensor:
+    """Components of `z` that have gone `RUN_AWAY` first steps and are among the farthest."""
+    way = (z - start.z).abs()
+    return (way > RUN_AWAY * start.step.abs()) & (way > DOMINANT * per_sample(way.flatten(1).amax(1), way))
+
+
+def _has_run_away(cell: FixedPointMap, start: _Start, z: Tensor) -> Tensor:
+    """Rows with a component that is far out, and still takes a tenth of its first step.
+
+    Such components are put back half of their way: towards an equilibrium they would take far larger steps from there,
+    and where one does not, there is none.
+    """
+    step = _steps(cell, z)
+    is_suspect = _is_far(start, z) & (step > 0.1 * start.step.abs())
+    step_back = _steps(cell, torch.where(is_suspect, (z + start.z) / 2, z))
+    return ((step_back < 2 * step) & is_suspect).flatten(1).any(1)
 
 
 def _steps(cell: FixedPointMap, z: Tensor) -> Tensor:

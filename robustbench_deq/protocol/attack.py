@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar, Generic, Self, TypeVar, final
 
@@ -114,6 +114,7 @@ class Attack(abc.ABC, Generic[A]):
         num_snapshots: int = 0,
         clean: Clean | None = None,
         confirm: Confirm | None = None,
+        progress: Callable[[float], None] | None = None,
     ) -> AttackResult:
         """Attack a batch.
 
@@ -129,6 +130,7 @@ class Attack(abc.ABC, Generic[A]):
                 that are misclassified there are not attacked.
             confirm: who has the last word on samples that leave because they are fooled; those that it refutes are
                 attacked on, without leaving. None believes the attack.
+            progress: told after each step what share of the present run is done; the clock goes on meanwhile.
 
         Raises:
             UsageError: for an object that is not an `EquilibriumModel`, a model whose parts do not return what they
@@ -156,7 +158,7 @@ class Attack(abc.ABC, Generic[A]):
         settled = None if clean is None else clean.settled
         batch = Batch(x, y, targets, ids, seed, torch.zeros_like(x), settled, self.config.stop_at_success)
         with torch.enable_grad(), frozen(model), self._meter(model, len(x)) as meter:
-            runs = Runs(partial(self.run, model), self.config, self.threat, batch, meter, num_snapshots)
+            runs = Runs(partial(self.run, model), self.config, self.threat, batch, meter, num_snapshots, progress)
             rows = None
             if clean is not None and self.config.stop_at_success:
                 rows = clean.is_correct.nonzero()[:, 0]

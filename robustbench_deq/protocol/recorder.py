@@ -51,10 +51,17 @@ class Best(NamedTuple):
 
 
 class Recorder:
-    """Takes snapshots at a few steps that are fixed beforehand, so that memory does not grow with the steps."""
+    """Takes snapshots at a few steps that are fixed beforehand, so that memory does not grow with the steps.
 
-    def __init__(self, meter: Meter, ball: Ball, num_snapshots: int) -> None:
-        self._meter, self._ball, self.num_snapshots = meter, ball, num_snapshots
+    Args:
+        progress: told after each step what share of the present run is done.
+    """
+
+    def __init__(
+        self, meter: Meter, ball: Ball, num_snapshots: int, progress: Callable[[float], None] | None = None
+    ) -> None:
+        self._meter, self._ball, self.num_snapshots, self._progress = meter, ball, num_snapshots, progress
+        self._num_steps = 0
         self.snapshots: list[Snapshot] = []
         self._residuals: list[Tensor] = []
         self._wanted: set[int] = set()
@@ -73,6 +80,7 @@ class Recorder:
 
     def plan(self, num_steps: int) -> None:
         """Called by the attack: spread the snapshots over the `num_steps` steps of this run."""
+        self._num_steps = num_steps
         count = min(self.num_snapshots, num_steps)
         self._wanted = {round(num_steps * (i + 1) / count) for i in range(count)}
         self._last = num_steps if count else 0
@@ -82,6 +90,8 @@ class Recorder:
         if self.num_snapshots:
             self._residuals.extend(residual.view(-1, residual.shape[-1]).nanmean(1))
         self._seen = step
+        if self._progress is not None and self._num_steps:
+            self._progress(min(1.0, step / self._num_steps))
         if step in self._wanted and step < self._last:
             self._take(step, *present())
 

@@ -57,11 +57,18 @@ class Runs:
     """All runs of an attack on one batch: restarts, on the rows that are left, and again on rows that were refuted."""
 
     def __init__(
-        self, run: Run, config: AttackConfig, threat: Threat, batch: Batch, meter: Meter, num_snapshots: int
+        self,
+        run: Run,
+        config: AttackConfig,
+        threat: Threat,
+        batch: Batch,
+        meter: Meter,
+        num_snapshots: int,
+        progress: Callable[[float], None] | None = None,
     ) -> None:
         self.run, self.config, self.threat, self.batch, self.meter = run, config, threat, batch, meter
         self.ball = threat.ball(batch.images)
-        self.record = Recorder(meter, self.ball, num_snapshots)
+        self.record = Recorder(meter, self.ball, num_snapshots, progress)
         x = batch.images
         self.best = Best(torch.zeros_like(x), x.new_full((len(x),), torch.nan))
         self.is_done = torch.zeros(len(x), dtype=torch.bool, device=x.device)

@@ -85,7 +85,9 @@ class CurvePoint(Fields):
     cell_vjps: Amount = Field(description="until then, mean per sample")
     solver_steps: Amount = Field(description="until then, mean per sample")
     wall_seconds: Amount = Field(description="until then, all samples together")
-    robust_accuracy: Fraction = Field(description="as judged after the clock had stopped")
+    robust_accuracy: Fraction = Field(
+        description="share of all samples not broken by then; robust at the end is robust before"
+    )
 
 
 class Record(Fields):
@@ -116,6 +118,9 @@ class Record(Fields):
         description="mean cross-entropy of the attacked samples at their perturbed images, where finite"
     )
     num_unconverged: Count = Field(description="samples without an equilibrium; never robust")
+    judge_max_steps: Count | None = Field(
+        None, description="solver steps on one image after which the judge calls it unconverged"
+    )
     num_failed: Count = Field(description="samples on which the attack failed; never robust")
     num_nonfinite: Count | None = Field(
         None, description="samples with NaN or infinite logits, unless masked; never robust; null: not counted"

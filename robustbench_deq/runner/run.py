@@ -118,15 +118,29 @@ def _attack(shard: Shard, folder: Path, build_attack: BuildAttack, device: str, 
     ]
     parts, num_robust, store, place = [], 0, CleanStore(folder), torch.device(device)
     for rows in batches:
+        watch = _Stages(claim, rows.start - shard.begin, num_robust)
+        watch("clean equilibria", 0.0)
         x, y = batch_of(data, rows, place)
         with store.batch(run, rows, place, lambda x=x, y=y: judge_clean(model, x, y)) as clean:
-            part, x_adv = evaluate_batch(model, task, data, rows, place, clean)
+            part, x_adv = evaluate_batch(model, task, data, rows, place, clean, watch)
         parts.append(part)
         num_robust += int(part.samples["is_robust"].sum())
         claim.note(rows.stop - shard.begin, num_robust)
         if rows.start == 0:
             save_images(folder, run.key, choose_images(part.samples, data.x[rows].numpy(), x_adv.numpy()))
     return parts
+
+
+class _Stages:
+    """Notes every new stage of a batch."""
+
+    def __init__(self, claim: Claim, num_done: int, num_robust: int) -> None:
+        self._claim, self._num_done, self._num_robust, self._stage = claim, num_done, num_robust, ""
+
+    def __call__(self, stage: str, share: float) -> None:
+        if stage != self._stage:
+            self._stage = stage
+            self._claim.note(self._num_done, self._num_robust, stage)
 
 
 def task_of(run: Run, build_attack: BuildAttack) -> Task:

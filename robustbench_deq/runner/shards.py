@@ -58,11 +58,12 @@ class ShardTimes(NamedTuple):
 
 
 class Standing(NamedTuple):
-    """How far a shard is."""
+    """How far a shard is; `stage` is that of the batch in progress."""
 
     began: float
     num_done: int
     num_robust: int
+    stage: str = ""
 
 
 class Claim:
@@ -72,8 +73,8 @@ class Claim:
         self._handle, self.began = handle, time.time()
         self.note(0, 0)
 
-    def note(self, num_done: int, num_robust: int) -> None:
-        content = json.dumps(Standing(self.began, num_done, num_robust)._asdict()).encode()
+    def note(self, num_done: int, num_robust: int, stage: str = "") -> None:
+        content = json.dumps(Standing(self.began, num_done, num_robust, stage)._asdict()).encode()
         os.ftruncate(self._handle, 0)
         os.pwrite(self._handle, content, 0)
 

@@ -366,6 +366,22 @@ def test_json_is_one_object_with_all_fields(name: str) -> None:
     assert found["attack_config"] == config.model_dump(mode="json") | {"targeted": False}
 
 
+@pytest.mark.parametrize(("options", "is_shown"), [((), False), (("--json",), True), (("--out",), True)])
+def test_snapshots_are_judged_only_where_a_curve_is_shown(
+    options: tuple[str, ...], is_shown: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def watched(*args: Any, **settings: Any) -> Any:
+        asked.append(settings["num_snapshots"])
+        return evaluate(*args, **settings)
+
+    monkeypatch.setattr(attack_command, "evaluate", watched)
+    options = (*options, str(tmp_path / "new")) if options == ("--out",) else options
+    assert invoke(*QUICK, *options).exit_code == 0
+    assert [count > 0 for count in asked] == [is_shown]
+
+
 def test_options_reach_the_attack() -> None:
     found = json.loads(succeeds(*QUICK, "--attack", "pgd", "--set", "warm_start=false", "--set", "tolerance=1e-2",
                                 "--set", "solver=broyden", "--seed", "4", "--batch-size", "3", "--label", "cold",
@@ -1189,6 +1205,10 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch: pytest.
     result = invoke(*QUICK, "--batch-size", "2", "--json")
     lines = result.stderr.splitlines()
     assert lines[0] == "joint-pgd on test-linear.tiny  0/8"
-    assert [line.split()[-5] for line in lines[1:]] == ["4/8", "6/8", "8/8"], lines
-    assert all("robust" in line and "left 0:00:0" in line for line in lines[1:])
+    within = [line for line in lines[1:] if re.search("  (clean equilibria|attack|judge)  left", line)]
+    ends = [line for line in lines[1:] if line not in within]
+    assert [line.split()[-5] for line in ends] == ["2/8", "4/8", "6/8", "8/8"], lines
+    assert all("robust" in line for line in ends)
+    assert all("left 0:0" in line for line in lines[1:])
+    assert {"attack", "judge"} <= {line.split()[-3] for line in within}
     assert json.loads(result.stdout)["model"] == "test-linear.tiny"

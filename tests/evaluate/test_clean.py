@@ -13,10 +13,11 @@ from robustbench_deq.data import Split, SplitName
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate import clean as clean_module
+from robustbench_deq.evaluate import evaluation as evaluation_module
 from robustbench_deq.evaluate import judge as judge_module
 from robustbench_deq.evaluate.clean import judge_clean, solve_adjoint
 from robustbench_deq.evaluate.evaluation import evaluate
-from robustbench_deq.evaluate.judge import judge
+from robustbench_deq.evaluate.judge import LADDER, judge
 from robustbench_deq.meter import Meter
 from robustbench_deq.models import FAMILIES, Linear, LinearConfig
 from robustbench_deq.optimise import Norm, estimate_contraction
@@ -296,9 +297,9 @@ class Solves:
         self.calls: list[Tensor] = []
         tight_solve = judge_module.tight_solve
 
-        def watched(model: EquilibriumModel, u: Tensor) -> Any:
+        def watched(model: EquilibriumModel, u: Tensor, *rest: Any) -> Any:
             self.calls.append(u.detach().clone())
-            return tight_solve(model, u)
+            return tight_solve(model, u, *rest)
 
         monkeypatch.setattr(judge_module, "tight_solve", watched)
         monkeypatch.setattr(clean_module, "tight_solve", watched)
@@ -337,6 +338,39 @@ def test_points_of_a_curve_are_judged_where_they_matter(build, monkeypatch: pyte
     num_lost = int((~judge_clean(model, x, y).verdict.is_correct).sum())
     assert num_lost == 3
     assert len(solves.rows) - NUM <= NUM + NUM + 3 * (NUM - num_lost)
+
+
+def test_only_samples_that_break_are_judged_on_the_way(build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where they broke is found in three solves among eight points, all of them in agreement with judging all."""
+    model, x, y = build()
+    attack = build_attack("pgd", Threat(Norm.L2, 0.3), {"stop_at_success": False, "steps": 8})
+    clean = judge_clean(model, x, y).verdict
+    deltas = [snapshot.delta for snapshot in attack(model, x, y, num_snapshots=8).snapshots]
+    robust = [clean.is_correct & judge(model, (x + delta).clamp(0, 1), y).is_correct for delta in deltas]
+    solves = Solves(monkeypatch)
+    found = evaluate(model, attack, split_of(x, y), num_snapshots=8)
+    num_broken = int((clean.is_correct & ~robust[-1]).sum())
+    assert 0 < num_broken < int(clean.is_correct.sum())
+    assert len(solves.rows) <= 2 * NUM + 3 * num_broken
+    assert [point.robust_accuracy for point in found.record.curve] == [float(at.double().mean()) for at in robust]
+
+
+def test_what_had_no_equilibrium_at_its_clean_image_is_given_up_sooner(build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its final image by the first solver alone, and at no snapshot; the others are judged as ever."""
+    model, x, y = build()
+    verdict = judge_clean(model, x, y).verdict
+    verdict.is_converged[0] = verdict.is_correct[0] = False
+    asked: list[tuple[int, int]] = []
+
+    def watched(model: EquilibriumModel, images: Tensor, y: Tensor, ladder: Any) -> Any:
+        asked.append((len(images), len(ladder)))
+        return judge(model, images, y, ladder)
+
+    monkeypatch.setattr(evaluation_module, "judge", watched)
+    bench = evaluation_module._Bench(model, x, y, verdict)
+    final = bench.final(0.9 * x)
+    assert asked == [(NUM - 1, len(LADDER)), (1, 1)]
+    assert int(bench.num_unbroken([0.1 * x, -0.1 * x], final)[0]) == 0
 
 
 @pytest.mark.parametrize("name", ["joint-pgd", "pgd", "joint-fmn"])

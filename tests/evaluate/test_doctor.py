@@ -570,7 +570,7 @@ def test_no_quick_solver_is_a_note_that_names_the_judges(slow_findings: dict[str
     assert finding.grade is NOTE and "max_steps" in finding.fix
     missed = finding.found.split("(missed: ")[1].split(")")[0].split(", ")
     assert sorted(missed) == sorted(f"{name} 32" for name in SOLVERS)
-    assert "; the judge needs Broyden on 32 images (up to 3" in finding.found  # of 400 steps
+    assert "; the judge needs Broyden on 32 images (up to 1" in finding.found  # of 200 steps
 
 
 def test_a_gradient_whose_adjoint_is_not_found_is_not_judged(slow_findings: dict[str, Finding]) -> None:
@@ -615,7 +615,7 @@ def test_no_solver_that_runs_is_a_finding() -> None:
         case = doctor.Case(model, x, SAMPLES.y[:4], model.inject(x), model.equilibrium(x).value)
     model.is_settled = True
     grade, found, fix, _ = doctor._solver(case)
-    assert grade is BAD and found == "every solver raises; RuntimeError: not again" and fix
+    assert grade is BAD and found.startswith("every solver raises; RuntimeError: not again, in ") and fix
 
 
 def test_ranges_that_do_equally_well_are_all_named(monkeypatch: pytest.MonkeyPatch) -> None:

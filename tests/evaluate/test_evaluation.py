@@ -26,7 +26,7 @@ from robustbench_deq.attacks import (
 from robustbench_deq.data import Split, SplitName
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
-from robustbench_deq.evaluate.evaluation import Evaluation, Part, _curve, evaluate
+from robustbench_deq.evaluate.evaluation import Evaluation, Part, Progress, _curve, evaluate
 from robustbench_deq.evaluate.judge import judge
 from robustbench_deq.models import Linear, LinearConfig
 from robustbench_deq.optimise import Norm
@@ -315,9 +315,22 @@ def test_parts_of_unlike_length_make_one_curve() -> None:
 def test_progress_counts_samples_and_ends_with_the_result(setup) -> None:
     model, data = setup()
     seen = []
-    found = evaluate(model, pgd(), data, batch_size=6, progress=lambda *said: seen.append(said))
-    assert [(done, total) for done, total, _ in seen] == [(6, 14), (12, 14), (14, 14)]
-    assert seen[-1][2] == pytest.approx(found.record.robust_accuracy)
+    found = evaluate(model, pgd(), data, batch_size=6, progress=seen.append)
+    assert [(at.done, at.total) for at in seen if not at.stage] == [(6, 14), (12, 14), (14, 14)]
+    assert seen[-1].robust_accuracy == pytest.approx(found.record.robust_accuracy)
+
+
+def test_progress_moves_within_a_batch_and_names_the_stage(setup) -> None:
+    model, data = setup()
+    seen: list[Progress] = []
+    evaluate(model, pgd(stop_at_success=False), data, batch_size=7, progress=seen.append, num_snapshots=2)
+    assert [at.done for at in seen] == sorted(at.done for at in seen)
+    stages = list(dict.fromkeys(at.stage for at in seen))
+    assert stages == ["clean equilibria", "attack", "judge", ""]
+    for begin in (0, 7):
+        moved = {at.done for at in seen if at.stage == "attack" and begin < at.done < begin + 7}
+        assert len(moved) >= pgd().config.steps
+    assert seen[0].robust_accuracy is None
 
 
 # ---------------------------------------------------------------- curves
@@ -515,13 +528,13 @@ def test_a_masked_class_changes_no_result(name: str, settings: dict, setup, monk
     [
         (lambda logits: (logits, logits), "head: expected one tensor (batch, ...), got tuple"),
         (lambda logits: {"logits": logits}, "head: expected one tensor (batch, ...), got dict"),
-        (lambda logits: logits[:, :2], "head: expected (1, 3), a column a class, got (1, 2); return (1, 3) from head"),
-        (lambda logits: F.pad(logits, (0, 997)), "head: expected (1, 3), a column a class, got (1, 1000)"),
-        (lambda logits: logits[:, :, None], "head: expected (1, 3), a column a class, got (1, 3, 1)"),
+        (lambda logits: logits[:, :2], "head: expected (2, 3), a column a class, got (2, 2); return (2, 3) from head"),
+        (lambda logits: F.pad(logits, (0, 997)), "head: expected (2, 3), a column a class, got (2, 1000)"),
+        (lambda logits: logits[:, :, None], "head: expected (2, 3), a column a class, got (2, 3, 1)"),
         (lambda logits: logits.double(), "head: expected float32, as the images are, got float64"),
         (lambda logits: logits.bfloat16(), "head: expected float32, as the images are, got bfloat16"),
         (lambda logits: logits.argmax(1, keepdim=True).expand(-1, 3), "got int64"),
-        (lambda logits: 1 / 0, "head: expected a result, got ZeroDivisionError: division by zero; correct head"),
+        (lambda logits: 1 / 0, "head: expected a result, got ZeroDivisionError: division by zero, in tests"),
     ],
 )
 @pytest.mark.parametrize("name", ["joint-pgd", "noise"])
@@ -538,7 +551,7 @@ def test_what_a_head_returns_is_looked_at_before_anything_runs(
         with pytest.raises(UsageError) as caught:
             call()
         assert said in str(caught.value) and "\n" not in str(caught.value)
-    assert cells == [1, 1]
+    assert cells == [2, 2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -594,6 +607,6 @@ def test_a_bad_pixel_in_a_late_batch_is_refused_before_any_work(setup) -> None:
             pgd(),
             Split("mine", SplitName.TEST, x, data.y, data.sample_ids, "ab12"),
             batch_size=4,
-            progress=lambda *said: done.append(said),
+            progress=done.append,
         )
     assert done == []

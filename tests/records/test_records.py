@@ -48,6 +48,7 @@ def values(**changes: Any) -> dict[str, Any]:
         "num_nonfinite": 0,
         "num_lagging": 2,
         "num_zero_gradient": None,
+        "judge_max_steps": None,
         "finished_by": "sequential",
         "max_perturbation": 1.0,
         "cost": {

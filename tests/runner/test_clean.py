@@ -53,9 +53,9 @@ class Solves:
             self.clean, self.rows = model.inject(x), []
         tight_solve = judge_module.tight_solve
 
-        def watched(model: Any, u: torch.Tensor) -> Any:
+        def watched(model: Any, u: torch.Tensor, *rest: Any) -> Any:
             self.rows.extend(u.detach().clone())
-            return tight_solve(model, u)
+            return tight_solve(model, u, *rest)
 
         monkeypatch.setattr(judge_module, "tight_solve", watched)
         monkeypatch.setattr(clean_module, "tight_solve", watched)
