@@ -220,14 +220,14 @@ class EquilibriumModel(nn.Module, abc.ABC):
             try_parts(self, x[:2])
 
     def check_gradient(self, x: Tensor) -> None:
-        """Raise `UsageError` unless autograd leads from the logits back to the images `x`, one of which it looks at.
+        """Raise `UsageError` unless autograd leads from the logits back to the images `x`, two of which it looks at.
 
         One evaluation of the cell, which no meter counts, and its gradient; only a missing graph is refused, a gradient
         of zero is not. Within `no_grad` and inference mode too. An attack without a gradient leaves the images as they
         are, and its model would look robust. Else as `check_parts`.
         """
         with torch.inference_mode(False), torch.enable_grad():
-            leaf = x[:1].detach().clone().requires_grad_()
+            leaf = x[:2].detach().clone().requires_grad_()
             logits = try_parts(self, leaf).head
             if not logits.requires_grad or torch.autograd.grad(logits.sum(), leaf, allow_unused=True)[0] is None:
                 raise UsageError.of(

@@ -24,7 +24,7 @@ def choice(name: str, names: Collection[str], kind: str) -> str:
         kind: what they are, with an article ("a registered model").
     """
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-    if len(names) <= MAX_LISTED:
+    if 0 < len(names) <= MAX_LISTED:
         return f"one of {', '.join(dict.fromkeys([*close, *names]))}"
     return f"{kind}, closest {', '.join(close)}" if close else kind
 
