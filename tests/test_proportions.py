@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
+from scipy.stats import binomtest
 
 from robustbench_deq.proportions import fisher_p_value, mcnemar_p_value, newcombe_interval, wilson_interval
 
 
-def test_wilson_is_its_closed_form() -> None:
-    z, n, p = 1.959963984540054, 256, 176 / 256
-    centre, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    expected = ((centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n))
-    assert wilson_interval(176, 256) == pytest.approx(expected, abs=1e-12)
-    assert wilson_interval(0, 10)[0] == 0.0
-    assert wilson_interval(10, 10)[1] == 1.0
+@pytest.mark.parametrize("count", [1, 7, 256, 10_000])
+def test_wilson_is_that_of_scipy(count: int) -> None:
+    for num_correct in {0, 1, count // 3, count - 1, count}:
+        expected = binomtest(num_correct, count).proportion_ci(0.95, method="wilson")
+        assert wilson_interval(num_correct, count) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+@pytest.mark.parametrize(("num_correct", "count"), [(0, 0), (-1, 4), (5, 4)])
+def test_no_interval_of_what_is_no_fraction(num_correct: int, count: int) -> None:
+    with pytest.raises(ValueError, match="expected 0 to count"):
+        wilson_interval(num_correct, count)
 
 
 @pytest.mark.parametrize(
