@@ -34,7 +34,7 @@ from robustbench_deq.training.session import TrainingSession
 MODEL = "deq-conv.fashion-joint-l2"
 JOINT = Path("configs/training/fashion-deq-conv-joint-l2.yaml")
 STANDARD = Path("configs/training/fashion-deq-conv-standard.yaml")
-FEW = {"steps": 6, "step_size": 1.0, "warmup_steps": 4}
+FEW = {"steps": 7, "step_size": 1.0, "warmup_steps": 4}
 """Fewer and longer steps of the adversary than those that the shipped weights were trained against."""
 
 
