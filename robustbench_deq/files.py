@@ -54,8 +54,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a file could not be written for want of space. Errors of safetensors have no number but in their text."""
-    return getattr(error, "errno", None) in NO_SPACE or any(f"(os error {code})" in str(error) for code in NO_SPACE)
+    """Whether a file could not be written for want of space."""
+    return isinstance(error, OSError) and error.errno in NO_SPACE
 
 
 @contextlib.contextmanager
@@ -63,7 +63,7 @@ def needing_space(advice: str) -> Iterator[None]:
     """Around writing. Raises `RunError` with the advice when the disk is full."""
     try:
         yield
-    except Exception as error:
+    except OSError as error:
         if is_disk_full(error):
             raise RunError(f"no space left on the disk; {advice}") from error
         raise
