@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_deq.adjoints import DEFAULT_ADJOINT_SOLVE, Adjoint, AdjointTrace, Implicit
-from robustbench_deq.callables import Packing, Tensors, modules_behind
+from robustbench_deq.callables import Packing, Tensors, modules_behind, zeros_like
 from robustbench_deq.errors import UsageError
 from robustbench_deq.inputs import PIXEL_SLACK, as_labels, shape_fix
 from robustbench_deq.meter import Meter
@@ -84,7 +84,7 @@ class EquilibriumModel(nn.Module, abc.ABC):
         Raises:
             UsageError: for a part that cannot be called, or for sizes that `check_sizes` refuses.
         """
-        start = _zeros if initial_state is None else initial_state
+        start = zeros_like if initial_state is None else initial_state
         parts: dict[str, Callable[..., Tensors]] = {
             "inject": inject,
             "cell": cell,
@@ -282,10 +282,6 @@ class _FromCallables(EquilibriumModel):
         return self.inject(like.new_zeros(1, *self.input_shape))
 
 
-def _zeros(injection: Tensors) -> Tensors:
-    return torch.zeros_like(injection) if isinstance(injection, Tensor) else tuple(map(torch.zeros_like, injection))
-
-
 def check_sizes(what: str, input_shape: object, num_classes: object) -> None:
     """Raise `UsageError` unless `input_shape` is three integers >= 1 and `num_classes` one >= 2.
 
@@ -304,11 +300,6 @@ def check_sizes(what: str, input_shape: object, num_classes: object) -> None:
         raise UsageError.of(
             f"{what}: num_classes", expected="an integer >= 2", got=repr(num_classes), fix="count the logits"
         )
-
-
-def _shape(value: object) -> object:
-    """Of a tensor; of anything else its type."""
-    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _is_count(value: object, least: int) -> bool:

@@ -5,9 +5,8 @@
 
 A part is plain data, so that batches may be attacked anywhere and joined later. Robust accuracy is over all samples. A
 sample that is misclassified, unconverged or without finite logits (at the clean or the perturbed image) or failed is
-not robust. An attack has
-failed on a sample when its perturbation was not finite, or when the image that it returned lies outside the threat's
-ball: attacks project, but no attack is trusted with that. The interval is Wilson's at 95 %.
+not robust. An attack has failed on a sample when its perturbation was not finite, or when the image that it returned
+lies outside the threat's ball: attacks project, but no attack is trusted with that. The interval is Wilson's at 95 %.
 """
 
 from __future__ import annotations
@@ -152,7 +151,7 @@ def evaluate(
     if progress is not None and not callable(progress):
         raise _unfit("progress", "a function", progress, "pass what is called with a Progress")
     origin = origin_of(model) or Origin("own")
-    told = {
+    given = {
         "attack": attack,
         "label": label,
         "batch_size": batch_size,
@@ -163,7 +162,7 @@ def evaluate(
         "model_sha256": origin.model_sha256 if model_sha256 is None else model_sha256,
         "file_sha256": origin.file_sha256 if file_sha256 is None else file_sha256,
     }
-    task, place = validate(Task, told, "evaluate"), choose_device("cpu" if device is None else device)
+    task, place = validate(Task, given, "evaluate"), choose_device("cpu" if device is None else device)
     with torch.inference_mode(False):
         return _evaluate(model.to(place).eval(), task, data, place, progress)
 

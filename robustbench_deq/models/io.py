@@ -30,6 +30,7 @@ from robustbench_deq.models.origin import Origin, with_origin
 from robustbench_deq.models.user_file import digest_of_file, model_from_file
 from robustbench_deq.models.zoo import MODELS, ModelEntry
 from robustbench_deq.optimise import NORMS
+from robustbench_deq.registry import closest
 from robustbench_deq.specs import ThreatSpec
 
 DESCRIPTION_NAME = "model.json"
@@ -253,7 +254,7 @@ def _registered(name: str) -> ModelEntry:
         raise UsageError.of(
             f"model {name}", expected="file.py:function", got="no function", fix=f"write {name}:FUNCTION"
         )
-    close = ", ".join(MODELS.closest(name))
+    close = ", ".join(closest(name, MODELS))
     listed = "list the names with 'robustbench-deq models', or check the path"
     raise UsageError.of(
         "unknown model",

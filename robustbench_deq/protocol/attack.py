@@ -138,8 +138,8 @@ class Attack(abc.ABC, Generic[A]):
                 verdicts than of images.
         """
         check_model(model)
-        told = validate(RunConfig, {"seed": seed, "num_snapshots": num_snapshots}, f"attack {_title(type(self))}")
-        seed, num_snapshots = told.seed, told.num_snapshots
+        given = validate(RunConfig, {"seed": seed, "num_snapshots": num_snapshots}, f"attack {_title(type(self))}")
+        seed, num_snapshots = given.seed, given.num_snapshots
         model.check_images(x)
         x = x.detach().clamp(0.0, 1.0).contiguous()  # rounding, other layouts, and views of inference mode end here
         y = check_labels(y, len(x), model.num_classes).to(x.device, copy=True)

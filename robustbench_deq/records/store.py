@@ -25,7 +25,7 @@ import pyarrow.parquet
 from pydantic import ValidationError
 
 from robustbench_deq.configs import validate
-from robustbench_deq.errors import UsageError
+from robustbench_deq.errors import UsageError, excerpt
 from robustbench_deq.files import is_disk_full, lock, open_own, own_path, replacing
 from robustbench_deq.records.record import SCHEMA_VERSION, Record, to_json
 
@@ -221,7 +221,8 @@ def _parse(line: bytes, where: str) -> Record:
     except (ValueError, RecursionError):  # malformed JSON or UTF-8, or nested too deeply
         values = None
     if not isinstance(values, dict):
-        raise UsageError.of(where, expected="a record as one JSON object", got=_excerpt(line), fix="remove the line")
+        got = excerpt(line.decode(errors="replace"))
+        raise UsageError.of(where, expected="a record as one JSON object", got=got, fix="remove the line")
     _check_version(values.get("schema_version"), where)
     return validate(Record, values, where)
 
@@ -239,8 +240,3 @@ def _check_version(version: Any, where: str) -> None:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
-
-
-def _excerpt(line: bytes) -> str:
-    text = line.decode(errors="replace")
-    return repr(text if len(text) <= 40 else text[:37] + "...")
