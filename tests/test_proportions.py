@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+from scipy.stats import binomtest
 
 from robustbench_deq.proportions import fisher_p_value, mcnemar_p_value, newcombe_interval, wilson_interval
 
@@ -16,6 +17,10 @@ def test_wilson_is_its_closed_form() -> None:
     assert wilson_interval(176, 256) == pytest.approx(expected, abs=1e-12)
     assert wilson_interval(0, 10)[0] == 0.0
     assert wilson_interval(10, 10)[1] == 1.0
+    for right, count in ((0, 1), (1, 1), (0, 10), (3, 10), (10, 10), (176, 256), (9_999, 10_000)):
+        assert wilson_interval(right, count) == pytest.approx(
+            binomtest(right, count).proportion_ci(0.95, method="wilson"), abs=1e-15
+        )
 
 
 @pytest.mark.parametrize(
