@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -267,6 +268,12 @@ def test_everything_is_shown_in_one_short_telling_line(setup: tuple[EquilibriumM
 def test_the_version_is_that_of_the_package() -> None:
     assert robustbench_deq.__version__ == importlib.metadata.version("robustbench-deq")
     assert "__version__" in dir(robustbench_deq)
+
+
+def test_evaluate_is_the_function_even_after_its_folder_was_imported() -> None:
+    vars(robustbench_deq).pop("evaluate", None)
+    robustbench_deq.evaluate = sys.modules["robustbench_deq.evaluate"]  # as the import of a folder ends
+    assert robustbench_deq.evaluate is evaluate
 
 
 # ---------------------------------------------------------------- modes and layouts

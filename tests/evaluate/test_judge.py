@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from robustbench_deq.data import load
 from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.evaluate import judge as judge_module
 from robustbench_deq.evaluate.judge import JUDGE_RTOL, LADDER, MAX_STEPS, SLOW, _relaxation, _Start, judge, tight_solve
 from robustbench_deq.meter import Meter
 from robustbench_deq.models import FAMILIES, Linear, LinearConfig, load_model
@@ -191,7 +192,7 @@ def test_a_cell_that_is_only_slow_at_its_start_is_not_lost(build, monkeypatch: p
     with torch.no_grad():
         u = model.inject(x)
     expected = tight_solve(model, u)
-    monkeypatch.setattr("robustbench_deq.evaluate.judge._relaxation", lambda cell, start: torch.full((8,), 1e30))
+    monkeypatch.setattr(judge_module, "_relaxation", lambda cell, start: torch.full((8,), 1e30))
     found = tight_solve(model, u)
     assert bool(found.is_converged.all())
     torch.testing.assert_close(found.value, expected.value)
