@@ -115,6 +115,8 @@ def _first_line(schema: type[pydantic.BaseModel], error: pydantic.ValidationErro
     if isinstance(first.get("ctx", {}).get("error"), UsageError):
         return f"{where}: {path}: {first['ctx']['error']}"
     message = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    if first["type"] == "int_from_float":
+        message = "a valid integer"
     if isinstance(first.get("input"), dict) and first["type"] == "value_error":  # of settings that do not go together
         return f"{where}: {path + ': ' if path else ''}expected {message}; correct it"
     return f"{where}: {path or 'the config'}: expected {message}, got {excerpt(first['input'])}; correct it"

@@ -70,7 +70,7 @@ def test_settings_of_an_attack_come_as_a_config_a_mapping_or_keywords() -> None:
         (lambda: JointPGD(THREAT).with_(steps=-1), "attack joint-pgd: steps: expected greater than"),
         (lambda: JointPGD(THREAT, SequentialPGDConfig()), "expected a JointPGDConfig, got SequentialPGDConfig; pass"),
         (lambda: JointPGD(THREAT, 3), "attack joint-pgd: expected a JointPGDConfig, got int; pass settings by name"),
-        (lambda: JointPGD("l2"), r'attack joint-pgd: expected a Threat, got str; pass for example Threat\("l2", 0.5\)'),
+        (lambda: JointPGD("l2"), r"joint-pgd: expected a Threat, got 'l2'; pass for example Threat\(.l2., 0.5\)"),
         (lambda: Noise(Threat), "attack noise: expected a Threat, got Threat; pass"),
     ],
 )
@@ -105,7 +105,7 @@ def test_arguments_of_evaluate_come_in_any_sensible_form(setup: tuple[Equilibriu
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "batch size of none": ({"batch_size": 0}, "evaluate: batch_size: expected greater than or equal to 1, got 0"),
     "negative batch size": ({"batch_size": -1}, "evaluate: batch_size: expected greater than"),
-    "half a batch": ({"batch_size": 2.5}, "evaluate: batch_size: expected a valid integer"),
+    "half a batch": ({"batch_size": 2.5}, "evaluate: batch_size: expected a valid integer, got 2.5; correct it"),
     "negative seed": ({"seed": -1}, "evaluate: seed: expected greater than"),
     "seed beyond 31 bits": ({"seed": 2**31}, "evaluate: seed: expected"),
     "snapshots": ({"num_snapshots": -1}, "evaluate: num_snapshots: expected"),

@@ -33,7 +33,7 @@ from robustbench_deq.configs import validate
 from robustbench_deq.data import Split
 from robustbench_deq.devices import choose_device
 from robustbench_deq.equilibrium import EquilibriumModel, check_labels, check_model
-from robustbench_deq.errors import UsageError
+from robustbench_deq.errors import UsageError, kind_of
 from robustbench_deq.evaluate.clean import CleanBatch, judge_clean
 from robustbench_deq.evaluate.judge import LADDER, MAX_STEPS, Verdict, judge
 from robustbench_deq.inputs import as_ids, as_labels
@@ -145,11 +145,14 @@ def evaluate(
     """
     check_model(model)
     if not isinstance(attack, Attack):
-        raise _unfit("attack", "an attack", attack, 'pass for example JointPGD(Threat("l2", 0.5))')
+        fix = 'pass for example JointPGD(Threat("l2", 0.5))'
+        raise UsageError.of("attack", expected="an attack", got=kind_of(attack), fix=fix)
     if not isinstance(data, Split):
-        raise _unfit("data", "a Split", data, 'pass for example load("digits", limit=256)')
+        fix = 'pass for example load("digits", limit=256)'
+        raise UsageError.of("data", expected="a Split", got=kind_of(data), fix=fix)
     if progress is not None and not callable(progress):
-        raise _unfit("progress", "a function", progress, "pass what is called with a Progress")
+        fix = "pass what is called with a Progress"
+        raise UsageError.of("progress", expected="a function", got=kind_of(progress), fix=fix)
     origin = origin_of(model) or Origin("own")
     given = {
         "attack": attack,
@@ -165,11 +168,6 @@ def evaluate(
     task, place = validate(Task, given, "evaluate"), choose_device("cpu" if device is None else device)
     with torch.inference_mode(False):
         return _evaluate(model.to(place).eval(), task, data, place, progress)
-
-
-def _unfit(what: str, expected: str, got: object, fix: str) -> UsageError:
-    shown = repr(got) if isinstance(got, str) else getattr(got, "__name__", type(got).__name__)
-    return UsageError.of(what, expected=expected, got=shown, fix=fix)
 
 
 def _evaluate(

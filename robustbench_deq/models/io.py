@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save
 
 from robustbench_deq.configs import Config, validate
 from robustbench_deq.equilibrium import EquilibriumModel
-from robustbench_deq.errors import UsageError
+from robustbench_deq.errors import UsageError, kind_of
 from robustbench_deq.files import is_folder, read_json, replacing, sha256_of, write_json
 from robustbench_deq.models.base import FAMILIES, Family, FamilyModel
 from robustbench_deq.models.origin import Origin, with_origin
@@ -235,7 +235,7 @@ def load_model(
         raise UsageError.of(
             "model",
             expected="a registered name, a folder with a saved model, or file.py:function",
-            got=type(model_name).__name__,
+            got=kind_of(model_name),
             fix="list the names with 'robustbench-deq models'",
         )
     name = os.fspath(model_name)

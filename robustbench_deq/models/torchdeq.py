@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from robustbench_deq.adjoints import Implicit
 from robustbench_deq.callables import Packing, Tensors, zeros_like
 from robustbench_deq.equilibrium import EquilibriumModel, check_sizes
-from robustbench_deq.errors import UsageError, told
+from robustbench_deq.errors import UsageError, kind_of, told
 from robustbench_deq.solvers import SOLVERS, Solve
 
 SOLVER_OF = {
@@ -69,7 +69,7 @@ def from_torchdeq(
         ) from None
     if not isinstance(module, nn.Module):
         raise UsageError.of(
-            "from_torchdeq", expected="a torch.nn.Module", got=type(module).__name__, fix="pass the built network"
+            "from_torchdeq", expected="a torch.nn.Module", got=kind_of(module), fix="pass the built network"
         )
     deqs = [part for part in module.modules() if isinstance(part, torchdeq.core.DEQBase)]
     if len(deqs) != 1:
