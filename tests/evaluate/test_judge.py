@@ -374,10 +374,8 @@ def test_a_sample_without_an_equilibrium_costs_no_more_than_the_cap(build) -> No
     with Meter(model) as others:
         judge(model, x[~is_lost], y[~is_lost])
     assert verdict.is_converged.tolist() == (~is_lost).tolist()
-    clean = others.eval_rows / 12
     lost = (whole.eval_rows - others.eval_rows) / 4
     assert lost <= MAX_STEPS + 60
-    assert lost <= 20 * clean or clean < 20, "a clean solve of so few steps is no measure"
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
