@@ -36,7 +36,7 @@ class TorchattacksConfig(AttackConfig):
 
 class _Summed(nn.Module):
     """The model, but its logits' gradient is multiplied by the batch size; `is_flat`: samples whose image has had a
-    gradient of exactly zero at every step, `(batch,)`."""
+    gradient of zero or NaN at every step, `(batch,)`."""
 
     def __init__(self, model: EquilibriumModel) -> None:
         super().__init__()

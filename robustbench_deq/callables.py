@@ -102,6 +102,10 @@ class Packing:
         return tuple(piece.reshape(len(piece), *shape) for piece, shape in zip(pieces, self.shapes, strict=True))
 
 
+def zeros_like(tensors: Tensors) -> Tensors:
+    return torch.zeros_like(tensors) if isinstance(tensors, Tensor) else tuple(map(torch.zeros_like, tensors))
+
+
 def _shapes(value: object) -> list[tuple[int, ...]] | None:
     if isinstance(value, list | tuple) and value and all(isinstance(part, Tensor) for part in value):
         return [tuple(part.shape[1:]) for part in value]

@@ -6,6 +6,7 @@ Every YAML file, every `--set key=value` and every attack's settings go through 
 from __future__ import annotations
 
 import os
+import re
 import typing
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -16,6 +17,9 @@ import yaml
 from robustbench_deq import plain_yaml
 from robustbench_deq.errors import MAX_MESSAGE, UsageError, excerpt, shortened
 from robustbench_deq.registry import Registry, choice
+
+M = TypeVar("M", bound=pydantic.BaseModel)
+V = TypeVar("V")
 
 MAX_FILE_SIZE = 2**20
 MAX_COUNT = 2**31 - 1
@@ -78,16 +82,14 @@ FolderName = Annotated[str, pydantic.AfterValidator(_folder_name)]
 """A name that is also that of a folder."""
 
 
-def _check_distinct(values: list[Any]) -> list[Any]:
-    if len(set(values)) < len(values):
+def _check_distinct(values: V) -> V:
+    if isinstance(values, list) and len(set(values)) < len(values):
         raise ValueError("every value once")
     return values
 
 
 Distinct = pydantic.AfterValidator(_check_distinct)
-"""Annotation of a list whose values are to differ."""
-
-M = TypeVar("M", bound=pydantic.BaseModel)
+"""Annotation of a list whose values are to differ, or of what may be one."""
 
 
 def validate(schema: type[M], values: dict[str, Any], where: str) -> M:
@@ -114,7 +116,9 @@ def _first_line(schema: type[pydantic.BaseModel], error: pydantic.ValidationErro
         return f"{where}: unknown key {path!r}: expected {expected}; remove or correct it"
     if isinstance(first.get("ctx", {}).get("error"), UsageError):
         return f"{where}: {path}: {first['ctx']['error']}"
-    message = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] != "value_error":  # "Input should be x, got y" or "List should have x after validation, not y"
+        message = re.sub(r"^\w+ should (be|have) |, got .*| after validation.*", "", message)
     if isinstance(first.get("input"), dict) and first["type"] == "value_error":  # of settings that do not go together
         return f"{where}: {path + ': ' if path else ''}expected {message}; correct it"
     return f"{where}: {path or 'the config'}: expected {message}, got {excerpt(first['input'])}; correct it"

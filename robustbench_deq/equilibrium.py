@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_deq.adjoints import DEFAULT_ADJOINT_SOLVE, Adjoint, AdjointTrace, Implicit
-from robustbench_deq.callables import Packing, Tensors, modules_behind
-from robustbench_deq.errors import UsageError
+from robustbench_deq.callables import Packing, Tensors, modules_behind, zeros_like
+from robustbench_deq.errors import UsageError, kind_of
 from robustbench_deq.inputs import PIXEL_SLACK, as_labels, shape_fix
 from robustbench_deq.meter import Meter
 from robustbench_deq.solvers import Anderson, CellMap, Solution, Solve
@@ -84,7 +84,7 @@ class EquilibriumModel(nn.Module, abc.ABC):
         Raises:
             UsageError: for a part that cannot be called, or for sizes that `check_sizes` refuses.
         """
-        start = _zeros if initial_state is None else initial_state
+        start = zeros_like if initial_state is None else initial_state
         parts: dict[str, Callable[..., Tensors]] = {
             "inject": inject,
             "cell": cell,
@@ -96,7 +96,7 @@ class EquilibriumModel(nn.Module, abc.ABC):
                 raise UsageError.of(
                     f"from_callables: {name}",
                     expected="a function or module",
-                    got=type(part).__name__,
+                    got=kind_of(part),
                     fix="pass what computes it",
                 )
         check_sizes("from_callables", input_shape, num_classes)
@@ -182,9 +182,7 @@ class EquilibriumModel(nn.Module, abc.ABC):
         """
         check_sizes("model", getattr(self, "input_shape", None), getattr(self, "num_classes", None))
         if not isinstance(x, Tensor):
-            raise UsageError.of(
-                "images", expected="a float tensor", got=type(x).__name__, fix="pass torch.as_tensor(images)"
-            )
+            raise UsageError.of("images", expected="a float tensor", got=kind_of(x), fix="pass torch.as_tensor(images)")
         if x.dim() != 4 or tuple(x.shape[1:]) != tuple(self.input_shape) or not x.is_floating_point():
             fix = shape_fix(x.shape[1:], self.input_shape) or "reshape the data or choose a model of its shape"
             raise UsageError.of(
@@ -282,10 +280,6 @@ class _FromCallables(EquilibriumModel):
         return self.inject(like.new_zeros(1, *self.input_shape))
 
 
-def _zeros(injection: Tensors) -> Tensors:
-    return torch.zeros_like(injection) if isinstance(injection, Tensor) else tuple(map(torch.zeros_like, injection))
-
-
 def check_sizes(what: str, input_shape: object, num_classes: object) -> None:
     """Raise `UsageError` unless `input_shape` is three integers >= 1 and `num_classes` one >= 2.
 
@@ -306,11 +300,6 @@ def check_sizes(what: str, input_shape: object, num_classes: object) -> None:
         )
 
 
-def _shape(value: object) -> object:
-    """Of a tensor; of anything else its type."""
-    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-
-
 def _is_count(value: object, least: int) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
 
@@ -322,7 +311,7 @@ def check_model(model: object, what: str = "model") -> None:
         raise UsageError.of(
             what,
             expected="an EquilibriumModel",
-            got=repr(model) if isinstance(model, str) else type(model).__name__,
+            got=kind_of(model),
             fix=f"pass load_model({model!r})" if isinstance(model, str) else fix,
         )
     if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):

@@ -34,6 +34,13 @@ def excerpt(value: object) -> str:
         return f"a {type(value).__name__} too long to show"
 
 
+def kind_of(value: object) -> str:
+    """What a value of the wrong kind is, for a message: text as it is, a class's name, else that of its type."""
+    if isinstance(value, str):
+        return repr(value)
+    return value.__name__ if isinstance(value, type) else type(value).__name__
+
+
 def told(error: BaseException, folder: Path | None = None) -> str:
     """An error of somebody else's code in a few words: its type, the first line of its message, and file and line.
 

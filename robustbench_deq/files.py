@@ -54,8 +54,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a file could not be written for want of space. Errors of safetensors have no number but in their text."""
-    return getattr(error, "errno", None) in NO_SPACE or any(f"(os error {code})" in str(error) for code in NO_SPACE)
+    """Whether a file could not be written for want of space."""
+    return isinstance(error, OSError) and error.errno in NO_SPACE
 
 
 @contextlib.contextmanager
@@ -63,7 +63,7 @@ def needing_space(advice: str) -> Iterator[None]:
     """Around writing. Raises `RunError` with the advice when the disk is full."""
     try:
         yield
-    except Exception as error:
+    except OSError as error:
         if is_disk_full(error):
             raise RunError(f"no space left on the disk; {advice}") from error
         raise
@@ -98,7 +98,7 @@ def _is_abandoned(path: Path) -> bool:
 
 def is_blank(folder: Path) -> bool:
     """Whether a folder has nothing but hidden files, which a killed run may have left, or is not there."""
-    return all(entry.name.startswith(".") for entry in folder.glob("*"))
+    return not is_folder(folder) or all(entry.name.startswith(".") for entry in folder.iterdir())
 
 
 def refuse_links(folder: Path) -> None:
@@ -114,7 +114,7 @@ def refuse_links(folder: Path) -> None:
 
 def own_path(path: Path) -> Path:
     """`path`, of an output folder. Raises `UsageError` when it is a symbolic link."""
-    if path.is_symlink():
+    if os.path.islink(path):
         raise UsageError.of(
             str(path), expected="a file or folder of the run's own", got="a symbolic link", fix="remove it"
         )
@@ -256,8 +256,8 @@ def sha256_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def output_folder(path: Path | None, is_resumed: bool = False) -> Iterator[Path | None]:
-    """`path` as a new or empty folder that can be written; removed again, with the folders above that
-    were made for it, if the block fails and leaves it empty.
+    """`path` as a new or empty folder that can be written; removed again, with the folders above that were made for it,
+    if the block fails and leaves it empty.
 
     Args:
         is_resumed: it may hold something.
@@ -268,29 +268,30 @@ def output_folder(path: Path | None, is_resumed: bool = False) -> Iterator[Path 
     if path is None:
         yield None
         return
-    made = [folder for folder in (path, *path.parents) if not is_folder(folder)]
+    made = [folder for folder in (path, *path.parents) if not is_folder(folder)]  # the innermost first
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        if all(_is_temporary(entry.name) for entry in path.iterdir()):
-            remove_temporaries(path)
-        if not is_resumed and any(path.iterdir()):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if all(_is_temporary(entry.name) for entry in path.iterdir()):
+                remove_temporaries(path)
+            if not is_resumed and any(path.iterdir()):
+                raise UsageError.of(
+                    f"output folder {path}",
+                    expected="an empty or new folder",
+                    got="one with files",
+                    fix="remove it, or name another with --out",
+                )
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except OSError as error:
             raise UsageError.of(
-                f"output folder {path}",
-                expected="an empty or new folder",
-                got="one with files",
-                fix="remove it, or name another with --out",
-            )
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UsageError.of(
-            f"output folder {path}", expected="a folder that can be written", got=error.strerror, fix="name another"
-        ) from None
-    try:
+                f"output folder {path}", expected="a folder that can be written", got=error.strerror, fix="name another"
+            ) from None
+        made = [path, *made[1:]]
         yield path
     except BaseException:
-        for folder in [path, *made[1:]]:  # the innermost first
-            if folder.is_dir() and not any(folder.iterdir()):
+        for folder in made:
+            if is_folder(folder) and not any(folder.iterdir()):
                 folder.rmdir()
         raise
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Generic, TypeVar
 
 from robustbench_deq.errors import UsageError
@@ -17,13 +17,18 @@ MAX_LISTED = 12
 """Names in a message; of more only those that resemble what was asked for."""
 
 
+def closest(name: str, names: Iterable[str]) -> list[str]:
+    """At most three of `names` that resemble `name`, the nearest first."""
+    return difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+
+
 def choice(name: str, names: Collection[str], kind: str) -> str:
     """What is expected instead of `name`, for a message: all of `names` when they are few, else the closest.
 
     Args:
         kind: what they are, with an article ("a registered model").
     """
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    close = closest(name, names)
     if 0 < len(names) <= MAX_LISTED:
         return f"one of {', '.join(dict.fromkeys([*close, *names]))}"
     return f"{kind}, closest {', '.join(close)}" if close else kind
@@ -50,10 +55,6 @@ class Registry(Generic[T]):
             return value
 
         return add
-
-    def closest(self, name: str) -> list[str]:
-        """At most three registered names that resemble `name`, the nearest first."""
-        return difflib.get_close_matches(name, self._entries, n=3, cutoff=0.4)
 
     def get(self, name: str) -> T:
         """The value stored under `name`. Raises `UsageError` with the names that there are, or the closest of many."""

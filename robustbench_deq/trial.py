@@ -38,7 +38,7 @@ class PartError(UsageError):
     """
 
     def __init__(self, what: str, *, expected: str, got: object, fix: str, found: str | None = None) -> None:
-        super().__init__(f"{what}: expected {expected}, got {got}; {fix}")
+        super().__init__(str(UsageError.of(what, expected=expected, got=got, fix=fix)))
         self.found, self.fix = found or f"{what} gives {got}", fix
 
 

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "threats": "configs errors optimise",
     "protocol": "configs equilibrium errors inputs meter optimise registry rows threats shown",
     "specs": "adjoints configs optimise protocol solvers threats",
-    "models": "adjoints callables configs equilibrium errors files optimise registry rows solvers specs",
+    "models": "adjoints callables configs equilibrium errors files optimise registry rows solvers specs trial",
     "data": "configs errors files inputs registry shown",
     "records": "configs errors files shown",
     "evaluate": "adjoints configs data devices equilibrium errors inputs memory meter models optimise proportions "

@@ -12,8 +12,11 @@ import pytest
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.files import (
     alone_in,
+    is_blank,
+    is_file,
     needing_space,
     output_folder,
+    own_path,
     read_sealed,
     refuse_links,
     remove_temporaries,
@@ -85,11 +88,7 @@ def test_one_process_at_a_time_has_a_folder_and_a_killed_one_does_not_keep_it(tm
 
 @pytest.mark.parametrize(
     "error",
-    [
-        OSError(errno.ENOSPC, "No space left on device"),
-        OSError(errno.EDQUOT, "Disk quota exceeded"),
-        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
-    ],
+    [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "Disk quota exceeded")],
     ids=repr,
 )
 def test_a_full_disk_is_one_line_with_advice(error: Exception) -> None:
@@ -115,3 +114,13 @@ def test_a_seal_shows_every_bit_that_flips(tmp_path: Path) -> None:
     os.unlink(path)
     with pytest.raises(FileNotFoundError):
         read_sealed(path)
+
+
+def test_names_that_no_file_can_have_are_of_none(tmp_path: Path) -> None:
+    path = tmp_path / "made" / ("x" * 300)
+    assert own_path(path) == path and is_blank(path) and not is_file(path)
+    refuse_links(path)
+    for place in (output_folder, whole_folder):
+        with pytest.raises(UsageError, match="folder that can be written, got File name too long"), place(path):
+            pass
+        assert list(tmp_path.iterdir()) == []

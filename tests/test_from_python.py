@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def test_settings_of_an_attack_come_as_a_config_a_mapping_or_keywords() -> None:
         (lambda: JointPGD(THREAT).with_(steps=-1), "attack joint-pgd: steps: expected greater than"),
         (lambda: JointPGD(THREAT, SequentialPGDConfig()), "expected a JointPGDConfig, got SequentialPGDConfig; pass"),
         (lambda: JointPGD(THREAT, 3), "attack joint-pgd: expected a JointPGDConfig, got int; pass settings by name"),
-        (lambda: JointPGD("l2"), r'attack joint-pgd: expected a Threat, got str; pass for example Threat\("l2", 0.5\)'),
+        (lambda: JointPGD("l2"), r"joint-pgd: expected a Threat, got 'l2'; pass for example Threat\(.l2., 0.5\)"),
         (lambda: Noise(Threat), "attack noise: expected a Threat, got Threat; pass"),
     ],
 )
@@ -104,7 +105,7 @@ def test_arguments_of_evaluate_come_in_any_sensible_form(setup: tuple[Equilibriu
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "batch size of none": ({"batch_size": 0}, "evaluate: batch_size: expected greater than or equal to 1, got 0"),
     "negative batch size": ({"batch_size": -1}, "evaluate: batch_size: expected greater than"),
-    "half a batch": ({"batch_size": 2.5}, "evaluate: batch_size: expected a valid integer"),
+    "half a batch": ({"batch_size": 2.5}, "evaluate: batch_size: expected a valid integer, got 2.5; correct it"),
     "negative seed": ({"seed": -1}, "evaluate: seed: expected greater than"),
     "seed beyond 31 bits": ({"seed": 2**31}, "evaluate: seed: expected"),
     "snapshots": ({"num_snapshots": -1}, "evaluate: num_snapshots: expected"),
@@ -267,6 +268,12 @@ def test_everything_is_shown_in_one_short_telling_line(setup: tuple[EquilibriumM
 def test_the_version_is_that_of_the_package() -> None:
     assert robustbench_deq.__version__ == importlib.metadata.version("robustbench-deq")
     assert "__version__" in dir(robustbench_deq)
+
+
+def test_evaluate_is_the_function_even_after_its_folder_was_imported() -> None:
+    vars(robustbench_deq).pop("evaluate", None)
+    robustbench_deq.evaluate = sys.modules["robustbench_deq.evaluate"]  # as the import of a folder ends
+    assert robustbench_deq.evaluate is evaluate
 
 
 # ---------------------------------------------------------------- modes and layouts

@@ -41,9 +41,8 @@ def bench(
     """Run SUITE, a YAML file of models, attacks and threats, and leave a folder of records."""
     parsed = validate(SuiteConfig, merge(read_yaml(suite), parse_assignments(assignments)), str(suite))
     runs = [(run, cut(run, parsed.batches_per_shard)) for run in plan(parsed)]
-    for doubt in dict.fromkeys(_doubt(run) for run, _ in runs):
-        if doubt is not None:
-            click.echo(doubt, err=True)
+    for doubt in _doubts([run for run, _ in runs]):
+        click.echo(doubt, err=True)
     for data in dict.fromkeys(run.data for run, _ in runs):
         tell_split(data, parsed.split, "split: all with limit: {} takes all")
     target = out or Path("results/runs") / parsed.name
@@ -98,9 +97,13 @@ def bench(
         )
 
 
-def _doubt(run: Run) -> str | None:
-    num_pixels = load(run.data, SplitName(run.split), 1).x[0].numel()
-    return ThreatSpec(norm=run.norm, epsilon=run.epsilon).build().doubt(num_pixels)
+def _doubts(runs: list[Run]) -> list[str]:
+    """What is odd about the radii of a suite, each once."""
+    sources = dict.fromkeys((run.data, run.split) for run in runs)
+    num_pixels = {data: load(data, SplitName(split), 1).x[0].numel() for data, split in sources}
+    asked = dict.fromkeys((run.norm, run.epsilon, num_pixels[run.data]) for run in runs)
+    found = (ThreatSpec(norm=norm, epsilon=epsilon).build().doubt(size) for norm, epsilon, size in asked)
+    return list(dict.fromkeys(filter(None, found)))
 
 
 def _earlier_records(target: Path) -> list[Path]:

@@ -64,7 +64,7 @@ def _show_cause(error: Exception) -> None:
 
 
 def _unexpected(error: BaseException) -> RunError:
-    reason = " ".join(str(error).split())[:300] or "no message"
+    reason = shortened(" ".join(str(error).split())) or "no message"
     return RunError(f"the run failed with {type(error).__name__}: {reason}; set {DEBUG_VARIABLE}=1 for the traceback")
 
 

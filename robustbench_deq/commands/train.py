@@ -24,7 +24,7 @@ def train(
     """Train the model that CONFIG describes, evaluate it on the test split, and save it with its card."""
     values = merge(read_yaml(config), parse_assignments(assignments))
     parsed = validate(TrainingConfig, values, str(config))
-    target = choose_device(device, "--device")
+    place = choose_device(device, "--device")
     if resume is not None and out is not None:
         raise UsageError.of("train", expected="--out or --resume", got="both", fix="--resume writes to its own folder")
     command = "robustbench-deq train " + " ".join(
@@ -40,7 +40,7 @@ def train(
         attack=attack,
         validation_attack=validation_attack,
         evaluation_attack=evaluation_attack,
-        device=target,
+        device=place,
         plot_history=plot_history,
     )
     target = resume or out or Path("results/runs") / parsed.name

@@ -5,9 +5,8 @@
 
 A part is plain data, so that batches may be attacked anywhere and joined later. Robust accuracy is over all samples. A
 sample that is misclassified, unconverged or without finite logits (at the clean or the perturbed image) or failed is
-not robust. An attack has
-failed on a sample when its perturbation was not finite, or when the image that it returned lies outside the threat's
-ball: attacks project, but no attack is trusted with that. The interval is Wilson's at 95 %.
+not robust. An attack has failed on a sample when its perturbation was not finite, or when the image that it returned
+lies outside the threat's ball: attacks project, but no attack is trusted with that. The interval is Wilson's at 95 %.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from robustbench_deq.configs import validate
 from robustbench_deq.data import Split
 from robustbench_deq.devices import choose_device
 from robustbench_deq.equilibrium import EquilibriumModel, check_labels, check_model
-from robustbench_deq.errors import UsageError
+from robustbench_deq.errors import UsageError, kind_of
 from robustbench_deq.evaluate.clean import CleanBatch, judge_clean
 from robustbench_deq.evaluate.judge import LADDER, MAX_STEPS, Verdict, judge
 from robustbench_deq.inputs import as_ids, as_labels
@@ -146,13 +145,16 @@ def evaluate(
     """
     check_model(model)
     if not isinstance(attack, Attack):
-        raise _unfit("attack", "an attack", attack, 'pass for example JointPGD(Threat("l2", 0.5))')
+        fix = 'pass for example JointPGD(Threat("l2", 0.5))'
+        raise UsageError.of("attack", expected="an attack", got=kind_of(attack), fix=fix)
     if not isinstance(data, Split):
-        raise _unfit("data", "a Split", data, 'pass for example load("digits", limit=256)')
+        fix = 'pass for example load("digits", limit=256)'
+        raise UsageError.of("data", expected="a Split", got=kind_of(data), fix=fix)
     if progress is not None and not callable(progress):
-        raise _unfit("progress", "a function", progress, "pass what is called with a Progress")
+        fix = "pass what is called with a Progress"
+        raise UsageError.of("progress", expected="a function", got=kind_of(progress), fix=fix)
     origin = origin_of(model) or Origin("own")
-    told = {
+    given = {
         "attack": attack,
         "label": label,
         "batch_size": batch_size,
@@ -163,14 +165,9 @@ def evaluate(
         "model_sha256": origin.model_sha256 if model_sha256 is None else model_sha256,
         "file_sha256": origin.file_sha256 if file_sha256 is None else file_sha256,
     }
-    task, place = validate(Task, told, "evaluate"), choose_device("cpu" if device is None else device)
+    task, place = validate(Task, given, "evaluate"), choose_device("cpu" if device is None else device)
     with torch.inference_mode(False):
         return _evaluate(model.to(place).eval(), task, data, place, progress)
-
-
-def _unfit(what: str, expected: str, got: object, fix: str) -> UsageError:
-    shown = repr(got) if isinstance(got, str) else getattr(got, "__name__", type(got).__name__)
-    return UsageError.of(what, expected=expected, got=shown, fix=fix)
 
 
 def _evaluate(

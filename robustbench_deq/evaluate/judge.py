@@ -38,7 +38,7 @@ LADDER = (
     Solve(Broyden(history_size=60, patience=20), rtol=JUDGE_RTOL, max_steps=200),
 )
 MAX_STEPS = sum(rung.max_steps for rung in LADDER)
-"""Solver steps on one image after which it is unconverged."""
+"""Solver steps on one image after which it is unconverged; a relaxed cell gets those of the first rung more."""
 FEW = 4
 """Rows to a multiple of which the judge fills up what it computes. Products and convolutions of fewer, or of a
 remainder, are rounded otherwise, and where a solve hangs by a thread that would decide the verdict."""

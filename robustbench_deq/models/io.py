@@ -23,13 +23,14 @@ from safetensors.torch import load_file, save
 
 from robustbench_deq.configs import Config, validate
 from robustbench_deq.equilibrium import EquilibriumModel
-from robustbench_deq.errors import UsageError
+from robustbench_deq.errors import UsageError, kind_of
 from robustbench_deq.files import is_folder, read_json, replacing, sha256_of, write_json
 from robustbench_deq.models.base import FAMILIES, Family, FamilyModel
 from robustbench_deq.models.origin import Origin, with_origin
 from robustbench_deq.models.user_file import digest_of_file, model_from_file
 from robustbench_deq.models.zoo import MODELS, ModelEntry
-from robustbench_deq.optimise import NORMS
+from robustbench_deq.optimise import NORMS, Norm
+from robustbench_deq.registry import closest
 from robustbench_deq.specs import ThreatSpec
 
 DESCRIPTION_NAME = "model.json"
@@ -211,7 +212,7 @@ def _weights_of(folder: Path, sha256: str) -> Path:
 
 
 def load_model(
-    model_name: str | os.PathLike[str], dataset: str | None = None, threat_model: str | None = None
+    model_name: str | os.PathLike[str], dataset: str | None = None, threat_model: Norm | str | None = None
 ) -> EquilibriumModel:
     """The model behind `model_name`: a registry name, a folder, or `file.py:function`.
 
@@ -224,12 +225,19 @@ def load_model(
 
     Args:
         dataset: as on the model's card.
-        threat_model: `L2` or `Linf`.
+        threat_model: `L2` or `Linf`, or such a `Norm`.
 
     Raises:
         UsageError: for an unknown name, none or several that fit dataset and threat, a damaged folder, or a file that
             does not build an `EquilibriumModel`.
     """
+    if not isinstance(model_name, str | os.PathLike):
+        raise UsageError.of(
+            "model",
+            expected="a registered name, a folder with a saved model, or file.py:function",
+            got=kind_of(model_name),
+            fix="list the names with 'robustbench-deq models'",
+        )
     name = os.fspath(model_name)
     if dataset is not None or threat_model is not None:
         name = _name_within(name, dataset, threat_model)
@@ -253,7 +261,7 @@ def _registered(name: str) -> ModelEntry:
         raise UsageError.of(
             f"model {name}", expected="file.py:function", got="no function", fix=f"write {name}:FUNCTION"
         )
-    close = ", ".join(MODELS.closest(name))
+    close = ", ".join(closest(name, MODELS))
     listed = "list the names with 'robustbench-deq models', or check the path"
     raise UsageError.of(
         "unknown model",
@@ -264,9 +272,9 @@ def _registered(name: str) -> ModelEntry:
     )
 
 
-def _name_within(model_name: str, dataset: str | None, threat_model: str | None) -> str:
+def _name_within(model_name: str, dataset: str | None, threat_model: Norm | str | None) -> str:
     """The one registered name that RobustBench's three words mean."""
-    threat = None if threat_model is None else threat_model.lower()
+    threat = threat_model.name if isinstance(threat_model, Norm) else threat_model and str(threat_model).lower()
     if threat not in (None, *NORMS):
         raise UsageError.of(
             "threat_model",

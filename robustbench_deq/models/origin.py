@@ -12,9 +12,9 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.trial import Tried
 
 M = TypeVar("M", bound=EquilibriumModel)
-PARTS = ("inject", "cell", "head", "initial_state")
 
 
 class Origin(NamedTuple):
@@ -40,7 +40,7 @@ def origin_of(model: EquilibriumModel) -> Origin | None:
 @torch.no_grad()
 def _fingerprint(model: EquilibriumModel) -> str:
     """Of type, settings, weights and buffers, and of methods that were replaced on the object."""
-    replaced = [(name, id(vars(model)[name])) for name in PARTS if name in vars(model)]
+    replaced = [(name, id(vars(model)[name])) for name in Tried._fields if name in vars(model)]
     digest = hashlib.sha256(repr((type(model), getattr(model, "config", None), replaced)).encode())
     for name, value in model.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_deq.adjoints import Implicit
-from robustbench_deq.callables import Packing, Tensors
+from robustbench_deq.callables import Packing, Tensors, zeros_like
 from robustbench_deq.equilibrium import EquilibriumModel, check_sizes
-from robustbench_deq.errors import UsageError
+from robustbench_deq.errors import UsageError, kind_of, told
 from robustbench_deq.solvers import SOLVERS, Solve
 
 SOLVER_OF = {
@@ -69,7 +69,7 @@ def from_torchdeq(
         ) from None
     if not isinstance(module, nn.Module):
         raise UsageError.of(
-            "from_torchdeq", expected="a torch.nn.Module", got=type(module).__name__, fix="pass the built network"
+            "from_torchdeq", expected="a torch.nn.Module", got=kind_of(module), fix="pass the built network"
         )
     deqs = [part for part in module.modules() if isinstance(part, torchdeq.core.DEQBase)]
     if len(deqs) != 1:
@@ -144,11 +144,10 @@ class _TorchDEQ(EquilibriumModel):
         try:
             return self._call(name, *args)
         except Exception as error:  # whatever the user's module raises
-            reason = " ".join(str(error).split())[:150] or "no message"
             raise UsageError.of(
                 f"from_torchdeq: {name}",
                 expected=f"a part that takes a batch of images {self.input_shape} and what comes of them",
-                got=f"{type(error).__name__}: {reason}",
+                got=told(error),
                 fix="check input_shape and the parts' order",
             ) from error
 
@@ -174,7 +173,7 @@ class _TorchDEQ(EquilibriumModel):
 
 
 def _zeros(module: nn.Module, injection: Tensors) -> Tensors:
-    return torch.zeros_like(injection) if isinstance(injection, Tensor) else [torch.zeros_like(u) for u in injection]
+    return zeros_like(injection)
 
 
 def _describe(value: Tensors) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from robustbench_deq.configs import validate
 from robustbench_deq.equilibrium import EquilibriumModel, check_labels, check_model
-from robustbench_deq.errors import UsageError
+from robustbench_deq.errors import UsageError, kind_of
 from robustbench_deq.inputs import as_ids
 from robustbench_deq.meter import Meter
 from robustbench_deq.optimise import Classification, Keep, Objective, Optimum, Source, Step, optimise
@@ -59,11 +59,10 @@ class Attack(abc.ABC, Generic[A]):
             UsageError: for a threat or config of another type, and for settings that the config refuses.
         """
         if not isinstance(threat, Threat):
-            got = threat.__name__ if isinstance(threat, type) else type(threat).__name__
             raise UsageError.of(
                 f"attack {_title(type(self))}",
                 expected="a Threat",
-                got=got,
+                got=kind_of(threat),
                 fix='pass for example Threat("l2", 0.5)',
             )
         self.threat = threat
@@ -79,7 +78,7 @@ class Attack(abc.ABC, Generic[A]):
             raise UsageError.of(
                 where,
                 expected=f"a {kind.__name__}",
-                got=type(config).__name__,
+                got=kind_of(config),
                 fix=f"pass settings by name: {type(self).__name__}(threat, restarts=2)",
             )
         return validate(kind, {**(config or {}), **settings}, where)  # type: ignore[return-value]  # its own
@@ -138,8 +137,8 @@ class Attack(abc.ABC, Generic[A]):
                 verdicts than of images.
         """
         check_model(model)
-        told = validate(RunConfig, {"seed": seed, "num_snapshots": num_snapshots}, f"attack {_title(type(self))}")
-        seed, num_snapshots = told.seed, told.num_snapshots
+        given = validate(RunConfig, {"seed": seed, "num_snapshots": num_snapshots}, f"attack {_title(type(self))}")
+        seed, num_snapshots = given.seed, given.num_snapshots
         model.check_images(x)
         x = x.detach().clamp(0.0, 1.0).contiguous()  # rounding, other layouts, and views of inference mode end here
         y = check_labels(y, len(x), model.num_classes).to(x.device, copy=True)

@@ -14,7 +14,7 @@ from robustbench_deq.optimise import OBJECTIVES, Objective, Targeted
 class RunConfig(Config):
     """What every call of an attack is told besides its samples."""
 
-    seed: int = Field(0, ge=0, lt=2**63, description="of all randomness, which is keyed by the samples' ids too")
+    seed: int = Field(0, ge=0, description="of all randomness, which is keyed by the samples' ids too")
     num_snapshots: int = Field(0, ge=0, description="points of the accuracy-against-cost curve")
 
 

@@ -25,8 +25,8 @@ import pyarrow.parquet
 from pydantic import ValidationError
 
 from robustbench_deq.configs import validate
-from robustbench_deq.errors import UsageError
-from robustbench_deq.files import is_disk_full, lock, open_own, own_path, replacing
+from robustbench_deq.errors import UsageError, excerpt
+from robustbench_deq.files import is_disk_full, is_file, is_folder, lock, open_own, own_path, replacing
 from robustbench_deq.records.record import SCHEMA_VERSION, Record, to_json
 
 logger = logging.getLogger(__name__)
@@ -99,9 +99,9 @@ class RecordStore:
     def _remove_if_empty(self) -> None:
         """Leave nothing behind when the first append failed."""
         path, samples = self.folder / RECORDS_FILE, self.folder / SAMPLES_FOLDER
-        if path.exists() and path.stat().st_size == 0:
+        if is_file(path) and path.stat().st_size == 0:
             path.unlink()
-            if samples.is_dir() and not any(samples.iterdir()):
+            if is_folder(samples) and not any(samples.iterdir()):
                 samples.rmdir()
 
     def _catch_up(self, handle: int) -> None:
@@ -118,12 +118,12 @@ class RecordStore:
     def identifiers(self) -> set[str]:
         """Of all records that are there."""
         path = self.folder / RECORDS_FILE
-        return {record.record_id for record in _read(path)} if path.is_file() else set()
+        return {record.record_id for record in _read(path)} if is_file(path) else set()
 
     def load_samples(self, record_id: str) -> pd.DataFrame:
         """The per-sample rows of a record. Raises `UsageError` when there are none, or they cannot be read."""
         path = self.samples_path(record_id)
-        if not path.is_file():
+        if not is_file(path):
             raise UsageError.of(str(path), expected="the samples of a record", got="no file", fix="check the record_id")
         try:
             return pd.read_parquet(path)
@@ -172,9 +172,9 @@ def load_records(folder: Path) -> list[Record]:
         UsageError: for a folder without records, or the first line that is not a record of this schema version.
     """
     path = Path(folder) / RECORDS_FILE
-    if not path.is_file():
-        got = f"no {RECORDS_FILE} in it" if path.parent.is_dir() else "no such folder"
-        is_begun = (path.parent / SHARDS_FOLDER).is_dir()
+    if not is_file(path):
+        got = f"no {RECORDS_FILE} in it" if is_folder(path.parent) else "no such folder"
+        is_begun = is_folder(path.parent / SHARDS_FOLDER)
         fix = "go on with bench --resume" if is_begun else "write one with 'robustbench-deq attack MODEL --out DIR'"
         raise UsageError.of(str(folder), expected="a folder of records", got=got, fix=fix)
     records = _read(path)
@@ -221,7 +221,8 @@ def _parse(line: bytes, where: str) -> Record:
     except (ValueError, RecursionError):  # malformed JSON or UTF-8, or nested too deeply
         values = None
     if not isinstance(values, dict):
-        raise UsageError.of(where, expected="a record as one JSON object", got=_excerpt(line), fix="remove the line")
+        got = excerpt(line.decode(errors="replace"))
+        raise UsageError.of(where, expected="a record as one JSON object", got=got, fix="remove the line")
     _check_version(values.get("schema_version"), where)
     return validate(Record, values, where)
 
@@ -239,8 +240,3 @@ def _check_version(version: Any, where: str) -> None:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
-
-
-def _excerpt(line: bytes) -> str:
-    text = line.decode(errors="replace")
-    return repr(text if len(text) <= 40 else text[:37] + "...")

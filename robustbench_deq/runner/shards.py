@@ -25,6 +25,7 @@ import pyarrow
 from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.evaluate.evaluation import Part
 from robustbench_deq.files import (
+    is_file,
     lock,
     open_own,
     read_json,
@@ -87,7 +88,7 @@ class ShardStore:
         self.folder = self.root / SHARDS_FOLDER
 
     def is_done(self, shard: Shard) -> bool:
-        return self._path(shard, ".json").is_file()
+        return is_file(self._path(shard, ".json"))
 
     def save(
         self, shard: Shard, parts: Sequence[Part], environment: dict[str, Any], began: float, seconds: float

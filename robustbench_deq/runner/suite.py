@@ -129,7 +129,7 @@ class SuiteConfig(Config):
     )
     attacks: list[AttackGrid] = Field(min_length=1)
     threats: list[ThreatGrid] | None = Field(None, description="null: the threat of each model's card")
-    data: str | Annotated[list[str], Field(min_length=1), Distinct] | None = Field(
+    data: Annotated[str | Annotated[list[str], Field(min_length=1)] | None, Distinct] = Field(
         None, description="a dataset or npz:FILE, or several; null: that of each model's card"
     )
     split: Literal["train", "validation", "test", "all"] = Field("test", description="all: every sample of npz:FILE")

@@ -1091,6 +1091,7 @@ def test_a_report_of_nothing_is_one_line(tmp_path: Path) -> None:
     out = ("--out", tmp_path / "page")
     assert "no records.jsonl" in refused("report", tmp_path / "empty", *out)
     assert "no such folder" in refused("report", tmp_path / "none", *out)
+    assert "no such folder" in refused("report", "x" * 300)
     assert "records.jsonl, line 1" in refused("report", tmp_path / "broken", *out)
     assert "FOLDERS" in refused("report", *out)
     assert not (tmp_path / "page").exists()

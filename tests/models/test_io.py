@@ -29,6 +29,7 @@ from robustbench_deq.models import (
     save_model,
 )
 from robustbench_deq.models.zoo import WEIGHTS_FOLDER, ModelEntry
+from robustbench_deq.optimise import Norm
 from robustbench_deq.registry import Registry
 
 ROOT = Path(__file__).parents[2]
@@ -319,6 +320,7 @@ def small_zoo(make_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("deq-fc", "digits", "L2", "deq-fc.digits-joint-l2"),
         ("deq-fc", "digits", "Linf", "deq-fc.digits-pgd-at-linf"),
+        ("deq-fc", "digits", Norm.LINF, "deq-fc.digits-pgd-at-linf"),
         ("deq-fc", "mnist", "l2", "deq-fc.mnist-joint-l2"),
         ("deq-fc", "mnist", None, "deq-fc.mnist-joint-l2"),
         ("deq-fc", None, "Linf", "deq-fc.digits-pgd-at-linf"),
@@ -346,6 +348,8 @@ def test_robustbenchs_three_words_mean_one_model(model_name, dataset, threat_mod
         ("mondeq-fc", "digits", "L2", "got mondeq-fc.digits-joint-l2, mondeq-fc.digits-pgd-at-l2; name one of them"),
         ("deq-fc.digits-*", "digits", None, "-standard, deq-fc.digits-joint-l2, deq-fc.digits-pgd-at-linf; name one"),
         ("deq-fc", "digits", "corruptions", "threat_model: expected L2 or Linf, got 'corruptions'"),
+        ("deq-fc", "digits", 2, "threat_model: expected L2 or Linf, got 2"),
+        (None, None, None, "model: expected a registered name, a folder with a saved model, or file.py:function"),
     ],
 )
 def test_none_or_several_models_are_one_line(model_name, dataset, threat_model, said: str) -> None:

@@ -53,7 +53,7 @@ COLUMN_MEANINGS = {
     "Non-finite": "samples with NaN or infinite logits (-infinity masks a class); never counted as robust",
     "Lagging": "samples whose state the attack has left behind its equilibrium, full solves or not: where they are "
     "counted as robust, that is not to be believed",
-    "Zero gradient": "samples on which the attack has met only gradients of exactly zero: nothing to climb there",
+    "Zero gradient": "samples on which the attack has met only gradients of zero or NaN: nothing to climb there",
 }
 
 
