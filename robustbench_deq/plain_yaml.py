@@ -54,8 +54,14 @@ class _Loader(yaml.SafeLoader):
             _refuse("a number that is not one or is too large", node.start_mark, "correct it, or quote it as text")
         return value
 
+    def construct_text(self, node: yaml.ScalarNode) -> str:
+        if any("\ud800" <= letter <= "\udfff" for letter in node.value):
+            _refuse("an escape that is no letter", node.start_mark, "correct it")
+        return self.construct_yaml_str(node)
+
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_text)
 _Loader.yaml_implicit_resolvers = {
     first: [
         (tag, pattern)
