@@ -170,6 +170,7 @@ def evaluate(
 
 def _unfit(what: str, expected: str, got: object, fix: str) -> UsageError:
     shown = repr(got) if isinstance(got, str) else getattr(got, "__name__", type(got).__name__)
+    shown = f"the class {shown}" if isinstance(got, type) else shown
     return UsageError.of(what, expected=expected, got=shown, fix=fix)
 
 
@@ -183,6 +184,8 @@ def _evaluate(
     check_data(model, data)
     if doubt := task.attack.threat.doubt(data.x[0].numel()):
         logger.warning(doubt)
+    source = {"name": data.name, "split": getattr(data.split, "value", data.split), "digest": data.digest}
+    described = validate(DataRecord, {**source, "num_samples": len(data)}, "data")
     parts, images, num_robust = [], [], 0
     release_freed_memory()
     for begin in range(0, len(data), task.batch_size):
@@ -195,7 +198,6 @@ def _evaluate(
         num_robust += int(part.samples["is_robust"].sum())
         if progress is not None:
             progress(Progress(end, len(data), num_robust / end, ""))
-    described = DataRecord(name=data.name, split=data.split.value, num_samples=len(data), digest=data.digest)
     record, samples = summarise(parts, task, described, describe_environment(device))
     return Evaluation(record, samples, torch.cat(images))
 

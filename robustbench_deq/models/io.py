@@ -29,7 +29,7 @@ from robustbench_deq.models.base import FAMILIES, Family, FamilyModel
 from robustbench_deq.models.origin import Origin, with_origin
 from robustbench_deq.models.user_file import digest_of_file, model_from_file
 from robustbench_deq.models.zoo import MODELS, ModelEntry
-from robustbench_deq.optimise import NORMS
+from robustbench_deq.optimise import NORMS, Norm
 from robustbench_deq.specs import ThreatSpec
 
 DESCRIPTION_NAME = "model.json"
@@ -211,7 +211,7 @@ def _weights_of(folder: Path, sha256: str) -> Path:
 
 
 def load_model(
-    model_name: str | os.PathLike[str], dataset: str | None = None, threat_model: str | None = None
+    model_name: str | os.PathLike[str], dataset: str | None = None, threat_model: str | Norm | None = None
 ) -> EquilibriumModel:
     """The model behind `model_name`: a registry name, a folder, or `file.py:function`.
 
@@ -224,12 +224,16 @@ def load_model(
 
     Args:
         dataset: as on the model's card.
-        threat_model: `L2` or `Linf`.
+        threat_model: `L2` or `Linf`, or the norm itself.
 
     Raises:
         UsageError: for an unknown name, none or several that fit dataset and threat, a damaged folder, or a file that
             does not build an `EquilibriumModel`.
     """
+    if not isinstance(model_name, str | os.PathLike):
+        raise UsageError.of(
+            "model", expected="a name or path", got=type(model_name).__name__, fix="list the names with list_models()"
+        )
     name = os.fspath(model_name)
     if dataset is not None or threat_model is not None:
         name = _name_within(name, dataset, threat_model)
@@ -264,10 +268,11 @@ def _registered(name: str) -> ModelEntry:
     )
 
 
-def _name_within(model_name: str, dataset: str | None, threat_model: str | None) -> str:
+def _name_within(model_name: str, dataset: str | None, threat_model: str | Norm | None) -> str:
     """The one registered name that RobustBench's three words mean."""
-    threat = None if threat_model is None else threat_model.lower()
-    if threat not in (None, *NORMS):
+    threat = getattr(threat_model, "name", threat_model)
+    threat = threat.lower() if isinstance(threat, str) else threat
+    if threat is not None and threat not in list(NORMS):
         raise UsageError.of(
             "threat_model",
             expected="L2 or Linf",

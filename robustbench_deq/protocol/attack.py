@@ -59,7 +59,7 @@ class Attack(abc.ABC, Generic[A]):
             UsageError: for a threat or config of another type, and for settings that the config refuses.
         """
         if not isinstance(threat, Threat):
-            got = threat.__name__ if isinstance(threat, type) else type(threat).__name__
+            got = f"the class {threat.__name__}" if isinstance(threat, type) else type(threat).__name__
             raise UsageError.of(
                 f"attack {_title(type(self))}",
                 expected="a Threat",
@@ -142,10 +142,20 @@ class Attack(abc.ABC, Generic[A]):
         seed, num_snapshots = told.seed, told.num_snapshots
         model.check_images(x)
         x = x.detach().clamp(0.0, 1.0).contiguous()  # rounding, other layouts, and views of inference mode end here
+        for what, given in (("confirm", confirm), ("progress", progress)):
+            if given is not None and not callable(given):
+                raise UsageError.of(what, expected="a function", got=type(given).__name__, fix="pass what is called")
         y = check_labels(y, len(x), model.num_classes).to(x.device, copy=True)
         if targets is not None:
             targets = check_labels(targets, len(x), model.num_classes).to(x.device, copy=True)
         ids = torch.arange(len(x)) if sample_ids is None else as_ids(sample_ids, len(x))
+        if not isinstance(clean, Clean | None):
+            raise UsageError.of(
+                "clean",
+                expected="a Clean",
+                got=type(clean).__name__,
+                fix="pass judge_clean(model, x, y).known(model, x)",
+            )
         if clean is not None and not len(clean.is_correct) == len(clean.settled.z) == len(x):
             raise UsageError.of(
                 "clean",
