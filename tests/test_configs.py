@@ -131,6 +131,7 @@ def test_missing_and_unknown_keys_are_named_with_those_of_their_own_place(values
         ("a=anderson", "anderson"),
         ("a=8/255", "8/255"),
         ("a=x=y", "x=y"),
+        ("a=[1:30, 010, 0, 0x10, 1.5]", ["1:30", "010", 0, 16, 1.5]),
         ("a=[1, 2]", [1, 2]),
         ("a=[1, 2", "[1, 2"),
         (" a =7", 7),
