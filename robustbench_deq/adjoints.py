@@ -124,8 +124,11 @@ class Implicit(Adjoint):
         f = model.evaluate(leaf, u)
 
         def adjoint_of(v: Tensor) -> Tensor:
-            step = AdjointMap(model, leaf, u, v, graph=(f, leaf))
-            solution = self.backward(step, self._start(step))
+            scale = per_sample(_scale(v), v)
+            step = AdjointMap(model, leaf, u, v / scale, graph=(f, leaf))
+            start = self if self.mu0 is None else replace(self, mu0=self.mu0 / scale)
+            solution = self.backward(step, start._start(step))
+            solution = solution._replace(value=solution.value * scale)
             model.report(solution)
             trace.mu, trace.solution = solution.value, solution
             return solution.value
@@ -141,6 +144,13 @@ class Implicit(Adjoint):
         factor = (step.v * image).flatten(1).sum(1) / image.square().flatten(1).sum(1)
         factor = per_sample(factor, step.v)
         return torch.where(torch.isfinite(factor), factor * self.mu0, step.v)
+
+
+def _scale(v: Tensor) -> Tensor:
+    """Powers of two `(batch,)` by which rows of ordinary size come: 1 for these, so that no bit of them changes. The
+    squares of others would overflow, and residuals below 1e-8 count as none."""
+    exponent = torch.frexp(v.detach().flatten(1).abs().amax(1)).exponent.clamp(-100, 100)
+    return torch.exp2((exponent - exponent.clamp(-20, 40)).to(v.dtype))
 
 
 @dataclass(frozen=True)
