@@ -124,23 +124,34 @@ class Implicit(Adjoint):
         f = model.evaluate(leaf, u)
 
         def adjoint_of(v: Tensor) -> Tensor:
-            step = AdjointMap(model, leaf, u, v, graph=(f, leaf))
-            solution = self.backward(step, self._start(step))
+            scale = per_sample(_scale(v), v)
+            step = AdjointMap(model, leaf, u, v / scale, graph=(f, leaf))
+            solution = self.backward(step, self._start(step, scale))
+            solution = solution._replace(value=solution.value * scale)
             model.report(solution)
             trace.mu, trace.solution = solution.value, solution
             return solution.value
 
         return _AttachAdjoint.apply(f, adjoint_of)
 
-    def _start(self, step: AdjointMap) -> Tensor:
+    def _start(self, step: AdjointMap, scale: Tensor) -> Tensor:
+        """Of the equation of `step`, which is that of `v / scale`."""
         if self.mu0 is None:
             return step.v
+        mu0 = self.mu0 / scale
         if not self.fits_start:
-            return self.mu0
-        image = self.mu0 - step.transpose(self.mu0)
+            return mu0
+        image = mu0 - step.transpose(mu0)
         factor = (step.v * image).flatten(1).sum(1) / image.square().flatten(1).sum(1)
         factor = per_sample(factor, step.v)
-        return torch.where(torch.isfinite(factor), factor * self.mu0, step.v)
+        return torch.where(torch.isfinite(factor), factor * mu0, step.v)
+
+
+def _scale(v: Tensor) -> Tensor:
+    """Powers of two `(batch,)` by which rows of ordinary size come: 1 for these, so that no bit of them changes. The
+    squares of others would overflow, and residuals below 1e-8 count as none."""
+    exponent = torch.frexp(v.detach().flatten(1).abs().amax(1)).exponent.clamp(-100, 100)
+    return torch.exp2((exponent - exponent.clamp(-20, 40)).to(v.dtype))
 
 
 @dataclass(frozen=True)

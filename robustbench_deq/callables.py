@@ -9,7 +9,7 @@ import dis
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ def modules_behind(*things: object) -> list[nn.Module]:
     """The modules among `things` and behind them, each once.
 
     Looked through: methods, functions (what they close over, their defaults, the globals that they name), partial
-    functions, containers, and the attributes of other objects; not what a module holds itself.
+    functions, containers, and the attributes of other objects and of their classes; not what a module holds itself.
     """
     found: list[nn.Module] = []
     seen: dict[int, object] = {}
@@ -46,9 +46,26 @@ def modules_behind(*things: object) -> list[nn.Module]:
             left += thing.values()
         elif isinstance(thing, list | tuple | set | frozenset):
             left += thing
-        elif not isinstance(thing, type | ModuleType) and not _is_opaque(type(thing)):
-            left += getattr(thing, "__dict__", {}).values()
+        elif not isinstance(thing, ModuleType):
+            left += _held_by(thing)
     return found
+
+
+def _held_by(thing: object) -> list[object]:
+    """Attributes of an object or a class, those of its classes and slots too, and what a call of it runs."""
+    kind = thing if isinstance(thing, type) else type(thing)
+    if _is_opaque(kind):
+        return []
+    held: list[object] = list(vars(thing).values()) if hasattr(thing, "__dict__") and kind is not thing else []
+    for base in kind.__mro__:
+        if _is_opaque(base) or base.__module__ == "builtins":
+            continue
+        for name, value in vars(base).items():
+            if isinstance(value, MemberDescriptorType) and kind is not thing:  # a slot
+                held.append(getattr(thing, name, None))
+            elif isinstance(value, nn.Module | Mapping | list | tuple) or name == "__call__":
+                held.append(value)
+    return held
 
 
 def _is_opaque(thing: type | FunctionType) -> bool:
@@ -93,7 +110,7 @@ class Packing:
             return parts
         if _shapes(parts) != self.shapes:
             raise ValueError(f"expected tensors (batch, ...) of shapes {self.shapes}, got {_shapes(parts) or 'others'}")
-        return torch.cat([part.flatten(1) for part in parts], dim=1)
+        return torch.cat([part.reshape(len(part), -1) for part in parts], dim=1)
 
     def unpack(self, packed: Tensor) -> Tensors:
         if self.shapes is None:

@@ -35,9 +35,14 @@ def as_plain(value: object) -> object:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
+def is_unicode(text: str) -> bool:
+    """Whether files can hold `text`: bytes of arguments that are not UTF-8, and halves of pairs, they cannot."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 class Config(pydantic.BaseModel):
-    """Base of all configs: frozen, no unknown keys, no infinities, no truth value or text where a number belongs, and
-    no integer beyond `MAX_COUNT`, which tensors and clocks could not hold.
+    """Base of all configs: frozen, no unknown keys, no infinities, no truth value or text where a number belongs, no
+    text that is not Unicode, and no integer beyond `MAX_COUNT`, which tensors and clocks could not hold.
 
     Scalars of NumPy and torch are as good as Python's numbers, and paths as text.
     """
@@ -56,6 +61,8 @@ class Config(pydantic.BaseModel):
             raise ValueError(number)
         if isinstance(value, str) and kinds <= {int, float, bool, type(None)}:
             raise ValueError("true or false" if bool in kinds else number)
+        if isinstance(value, str) and not is_unicode(value):
+            raise ValueError("text in UTF-8")
         if type(value) is int and abs(value) > MAX_COUNT:
             raise ValueError(f"{number} from -{MAX_COUNT} to {MAX_COUNT}")
         return value

@@ -18,7 +18,7 @@ def choose_device(name: torch.device | str | None, what: str = "device") -> torc
     """
     device = named_device(name or ("cuda" if torch.cuda.is_available() else "cpu"), what)
     try:
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).item()  # a meta device holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError):
         raise _unknown(name, what) from None
     return device

@@ -314,6 +314,13 @@ def check_model(model: object, what: str = "model") -> None:
             got=kind_of(model),
             fix=f"pass load_model({model!r})" if isinstance(model, str) else fix,
         )
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise UsageError.of(
+            what,
+            expected="weights that hold numbers",
+            got="some on the device meta",
+            fix="load them, or build the model on the CPU",
+        )
     if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
         raise UsageError.of(
             what,

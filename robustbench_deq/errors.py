@@ -45,15 +45,21 @@ def told(error: BaseException, folder: Path | None = None) -> str:
     """An error of somebody else's code in a few words: its type, the first line of its message, and file and line.
 
     Args:
-        folder: of that code; the place is the innermost one in a file below it, else the innermost of all.
+        folder: of that code; the place is the innermost one in a file below it, else as in `place_of`.
     """
+    reason = next(iter(str(error).splitlines()), "") or "no message"
+    return f"{type(error).__name__}: {shortened(reason, MAX_SHOWN // 2)}{place_of(error, folder)}"
+
+
+def place_of(error: BaseException, folder: Path | None = None) -> str:
+    """File and line of an error, as `, in FILE line N`: the innermost below `folder`, else outside of installed
+    packages, else of all."""
     places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError) and error.filename:
         places.append((error.filename, error.lineno))
     own = [place for place in places if folder is not None and Path(place[0]).is_relative_to(folder)]
-    reason = next(iter(str(error).splitlines()), "") or "no message"
-    where = "".join(f", in {os.path.relpath(file)} line {line}" for file, line in (own or places)[-1:])
-    return f"{type(error).__name__}: {shortened(reason, MAX_SHOWN // 2)}{where}"
+    outside = [place for place in places if "site-packages" not in Path(place[0]).parts]
+    return "".join(f", in {os.path.relpath(file)} line {line}" for file, line in (own or outside or places)[-1:])
 
 
 class UsageError(ValueError):

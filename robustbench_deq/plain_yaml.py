@@ -1,17 +1,21 @@
 """Plain YAML: mappings with text as keys, lists, text, numbers, true, false and null. What else YAML has is refused.
 
 An alias can make a few bytes millions of values, a tag names a type that is not one of these, the second of two equal
-keys would silently win, and deep nesting exhausts the stack. Dates are text.
+keys would silently win, and deep nesting exhausts the stack. Dates, times of day and numbers that begin with 0 are
+text.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
 
 MAX_DEPTH = 32
 MAX_INTEGER = 2**63 - 1
+_OLD_NUMBER = re.compile(r"[-+]?(?:[0-9_]+:[0-9_:.]+|0[0-7_]+)")
+"""What YAML 1.1 reads as a number of base 60 or 8, and hardly anybody means: `1:30`, `010`."""
 
 
 class Unsupported(yaml.MarkedYAMLError):
@@ -20,6 +24,10 @@ class Unsupported(yaml.MarkedYAMLError):
 
 class _Loader(yaml.SafeLoader):
     depth = 0
+
+    def resolve(self, kind: type[yaml.Node], value: str | None, implicit: Any) -> Any:
+        is_text = kind is yaml.ScalarNode and value is not None and _OLD_NUMBER.fullmatch(value)
+        return "tag:yaml.org,2002:str" if is_text else super().resolve(kind, value, implicit)
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()
@@ -54,8 +62,14 @@ class _Loader(yaml.SafeLoader):
             _refuse("a number that is not one or is too large", node.start_mark, "correct it, or quote it as text")
         return value
 
+    def construct_text(self, node: yaml.ScalarNode) -> str:
+        if any("\ud800" <= letter <= "\udfff" for letter in node.value):
+            _refuse("an escape that is no letter", node.start_mark, "correct it")
+        return self.construct_yaml_str(node)
+
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_text)
 _Loader.yaml_implicit_resolvers = {
     first: [
         (tag, pattern)

@@ -57,7 +57,8 @@ def try_parts(model: Parts, x: Tensor) -> Tried:
     Raises:
         PartError: for a module in train mode behind a model that is not, and for the first part that raises or does
             not return one tensor `(batch, ...)`: the cell's of the shape of the initial state, the head's `(batch,
-            num_classes)`, and all but the injection of the images' type, float32 or float64.
+            num_classes)`, and all but the injection of the images' type, float32 or float64; and for one that changes
+            what it is given.
     """
     _check_modes(model)
     made: dict[str, Tensor] = {}
@@ -68,6 +69,8 @@ def try_parts(model: Parts, x: Tensor) -> Tried:
         "head": lambda: model.head(made["cell"]),
     }
     for part, call in calls.items():
+        given = {"images": x, **made}
+        before = {name: _num_writes(value) for name, value in given.items()}
         try:
             output = call()
         except UsageError:
@@ -79,6 +82,16 @@ def try_parts(model: Parts, x: Tensor) -> Tried:
         if not isinstance(output, Tensor) or output.dim() < 2:
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise PartError(part, expected="one tensor (batch, ...)", got=got, fix="return one tensor (batch, ...)")
+        for name, value in given.items():
+            if _num_writes(value) != before[name]:
+                name = {"images": "the images", "inject": "the injection"}.get(name, "the state")
+                raise PartError(
+                    part,
+                    expected="its arguments left as they are",
+                    got=f"an operation in place on {name}",
+                    fix=f"let {part} compute a new tensor, for example z * 2 for z.mul_(2)",
+                    found=f"{part} changes {name} in place",
+                )
         shape = (len(x), *output.shape[1:])
         if part == "cell":
             shape = tuple(made["initial_state"].shape)
@@ -88,6 +101,7 @@ def try_parts(model: Parts, x: Tensor) -> Tried:
             expected = f"{shape}, a column a class" if part == "head" else f"{shape}"
             raise PartError(part, expected=expected, got=tuple(output.shape), fix=f"return {shape} from {part}")
         if part != "inject" and output.dtype != x.dtype:
+            _check_type(model, x)
             raise _wrong_type(part, x, output.dtype)
         made[part] = output
     return Tried(**made)
@@ -111,6 +125,11 @@ def _check_modes(model: Parts) -> None:
             )
 
 
+def _num_writes(value: Tensor) -> int:
+    """How often a tensor was written to in place; not counted for those of inference mode."""
+    return 0 if value.is_inference() else value._version
+
+
 def _check_type(model: Parts, x: Tensor) -> None:
     """Name the type of the weights as the cause, where it is not that of the images."""
     for tensor in itertools.chain(model.parameters(), model.buffers()):
@@ -120,5 +139,7 @@ def _check_type(model: Parts, x: Tensor) -> None:
 
 def _wrong_type(what: str, x: Tensor, got: torch.dtype) -> PartError:
     wanted, given = (str(dtype).removeprefix("torch.") for dtype in (x.dtype, got))
-    fix = f"convert the model with its {CONVERSIONS.get(x.dtype, '.float()')}"
+    fix = f"return {wanted} from {what}"
+    if what == "weights":
+        fix = f"convert the model with its {CONVERSIONS.get(x.dtype, '.float()')}"
     return PartError(what, expected=f"{wanted}, as the images are", got=given, fix=fix, found=f"{what} gives {given}")

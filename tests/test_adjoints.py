@@ -266,3 +266,14 @@ def test_the_backward_pass_touches_no_gradient_but_those_asked_for(make_model, m
     torch.autograd.grad(loss_of(model, leaf), leaf)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert leaf.grad is None
+
+
+@pytest.mark.parametrize("scale", [2.0**-70, 2.0**-40, 2.0**80])
+def test_an_adjoint_does_not_depend_on_the_size_of_the_loss(scale: float, make_model, make_images) -> None:
+    model, x = make_model("test-linear", dtype=torch.float32), make_images(3, dtype=torch.float32).requires_grad_()
+
+    def gradient(factor: float) -> Tensor:
+        state = model.equilibrium(x, adjoint=Implicit(Solve(Anderson(), rtol=1e-5, max_steps=50))).value
+        return torch.autograd.grad((model.head(state)[:, 0] * factor).sum(), x)[0]
+
+    torch.testing.assert_close(gradient(scale) / scale, gradient(1.0), rtol=1e-3, atol=1e-6)

@@ -38,6 +38,13 @@ def with_default(x: Tensor, net: nn.Module = GLOBAL) -> Tensor:
     return net(x)
 
 
+class Slotted:
+    __slots__ = ("net",)
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+
+
 def calls_another(x: Tensor) -> list[Tensor]:
     return [uses_a_global(row) for row in x]
 
@@ -58,6 +65,10 @@ def uses_a_global(x: Tensor) -> Tensor:
         lambda net: Holder(net).call,
         lambda net: (lambda holder: lambda x: holder(x))(Holder(net)),
         lambda net: (lambda nets: lambda x: nets[0][0](x))([(net,)]),
+        lambda net: type("OfClass", (), {"net": net, "call": lambda self, x: self.net(x)})().call,
+        lambda net: type("OfClass", (), {"net": net, "call": classmethod(lambda cls, x: cls.net(x))}).call,
+        lambda net: type("Called", (), {"__call__": lambda self, x: net(x)})(),
+        lambda net: Slotted(net),
     ],
 )
 def test_a_module_is_found_wherever_a_function_keeps_it(hide: Callable) -> None:

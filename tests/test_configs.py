@@ -61,6 +61,7 @@ def test_valid_values_become_a_frozen_config() -> None:
         ({"inner": {"tolerance": float("inf")}}, r"inner.tolerance: expected a finite number, got inf"),
         ({"inner": 3}, r"inner: expected .*, got 3"),
         ({"name": 3}, r"name: expected a valid string, got 3"),
+        ({"name": "a\udcff"}, r"name: expected text in UTF-8, got 'a\\udcff'"),
     ],
 )
 def test_refusals_say_expected_and_got_in_one_line(values: dict[str, Any], message: str) -> None:
@@ -130,6 +131,7 @@ def test_missing_and_unknown_keys_are_named_with_those_of_their_own_place(values
         ("a=anderson", "anderson"),
         ("a=8/255", "8/255"),
         ("a=x=y", "x=y"),
+        ("a=[1:30, 010, 0, 0x10, 1.5]", ["1:30", "010", 0, 16, 1.5]),
         ("a=[1, 2]", [1, 2]),
         ("a=[1, 2", "[1, 2"),
         (" a =7", 7),
@@ -203,6 +205,7 @@ def test_yaml_mapping_is_read(tmp_path: Path) -> None:
         (b"", "expected a mapping of keys to values, got NoneType"),
         (b"\xff\xfe\x00a", "expected a readable YAML file, got not UTF-8 text"),
         (b"a: !!bool x\n", "got a tag in line 1; remove the tag, or quote"),
+        (b'a: 1\nb: ["\\ud800"]\n', "got an escape that is no letter in line 2; correct it"),
         (b"a: 1\nb: &x [1]\nc: *x\n", "got an alias or anchor in line 2; write the value out"),
         (b"a: 1\nb: {c: 1, c: 2}\n", "got the key 'c' twice in line 2; remove one"),
         (b"a: 1\na: 1\n", "got the key 'a' twice in line 2; remove one"),

@@ -194,6 +194,15 @@ def test_what_is_no_part_is_refused(changes: dict, said: str, network: Network) 
         ("cell", lambda z, u: None, r"cell: expected one tensor \(batch, ...\), got NoneType"),
         ("head", lambda z: {"logits": z}, r"head: expected one tensor \(batch, ...\), got dict"),
         ("head", lambda z: z.sum(), r"head: expected one tensor \(batch, ...\), got \(\)"),
+        ("head", lambda z: z[:, :3].argsort(), r"head: expected float64, .* got int64; return float64 from head"),
+        (
+            "inject",
+            lambda x: x.sub_(0.5).flatten(1)[:, :5],
+            r"inject: expected its arguments .* in place on the images",
+        ),
+        ("cell", lambda z, u: z.mul_(0.5) + u, r"cell: expected its arguments .* in place on the state"),
+        ("cell", lambda z, u: 0.5 * z + u.mul_(2), r"cell: expected its arguments .* in place on the injection"),
+        ("head", lambda z: z.add_(1)[:, :3], r"head: expected its arguments .* in place on the state"),
     ],
 )
 def test_a_part_that_fails_or_returns_another_shape_is_named(part: str, wrong, said: str, make_images) -> None:

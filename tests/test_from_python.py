@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -111,10 +113,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "snapshots": ({"num_snapshots": -1}, "evaluate: num_snapshots: expected"),
     "label": ({"label": 3}, "evaluate: label: expected a valid string, got 3"),
     "device": ({"device": "gpu0"}, "device: expected cpu, cuda or cuda:N of this machine, got 'gpu0'"),
+    "device without numbers": ({"device": "meta"}, "device: expected cpu, cuda or cuda:N of this machine, got 'meta'"),
     "device of another kind": ({"device": 1.5}, "device: expected cpu, cuda"),
     "progress": ({"progress": "yes"}, "progress: expected a function, got 'yes'"),
     "name of an attack": ({"attack": "joint-pgd"}, "attack: expected an attack, got 'joint-pgd'; pass for example"),
-    "class of an attack": ({"attack": JointPGD}, "attack: expected an attack, got JointPGD; pass for example"),
+    "class of an attack": (
+        {"attack": JointPGD},
+        "attack: expected an attack, got the class JointPGD; pass for example",
+    ),
     "name of data": ({"data": "digits"}, "data: expected a Split, got 'digits'; pass for example load"),
     "name of a model": ({"model": "deq-fc"}, r"model: expected an EquilibriumModel, got 'deq-fc'; pass load_model\("),
 }
@@ -132,6 +138,61 @@ def test_arguments_that_do_not_fit_are_refused_before_any_work(
         evaluate(**arguments)
     with pytest.raises(TypeError):
         evaluate(model, attack, data, batchsize=3)  # type: ignore[call-arg]
+
+
+def test_a_split_of_ones_own_is_read_before_any_work(setup: tuple[EquilibriumModel, Split]) -> None:
+    model, data = setup
+    attack = Noise(THREAT)
+    assert evaluate(model, attack, dataclasses.replace(data, split="test")).record.data.split == "test"  # type: ignore[arg-type]
+    attack.run = lambda *_: pytest.fail("it attacks")  # type: ignore[method-assign]
+    with pytest.raises(UsageError, match=r"^data: digest: expected a valid string, got None; correct it$"):
+        evaluate(model, attack, dataclasses.replace(data, digest=None))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"confirm": 3}, "confirm: expected a function, got int; pass what is called"),
+        ({"progress": 3}, "progress: expected a function, got int; pass what is called"),
+        ({"clean": 3}, "clean: expected a Clean, got int; pass judge_clean"),
+    ],
+)
+def test_what_an_attack_calls_later_is_looked_at_first(
+    changes: dict[str, Any], said: str, setup: tuple[EquilibriumModel, Split]
+) -> None:
+    model, data = setup
+    with pytest.raises(UsageError, match=f"^{said}"):
+        Noise(THREAT)(model, data.x, data.y, **changes)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from robustbench_deq import Evaluation, evaluate",
+        "import robustbench_deq.evaluate.doctor; from robustbench_deq import evaluate",
+        "from robustbench_deq import *",
+    ],
+)
+def test_evaluate_is_the_function_whatever_was_imported_before(code: str) -> None:
+    check = "; assert callable(evaluate), evaluate; from robustbench_deq.evaluate.doctor import examine"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code + check], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: load_model(None), "model: expected a name or path, got NoneType; "),  # type: ignore[arg-type]
+        (lambda: load_model("deq-conv", "digits", 2), "threat_model: expected L2 or Linf, got 2; "),  # type: ignore[arg-type]
+    ],
+)
+def test_names_of_models_that_are_none_are_refused(call: Callable[[], object], said: str) -> None:
+    with pytest.raises(UsageError, match=f"^{said}"):
+        call()
+
+
+def test_a_norm_is_as_good_as_its_name_in_the_call_of_robustbench() -> None:
+    by_norm, by_name = (load_model("deq-conv", "digits", norm) for norm in (Norm.L2, "L2"))
+    assert all(map(torch.equal, by_norm.parameters(), by_name.parameters()))
 
 
 @pytest.mark.parametrize(("split", "said"), [("tset", "'train', 'validation', 'test' or 'all', got 'tset'"), (3, "")])

@@ -15,7 +15,7 @@ import click
 
 import robustbench_deq
 from robustbench_deq.commands.options import COMMANDS
-from robustbench_deq.errors import MAX_MESSAGE, RunError, UsageError, shortened
+from robustbench_deq.errors import MAX_MESSAGE, RunError, UsageError, place_of, shortened
 from robustbench_deq.files import is_disk_full
 from robustbench_deq.memory import keep_freed_memory
 from robustbench_deq.quiet import ignore_torch_deprecations
@@ -64,8 +64,8 @@ def _show_cause(error: Exception) -> None:
 
 
 def _unexpected(error: BaseException) -> RunError:
-    reason = shortened(" ".join(str(error).split())) or "no message"
-    return RunError(f"the run failed with {type(error).__name__}: {reason}; set {DEBUG_VARIABLE}=1 for the traceback")
+    told = f"{type(error).__name__}: {shortened(' '.join(str(error).split())) or 'no message'}{place_of(error)}"
+    return RunError(f"the run failed with {told}; set {DEBUG_VARIABLE}=1 for the traceback")
 
 
 def _fail(code: int, message: str) -> None:

@@ -186,11 +186,15 @@ def read_npz(path: Path) -> Raw:
     """
     where = f"dataset npz:{path}"
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("not a regular file")
         archive = np.load(path, allow_pickle=False)
         if isinstance(archive, np.ndarray):
             raise ValueError("one array without a name")
         with archive:
             images, labels = archive["images"], archive["labels"]
+        if not (isinstance(images, np.ndarray) and isinstance(labels, np.ndarray)):
+            raise ValueError("members that are no arrays")
     except Exception as error:  # whatever numpy and zipfile raise for damaged files
         got = "no such file" if isinstance(error, FileNotFoundError) else f"an unusable file ({error})"
         raise UsageError.of(

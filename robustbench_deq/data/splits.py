@@ -76,10 +76,11 @@ def _read(name: str) -> Raw:
     """What a name means now. Kept is what was read of the same file, as long and as old, or in the same folders."""
     if not is_own_file(name):
         return _kept(name, *map(str, data_folders()))
-    path = Path(name.removeprefix("npz:")).resolve()
+    path = Path(name.removeprefix("npz:"))
     try:
+        path = path.resolve()
         found = path.stat()
-    except OSError:
+    except (OSError, ValueError, RuntimeError):  # the latter two: a null character, a circle of links
         return read_npz(path)  # which says what is wrong
     if time.time() - found.st_ctime < RECENT_SECONDS:
         return read_npz(path)

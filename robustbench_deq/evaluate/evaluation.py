@@ -180,6 +180,8 @@ def _evaluate(
     check_data(model, data)
     if doubt := task.attack.threat.doubt(data.x[0].numel()):
         logger.warning(doubt)
+    source = {"name": data.name, "split": getattr(data.split, "value", data.split), "digest": data.digest}
+    described = validate(DataRecord, {**source, "num_samples": len(data)}, "data")
     parts, images, num_robust = [], [], 0
     release_freed_memory()
     for begin in range(0, len(data), task.batch_size):
@@ -192,7 +194,6 @@ def _evaluate(
         num_robust += int(part.samples["is_robust"].sum())
         if progress is not None:
             progress(Progress(end, len(data), num_robust / end, ""))
-    described = DataRecord(name=data.name, split=data.split.value, num_samples=len(data), digest=data.digest)
     record, samples = summarise(parts, task, described, describe_environment(device))
     return Evaluation(record, samples, torch.cat(images))
 

@@ -141,10 +141,20 @@ class Attack(abc.ABC, Generic[A]):
         seed, num_snapshots = given.seed, given.num_snapshots
         model.check_images(x)
         x = x.detach().clamp(0.0, 1.0).contiguous()  # rounding, other layouts, and views of inference mode end here
+        for what, function in (("confirm", confirm), ("progress", progress)):
+            if function is not None and not callable(function):
+                raise UsageError.of(what, expected="a function", got=kind_of(function), fix="pass what is called")
         y = check_labels(y, len(x), model.num_classes).to(x.device, copy=True)
         if targets is not None:
             targets = check_labels(targets, len(x), model.num_classes).to(x.device, copy=True)
         ids = torch.arange(len(x)) if sample_ids is None else as_ids(sample_ids, len(x))
+        if not isinstance(clean, Clean | None):
+            raise UsageError.of(
+                "clean",
+                expected="a Clean",
+                got=type(clean).__name__,
+                fix="pass judge_clean(model, x, y).known(model, x)",
+            )
         if clean is not None and not len(clean.is_correct) == len(clean.settled.z) == len(x):
             raise UsageError.of(
                 "clean",

@@ -218,6 +218,7 @@ def _parse(line: bytes, where: str) -> Record:
             return Record.model_validate_json(line)
     try:
         values = json.loads(line, parse_constant=_refuse_constant)
+        json.dumps(values, ensure_ascii=False).encode()  # escapes can stand for halves of letters
     except (ValueError, RecursionError):  # malformed JSON or UTF-8, or nested too deeply
         values = None
     if not isinstance(values, dict):

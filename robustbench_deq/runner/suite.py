@@ -46,7 +46,9 @@ class AttackGrid(Config):
         None, max_length=200, description="its name in tables; the settings of the grid are added to it"
     )
     config: dict[str, Any] = Field(default_factory=dict, description="the attack's own settings")
-    grid: dict[str, list[Any]] = Field(default_factory=dict, description="settings, each with the values it takes")
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        default_factory=dict, description="settings, each with the values it takes"
+    )
 
     def variants(self, axes: Sequence[Axis]) -> Iterator[tuple[str, dict[str, Any]]]:
         """Label and settings of every point of the grid and of those of the suite's axes that the attack has.
@@ -128,7 +130,7 @@ class SuiteConfig(Config):
         min_length=1, description="names, wildcards, folders or file.py:function"
     )
     attacks: list[AttackGrid] = Field(min_length=1)
-    threats: list[ThreatGrid] | None = Field(None, description="null: the threat of each model's card")
+    threats: list[ThreatGrid] | None = Field(None, min_length=1, description="null: the threat of each model's card")
     data: Annotated[str | Annotated[list[str], Field(min_length=1)] | None, Distinct] = Field(
         None, description="a dataset or npz:FILE, or several; null: that of each model's card"
     )

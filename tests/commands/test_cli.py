@@ -774,6 +774,25 @@ def test_the_traceback_of_a_models_file_can_be_had(tmp_path: Path, monkeypatch: 
     assert result.stderr.splitlines()[-1].endswith("got ValueError: mine, in mine.py line 2; correct the file")
 
 
+LATE = """
+import itertools
+from torch.nn.functional import layer_norm
+from robustbench_deq import load_model
+
+def build():
+    model, calls = load_model("test-linear.tiny"), itertools.count()
+    whole = model.cell
+    model.cell = lambda z, u: whole(z, u) if next(calls) < 3 else layer_norm(z, (3,))
+    return model
+"""
+
+
+def test_what_a_model_raises_in_a_run_is_told_with_its_own_file_and_line(tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(LATE)
+    said = refused("attack", f"{tmp_path / 'late.py'}:build", *QUICK[2:], code=1)
+    assert re.search(r"the run failed with \w+: .*, in \S*late\.py line 9; set ROBUSTBENCH_DEQ_DEBUG=1", said), said
+
+
 def test_the_end_of_a_file_is_no_interrupt_and_a_line_is_short_and_printable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attack_command, "evaluate", fails_with(EOFError("no data left")))
     assert "the run failed with EOFError: no data left" in refused(*QUICK, code=1)

@@ -9,6 +9,7 @@ import pickle
 import struct
 import time
 import urllib.error
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -480,3 +481,14 @@ def test_uint8_images_that_are_almost_black_get_a_word(highest: int, is_odd: boo
     assert bool(caplog.messages) == is_odd
     if is_odd:
         assert f"uint8 images of 0 to {highest} are read as of 0 to 255" in caplog.messages[0]
+
+
+def test_an_npz_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "circle.npz").symlink_to("circle.npz")
+    os.mkfifo(tmp_path / "pipe.npz")
+    with zipfile.ZipFile(tmp_path / "text.npz", "w") as archive:
+        for member in ("images", "labels"):
+            archive.writestr(member, "text")
+    for name in ("circle.npz", "pipe.npz", "text.npz", "\0.npz"):
+        with pytest.raises(UsageError, match=r"expected a \.npz file with plain arrays"):
+            load(f"npz:{tmp_path / name}", SplitName.ALL)

@@ -203,6 +203,7 @@ def test_append_after_a_torn_line_leaves_a_whole_file(tmp_path: Path, caplog: py
         (b"\xff\xfe", "one JSON object"),
         (b"", "one JSON object"),
         (b'{"schema_version": NaN}', "one JSON object"),
+        (b'{"schema_version": 1, "label": "\\udcff"}', "one JSON object"),
         (b'{"schema_version": 2}', "expected schema_version 1, got 2; install the newer robustbench-deq"),
         (b'{"schema_version": 0}', "expected schema_version 1, got 0; remove the line"),
         (b'{"schema_version": true}', "expected schema_version 1, got True; remove the line"),

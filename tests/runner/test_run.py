@@ -189,6 +189,8 @@ def test_edited_model_file_is_another_model(tmp_path: Path) -> None:
         ({"threats": [{"norm": "l3", "epsilons": [1]}]}, "l3"),
         ({"data": None}, "set data"),
         ({"data": []}, "data"),
+        ({"threats": []}, "threats: expected List should have at least 1 item"),
+        ({"attacks": [{"name": "pgd", "grid": {"steps": []}}]}, "grid.steps: expected List should have at least 1"),
         ({"models": ["deq-conv.fashion-joint-l2"]}, r"images \[1, 28, 28\], got \[1, 8, 8\] of digits"),
         ({"threats": [{"norm": "l2", "epsilons": [-1]}]}, "epsilon"),
         ({"attacks": [{"name": "torchattacks-pgd"}]}, "norm linf"),
