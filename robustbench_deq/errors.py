@@ -38,7 +38,7 @@ def kind_of(value: object) -> str:
     """What a value of the wrong kind is, for a message: text as it is, a class's name, else that of its type."""
     if isinstance(value, str):
         return repr(value)
-    return value.__name__ if isinstance(value, type) else type(value).__name__
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def told(error: BaseException, folder: Path | None = None) -> str:
