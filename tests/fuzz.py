@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
+import importlib
 import json
 import os
 import random
@@ -510,8 +511,8 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     if args.part is not None:
-        for name in cli.COMMANDS:
-            cli.main.get_command(None, name)  # imported once, before processes are forked
+        for name in ("attack", "bench", "check", "listings", "models", "report", "train"):
+            importlib.import_module(f"robustbench_deq.commands.{name}")  # once, before processes are forked
         run(args.count, args.seed, args.part, args.workers, args.material, args.material / f"{args.part}.jsonl")
         return
     with tempfile.TemporaryDirectory() as name:
