@@ -39,8 +39,8 @@ MAX_SECONDS = 20
 """Of computing; a call that waits is killed after three times as long."""
 MAX_LINE = 2000
 MAX_MEMORY = 10 * 2**30
-PROGRESS = re.compile(r"  \d+/\d+( shards)?$")
-"""The line which says that work has begun."""
+BEFORE = re.compile(r"  \d+/\d+( shards)?$|^dataset \S+: uint8 images of |: line \d+ is torn and was ignored$")
+"""Lines that may precede the error: that work has begun, and what was odd about files that could be read."""
 
 SUITE = {
     "name": "small",
@@ -447,7 +447,7 @@ def _complaint(result: Any) -> str:
         return f"exit code {result.exit_code}"
     if result.exit_code == 0 or (result.exit_code == 1 and result.stdout and not last):  # findings, as of the doctor
         return ""
-    if not last.startswith("Error: ") or (result.exit_code == 2 and not all(map(PROGRESS.search, before))):
+    if not last.startswith("Error: ") or (result.exit_code == 2 and not all(map(BEFORE.search, before))):
         return "more or other than one line"
     if len(last) > MAX_LINE:
         return "a long line"
