@@ -459,7 +459,7 @@ def _complaint(result: Any) -> str:
 def _left(before: dict[str, bytes | None], after: dict[str, bytes | None], code: int) -> str:
     changed = {name for name in after if name not in before or after[name] != before[name]}
     changed = {name for name in changed if "__pycache__" not in name}
-    temporary = sorted(name for name in changed if name.endswith(".partial") or Path(name).name.startswith("."))
+    temporary = sorted(name for name in changed if name.endswith(".partial"))
     if temporary:
         return f"left {Path(temporary[0]).suffix or temporary[0]}"
     return f"changed {min(changed)} with exit code 2" if code == 2 and changed else ""
