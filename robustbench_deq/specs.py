@@ -25,7 +25,7 @@ from robustbench_deq.solvers import SOLVERS, Solve, Solver
 from robustbench_deq.threats import Threat
 
 
-def _norm_name(norm: Norm | str) -> str:
+def _norm_name(norm: Norm | str | float) -> str:
     return Norm.parse(norm).name
 
 

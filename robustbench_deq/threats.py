@@ -25,7 +25,7 @@ class Threat:
     """A norm and a radius in pixel units of [0, 1].
 
     Args:
-        norm: such as `Norm.L2`, or its name.
+        norm: such as `Norm.L2`, or its name or order.
         epsilon: the radius, a number of any kind or text such as `8/255`.
 
     Raises:
@@ -35,7 +35,7 @@ class Threat:
     norm: Norm
     epsilon: float
 
-    def __init__(self, norm: Norm | str, epsilon: float | str) -> None:
+    def __init__(self, norm: Norm | str | float, epsilon: float | str) -> None:
         object.__setattr__(self, "norm", Norm.parse(norm))
         radius = as_plain(epsilon)
         radius = parse_fraction(radius, "epsilon") if isinstance(radius, str) else radius

@@ -22,7 +22,8 @@ norms, seeds = st.sampled_from(ALL), st.integers(0, 10_000)
 
 @pytest.mark.parametrize("norm", ALL)
 def test_names_are_as_good_as_norms(norm: Norm) -> None:
-    for name in (norm.name, norm.name.upper(), norm.name.capitalize()):
+    order = float(norm.name[1:])
+    for name in (norm.name, norm.name.upper(), norm.name.capitalize(), order, np.float64(order)):
         assert Threat(name, 0.3) == Threat(norm, 0.3) and Threat(name, 0.3).norm is norm
     assert Threat(norm, 0.3) != Threat(norm, 0.4)
     assert len({Threat(one, 0.3) for one in ALL}) == len(ALL)
@@ -59,7 +60,7 @@ def test_a_radius_beyond_the_pixel_box_is_that_of_the_box_and_told_of(norm: Norm
         assert threat.ball(x).radius == epsilon and threat.doubt(9) is None
 
 
-@pytest.mark.parametrize("name", ["l0", "", "l2 ", 2, None])
+@pytest.mark.parametrize("name", ["l0", "", "l2 ", 3, True, None])
 def test_unknown_norms_are_refused_in_one_line(name: object) -> None:
     with pytest.raises(UsageError, match=f"^norm: expected l1, l2 or linf, got {name!r}; [^\n]*$"):
         Threat(name, 0.3)

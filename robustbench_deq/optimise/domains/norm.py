@@ -7,6 +7,7 @@ A perturbation delta of an image x in the pixel box [0, 1] is feasible when `||d
 from __future__ import annotations
 
 import abc
+import numbers
 from typing import ClassVar
 
 import numpy as np
@@ -51,12 +52,14 @@ class Norm(abc.ABC):
         """A point of `count` entries drawn uniformly from the unit ball."""
 
     @classmethod
-    def parse(cls, name: str | Norm) -> Norm:
-        """A norm, or the one of that name, in any case. Raises `UsageError` for another name."""
+    def parse(cls, name: str | float | Norm) -> Norm:
+        """A norm, or the one of that name, in any case, or of that order, such as 2. Raises `UsageError` for others."""
         if isinstance(name, Norm):
             return name
-        if isinstance(name, str) and name.lower() in NORMS:
-            return NORMS.get(name.lower())
+        is_order = isinstance(name, numbers.Real) and not isinstance(name, bool)
+        text = f"l{name:g}" if is_order else name
+        if isinstance(text, str) and text.lower() in NORMS:
+            return NORMS.get(text.lower())
         known = list(NORMS)
         raise UsageError.of(
             "norm",
