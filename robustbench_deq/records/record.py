@@ -119,7 +119,8 @@ class Record(Fields):
     )
     num_unconverged: Count = Field(description="samples without an equilibrium; never robust")
     judge_max_steps: Count | None = Field(
-        None, description="solver steps on one image after which the judge calls it unconverged"
+        None,
+        description="solver steps, 200 more on a slow cell, after which the judge calls an image unconverged",
     )
     num_failed: Count = Field(description="samples on which the attack failed; never robust")
     num_nonfinite: Count | None = Field(

@@ -394,7 +394,7 @@ def test_norms_are_one_object_each(norm: Norm) -> None:
         assert Norm.parse(name) is norm
 
 
-@pytest.mark.parametrize("name", ["l0", "", "2", 3, True, None])
+@pytest.mark.parametrize("name", ["l0", "", "2", 3, 2.0000001, math.nan, True, None])
 def test_unknown_norm_is_refused(name: object) -> None:
     with pytest.raises(UsageError, match=f"^norm: expected l1, l2 or linf, got {name!r}; pass for example --norm l1$"):
         Norm.parse(name)

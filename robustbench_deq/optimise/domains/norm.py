@@ -56,8 +56,9 @@ class Norm(abc.ABC):
         """A norm, or the one of that name, in any case, or of that order, such as 2. Raises `UsageError` for others."""
         if isinstance(name, Norm):
             return name
-        is_order = isinstance(name, numbers.Real) and not isinstance(name, bool)
-        text = f"l{name:g}" if is_order else name
+        text: object = name
+        if isinstance(name, numbers.Real) and not isinstance(name, bool) and float(f"{float(name):g}") == name:
+            text = f"l{float(name):g}"
         if isinstance(text, str) and text.lower() in NORMS:
             return NORMS.get(text.lower())
         known = list(NORMS)
