@@ -147,10 +147,13 @@ def tight_solve(model: EquilibriumModel, u: Tensor, ladder: Sequence[Solve] = LA
     if len(index) == 0:
         return _climb(ladder, cell, start)
     relaxed = _Start(z0, start.step * per_sample(factor, z0))
-    solution = _climb(ladder, _RelaxedMap(cell, factor), relaxed)
+    at_its_pace = _RelaxedMap(cell, factor)
+    solution = _climb(ladder, at_its_pace, relaxed)
     is_hidden = (factor != 1.0) & (solution.residual <= factor * torch.finfo(factor.dtype).eps)
-    is_hidden &= solution.status == Status.MAX_STEPS
-    solution = solution._replace(status=solution.status.masked_fill(is_hidden, int(Status.CONVERGED)))
+    hidden = (is_hidden & (solution.status == Status.MAX_STEPS)).nonzero()[:, 0]
+    if len(hidden):
+        hidden = hidden[~_has_run_away(at_its_pace.restrict(hidden), relaxed.take(hidden), solution.value[hidden])]
+        solution = solution._replace(status=solution.status.index_fill(0, hidden, int(Status.CONVERGED)))
     left = index[~solution.is_converged[index]]
     if len(left):
         again = _climb(ladder[:1], cell.restrict(left), start.take(left))
