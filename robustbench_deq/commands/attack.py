@@ -14,7 +14,8 @@ from robustbench_deq.configs import parse_assignments, parse_fraction
 from robustbench_deq.data import Split, SplitName, load
 from robustbench_deq.devices import choose_device
 from robustbench_deq.errors import UsageError
-from robustbench_deq.evaluate.evaluation import Evaluation, check_data, evaluate
+from robustbench_deq.evaluate.batch import check_data
+from robustbench_deq.evaluate.evaluation import Evaluation, evaluate
 from robustbench_deq.files import needing_space, output_folder
 from robustbench_deq.models import Card, describe_model, load_model
 from robustbench_deq.optimise import Norm

@@ -23,8 +23,9 @@ import torch
 from robustbench_deq.data import Split, SplitName, load
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
+from robustbench_deq.evaluate.batch import Part, Task, batch_of, check_data, evaluate_batch
 from robustbench_deq.evaluate.clean import judge_clean
-from robustbench_deq.evaluate.evaluation import Part, Task, batch_of, check_data, evaluate_batch, summarise
+from robustbench_deq.evaluate.summary import summarise
 from robustbench_deq.files import check_json, is_blank, refuse_links, remove_temporaries, write_json
 from robustbench_deq.models import load_model
 from robustbench_deq.protocol import Attack

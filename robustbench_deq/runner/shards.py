@@ -23,7 +23,7 @@ import pandas as pd
 import pyarrow
 
 from robustbench_deq.errors import RunError, UsageError
-from robustbench_deq.evaluate.evaluation import Part
+from robustbench_deq.evaluate.batch import Part
 from robustbench_deq.files import (
     is_file,
     lock,

@@ -12,8 +12,8 @@ from robustbench_deq.attacks import build_attack
 from robustbench_deq.data import Split, SplitName
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
+from robustbench_deq.evaluate import batch_judge as batch_judge_module
 from robustbench_deq.evaluate import clean as clean_module
-from robustbench_deq.evaluate import evaluation as evaluation_module
 from robustbench_deq.evaluate import judge as judge_module
 from robustbench_deq.evaluate.clean import judge_clean, solve_adjoint
 from robustbench_deq.evaluate.evaluation import evaluate
@@ -366,8 +366,8 @@ def test_what_had_no_equilibrium_at_its_clean_image_is_given_up_sooner(build, mo
         asked.append((len(images), len(ladder)))
         return judge(model, images, y, ladder)
 
-    monkeypatch.setattr(evaluation_module, "judge", watched)
-    bench = evaluation_module._Bench(model, x, y, verdict)
+    monkeypatch.setattr(batch_judge_module, "judge", watched)
+    bench = batch_judge_module.BatchJudge(model, x, y, verdict)
     final = bench.final(0.9 * x)
     assert asked == [(NUM - 1, len(LADDER)), (1, 1)]
     assert int(bench.num_unbroken([0.1 * x, -0.1 * x], final)[0]) == 0

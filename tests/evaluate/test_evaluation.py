@@ -26,8 +26,11 @@ from robustbench_deq.attacks import (
 from robustbench_deq.data import Split, SplitName
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
-from robustbench_deq.evaluate.evaluation import Evaluation, Part, Progress, _Bench, _curve, evaluate
+from robustbench_deq.evaluate.batch import Part
+from robustbench_deq.evaluate.batch_judge import BatchJudge
+from robustbench_deq.evaluate.evaluation import Evaluation, Progress, evaluate
 from robustbench_deq.evaluate.judge import judge
+from robustbench_deq.evaluate.summary import _curve
 from robustbench_deq.models import Linear, LinearConfig
 from robustbench_deq.optimise import Norm
 from robustbench_deq.optimise.objectives import CrossEntropy
@@ -256,7 +259,7 @@ def test_a_sample_that_is_fooled_is_not_warned_of(setup, monkeypatch: pytest.Mon
     """The judge has the last word on who is fooled: here it confirms all."""
     model, data = setup()
     monkeypatch.setattr(Warns, "is_done", True)
-    monkeypatch.setattr(_Bench, "confirm", lambda self, rows, images: rows >= 0)
+    monkeypatch.setattr(BatchJudge, "confirm", lambda self, rows, images: rows >= 0)
     ids = [number for row, number in enumerate(data.sample_ids.tolist()) if row % 5]
     record = evaluate(model, Warns(THREAT), data).record
     assert record.num_lagging == sum(number % 4 == 2 for number in ids) > 0

@@ -1,0 +1,158 @@
+"""One batch: clean verdict -> attack (metered) -> adversarial verdict -> verdicts of the snapshots -> `Part`.
+
+A part is plain data, so that batches may be attacked anywhere and joined later (`evaluate.summary`). An attack has
+failed on a sample when its perturbation was not finite, or when the image that it returned lies outside the threat's
+ball: attacks project, but no attack is trusted with that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from pydantic import ConfigDict, Field
+from torch import Tensor
+
+from robustbench_deq.data import Split
+from robustbench_deq.equilibrium import EquilibriumModel, check_labels
+from robustbench_deq.errors import UsageError
+from robustbench_deq.evaluate.batch_judge import BatchJudge
+from robustbench_deq.evaluate.clean import CleanBatch, judge_clean
+from robustbench_deq.inputs import as_ids, as_labels
+from robustbench_deq.protocol import Attack, RunConfig, frozen
+from robustbench_deq.records.record import CostRecord, CurvePoint
+from robustbench_deq.shown import briefly_shown
+
+Watch = Callable[[str, float], None]
+"""Told the stage that a batch is in, and what share of that is done."""
+
+
+@briefly_shown
+@dataclass(frozen=True)
+class Part:
+    """What one batch gave: per-sample rows, its cost, its curve, the mean residuals, and the attack's diagnostics."""
+
+    samples: pd.DataFrame
+    cost: CostRecord
+    curve: list[CurvePoint]
+    residuals: list[float]
+    diagnostics: dict[str, float]
+
+
+class Task(RunConfig):
+    """What is done to every batch, and what the record says of it."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    attack: Attack[Any]
+    model_name: str = Field("own", description="of the model, in tables")
+    label: str | None = Field(None, description="display name of the attack; its registry name when null")
+    batch_size: int = Field(128, ge=1, description="samples attacked at a time")
+    is_targeted: bool = Field(False, description="the class to be reached is the one after the true class")
+    model_sha256: str | None = None
+    file_sha256: str | None = None
+
+
+def check_data(model: EquilibriumModel, data: Split) -> None:
+    """Raise `UsageError` unless `data` fits the model, the labels of its source that were not chosen too, and the model
+    returns what it should on it (`EquilibriumModel.check_parts`)."""
+    model.check_images(data.x)
+    check_labels(data.y, len(data), model.num_classes)
+    as_ids(data.sample_ids, len(data))
+    place = next(itertools.chain(model.parameters(), model.buffers()), data.x)
+    model.check_parts(data.x[:2].to(place.device))
+    if data.largest_label >= model.num_classes:
+        raise UsageError.of(
+            f"labels of {data.name}",
+            expected=f"classes 0 to {model.num_classes - 1}",
+            got=f"{data.largest_label} beyond the chosen samples",
+            fix="choose a model with that many classes, or correct the labels",
+        )
+
+
+def batch_of(data: Split, rows: slice, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images and classes of a range of samples, as attacks and judge take them: clipped to [0, 1] and int64."""
+    x = data.x[rows].to(device).clamp(0.0, 1.0).contiguous()
+    return x, as_labels(data.y[rows], len(x)).to(device, copy=True)
+
+
+def evaluate_batch(
+    model: EquilibriumModel,
+    task: Task,
+    data: Split,
+    rows: slice,
+    device: torch.device,
+    clean: CleanBatch | None = None,
+    watch: Watch | None = None,
+) -> tuple[Part, Tensor]:
+    """Attack and judge one batch; its part, and its perturbed images on the CPU.
+
+    Args:
+        clean: what the judge has found on the clean images of this batch, if it has; it gains what the attack asks for.
+        watch: told how far the batch is.
+    """
+    watch = watch or (lambda stage, share: None)
+    watch("clean equilibria", 0.0)
+    x, y = batch_of(data, rows, device)
+    targets = (y + 1) % model.num_classes if task.is_targeted else None
+    sample_ids = as_ids(data.sample_ids[rows], len(x))
+    clean = clean or judge_clean(model, x, y)
+    with frozen(model):
+        known = clean.known(model, x, task.attack.first_objective(y, targets))
+    batch_judge = BatchJudge(model, x, y, clean.verdict)
+    result = task.attack(
+        model,
+        x,
+        y,
+        targets=targets,
+        sample_ids=sample_ids,
+        seed=task.seed,
+        num_snapshots=task.num_snapshots,
+        clean=known,
+        confirm=batch_judge.confirm,
+        progress=lambda share: watch("attack", share),
+    )
+    watch("judge", 0.0)
+    adversarial = batch_judge.final(result.x_adv)
+    watch("judge", 0.5)
+    num_unbroken = batch_judge.num_unbroken([snapshot.delta for snapshot in result.snapshots], adversarial)
+    curve = [
+        CurvePoint(
+            step=snapshot.step,
+            cell_evals=snapshot.cell_evals,
+            cell_vjps=snapshot.cell_vjps,
+            solver_steps=snapshot.solver_steps,
+            wall_seconds=snapshot.wall_seconds,
+            robust_accuracy=float((num_unbroken > number).double().mean()),
+        )
+        for number, snapshot in enumerate(result.snapshots)
+    ]
+    perturbation = task.attack.threat.norm.size(result.x_adv - x)
+    is_failed = (result.is_failed | ~task.attack.threat.allows(perturbation)).cpu()
+    samples = pd.DataFrame(
+        {
+            "sample_id": sample_ids.cpu().numpy(),
+            "label": y.cpu().numpy(),
+            "clean_prediction": clean.verdict.prediction.numpy(),
+            "clean_loss": clean.verdict.loss.numpy(),
+            "clean_residual": clean.verdict.residual.numpy(),
+            "adversarial_prediction": adversarial.prediction.numpy(),
+            "adversarial_loss": adversarial.loss.numpy(),
+            "adversarial_residual": adversarial.residual.numpy(),
+            "perturbation": perturbation.cpu().numpy(),
+            "is_clean_correct": clean.verdict.is_correct.numpy(),
+            "is_attacked": result.is_attacked.cpu().numpy(),
+            "is_converged": (clean.verdict.is_converged & adversarial.is_converged).numpy(),
+            "is_readable": (clean.verdict.is_readable & adversarial.is_readable).numpy(),
+            "is_failed": is_failed.numpy(),
+            "is_robust": (clean.verdict.is_correct & adversarial.is_correct & ~is_failed).numpy(),
+        }
+    )
+    judge_seconds = clean.seconds + batch_judge.seconds
+    cost = CostRecord(**dataclasses.asdict(result.cost), judge_seconds=judge_seconds)
+    return Part(samples, cost, curve, list(result.residuals), result.diagnostics), result.x_adv.cpu()
