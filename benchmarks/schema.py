@@ -35,14 +35,21 @@ def schema_text() -> str:
 
 def _rows(schema: type[BaseModel], prefix: str = "") -> typing.Iterator[tuple[str, str, str]]:
     for name, field in schema.model_fields.items():
-        path, inner, mark = f"{prefix}{name}", field.annotation, ""
+        path, inner, mark = f"{prefix}{name}", _without_null(field.annotation), ""
         if typing.get_origin(inner) is list and _is_schema(typing.get_args(inner)[0]):
-            yield f"`{path}`", "list", str(field.description)
+            text = "list" if inner is field.annotation else "list or null"
+            yield f"`{path}`", text, str(field.description)
             inner, mark = typing.get_args(inner)[0], "[]"
         if _is_schema(inner):
             yield from _rows(inner, f"{path}{mark}.")
         else:
             yield f"`{path}`", _type_text(field.annotation), str(field.description)
+
+
+def _without_null(annotation: Any) -> Any:
+    kinds = [kind for kind in typing.get_args(annotation) if kind is not types.NoneType]
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return kinds[0] if is_union and len(kinds) == 1 else annotation
 
 
 def _is_schema(annotation: Any) -> bool:

@@ -90,6 +90,17 @@ class CurvePoint(Fields):
     )
 
 
+class StageRecord(Fields):
+    """A stage of a standard evaluation: one attack on the samples that those before have left robust."""
+
+    name: str = Field(description="of the stage, see `docs/standard.md`")
+    num_attacked: Count = Field(description="samples that were left to it")
+    num_broken: Count = Field(description="of them, those that the judge confirmed broken")
+    cell_evals: Amount = Field(description="evaluations of the cell, mean per sample of the record")
+    cell_vjps: Amount = Field(description="vector-Jacobian products through the cell, mean per sample of the record")
+    wall_seconds: Amount = Field(description="of the stage, all samples together")
+
+
 class Record(Fields):
     """One attack on one model under one threat, on one set of samples.
 
@@ -140,6 +151,18 @@ class Record(Fields):
     curve: list[CurvePoint] = Field(description="accuracy against cost, where snapshots were asked for")
     residuals: list[Amount | None] = Field(description="mean relative residual after each solver step of the attack")
     diagnostics: dict[str, Number | None] = Field(description="counts and means of the attack's own")
+    protocol: str | None = Field(
+        None, description='version and kind of the standard evaluation, such as "v1 standard"; null: another attack'
+    )
+    stages: list[StageRecord] | None = Field(
+        None, description="of a standard evaluation, in their order; null: another attack"
+    )
+    num_certified: Count | None = Field(
+        None, description="samples that a certificate shows robust, so that no attack tried; null: there is none"
+    )
+    probes: dict[str, Number] | None = Field(
+        None, description="what the sanity panel measured, see `records.flags`; null: no panel"
+    )
     seed: Annotated[int, Field(strict=True)] = Field(description="of all randomness of the run")
     batch_size: Annotated[int, Field(ge=1, strict=True)] = Field(description="samples attacked at a time")
     environment: dict[str, str | int | float | None] = Field(description="versions, device, threads, commit")

@@ -72,6 +72,19 @@ def values(**changes: Any) -> dict[str, Any]:
         "num_attacked": None,
         "residuals": [0.5, 0.25],
         "diagnostics": {"num_audited": 1.0},
+        "protocol": "v1 standard",
+        "stages": [
+            {
+                "name": "joint-pgd",
+                "num_attacked": 3,
+                "num_broken": 1,
+                "cell_evals": 10.0,
+                "cell_vjps": 10.0,
+                "wall_seconds": 0.4,
+            }
+        ],
+        "num_certified": 0,
+        "probes": {"noise": 0.5},
         "seed": 0,
         "batch_size": 128,
         "environment": {"torch": "2.9.0", "threads": 2, "commit": None, "load": 0.5},
@@ -159,7 +172,7 @@ def test_wrong_values_are_refused_by_name(changes: dict[str, Any], named: str) -
     assert named in str(caught.value)
 
 
-@pytest.mark.parametrize("field", ["num_nonfinite", "num_lagging", "num_zero_gradient", "finished_by"])
+@pytest.mark.parametrize("field", ["num_nonfinite", "num_lagging", "num_zero_gradient", "finished_by", "num_certified"])
 def test_a_line_from_before_a_field_has_it_missing(field: str, tmp_path: Path) -> None:
     store_with(tmp_path, "a")
     path = tmp_path / "records.jsonl"
