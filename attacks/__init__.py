@@ -8,12 +8,14 @@ from robustbench_deq.attacks.joint_fmn import JointFMN, JointFMNConfig
 from robustbench_deq.attacks.joint_pgd import JointPGD, JointPGDConfig
 from robustbench_deq.attacks.noise import Noise, NoiseConfig
 from robustbench_deq.attacks.pgd import SequentialPGD, SequentialPGDConfig
+from robustbench_deq.attacks.standard import Fast, StandardConfig
 from robustbench_deq.attacks.torchattacks_bridge import TorchattacksConfig, TorchattacksPGD, TorchattacksPGDL2
 from robustbench_deq.protocol import ATTACKS, Attack, make_attack
 from robustbench_deq.threats import Threat
 
 __all__ = [
     "ATTACKS",
+    "Fast",
     "JointAPGD",
     "JointAPGDConfig",
     "JointFMN",
@@ -26,6 +28,7 @@ __all__ = [
     "SequentialPGDConfig",
     "SolvedAPGD",
     "SolvedAPGDConfig",
+    "StandardConfig",
     "TorchattacksConfig",
     "TorchattacksPGD",
     "TorchattacksPGDL2",

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from robustbench_deq.benchmark import benchmark
     from robustbench_deq.data import SplitName, load
     from robustbench_deq.equilibrium import EquilibriumModel
     from robustbench_deq.errors import RunError, UsageError
@@ -32,6 +33,7 @@ _PLACES = {
     "SplitName": "data",
     "Threat": "threats",
     "UsageError": "errors",
+    "benchmark": "benchmark",
     "evaluate": "evaluate.evaluation",
     "load": "data",
     "load_model": "models",
@@ -48,6 +50,7 @@ __all__ = [
     "SplitName",
     "Threat",
     "UsageError",
+    "benchmark",
     "evaluate",
     "load",
     "load_model",

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "randomness": "",
     "optimise": "adjoints equilibrium errors meter randomness registry rows solvers shown",
     "threats": "configs errors optimise",
-    "protocol": "configs equilibrium errors inputs meter optimise registry rows threats shown",
+    "protocol": "configs equilibrium errors inputs meter optimise randomness registry rows threats shown",
     "specs": "adjoints configs optimise protocol solvers threats",
     "models": "adjoints callables configs equilibrium errors files optimise registry rows solvers specs trial",
     "data": "configs errors files inputs registry shown",
@@ -51,6 +51,7 @@ MAY_IMPORT = {
     "threats",
     "report": "configs errors files proportions records",
     "attacks": "adjoints configs equilibrium errors optimise protocol randomness rows solvers threats",
+    "benchmark": "attacks data equilibrium errors evaluate models optimise registry threats",
     "commands": "*",
 }
 """For each part of the package (a module or a folder), the other parts that it may import, as seen from the source

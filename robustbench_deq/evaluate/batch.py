@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from pydantic import ConfigDict, Field
@@ -24,8 +25,8 @@ from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate.batch_judge import BatchJudge
 from robustbench_deq.evaluate.clean import CleanBatch, judge_clean
 from robustbench_deq.inputs import as_ids, as_labels
-from robustbench_deq.protocol import Attack, RunConfig, frozen
-from robustbench_deq.records.record import CostRecord, CurvePoint
+from robustbench_deq.protocol import Attack, AttackResult, RunConfig, frozen
+from robustbench_deq.records.record import CostRecord, CurvePoint, StageRecord
 from robustbench_deq.shown import briefly_shown
 
 Watch = Callable[[str, float], None]
@@ -42,6 +43,7 @@ class Part:
     curve: list[CurvePoint]
     residuals: list[float]
     diagnostics: dict[str, float]
+    stages: list[StageRecord] = field(default_factory=list)
 
 
 class Task(RunConfig):
@@ -153,6 +155,24 @@ def evaluate_batch(
             "is_robust": (clean.verdict.is_correct & adversarial.is_correct & ~is_failed).numpy(),
         }
     )
+    if result.stage_of is not None:
+        names = np.array([*(stage.name for stage in result.stages), ""], dtype=object)
+        samples["broken_by"] = names[result.stage_of.cpu().numpy()]
     judge_seconds = clean.seconds + batch_judge.seconds
     cost = CostRecord(**dataclasses.asdict(result.cost), judge_seconds=judge_seconds)
-    return Part(samples, cost, curve, list(result.residuals), result.diagnostics), result.x_adv.cpu()
+    stages, residuals = _stage_records(result), list(result.residuals)
+    return Part(samples, cost, curve, residuals, result.diagnostics, stages), result.x_adv.cpu()
+
+
+def _stage_records(result: AttackResult) -> list[StageRecord]:
+    return [
+        StageRecord(
+            name=stage.name,
+            num_attacked=stage.num_attacked,
+            num_broken=stage.num_broken,
+            cell_evals=stage.cost.cell_evals,
+            cell_vjps=stage.cost.cell_vjps,
+            wall_seconds=stage.cost.wall_seconds,
+        )
+        for stage in result.stages
+    ]

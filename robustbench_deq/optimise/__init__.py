@@ -4,7 +4,7 @@ from robustbench_deq.optimise.contraction import Contraction, estimate_contracti
 from robustbench_deq.optimise.domains import NORMS, Ball, Box, Domain, Free, Norm
 from robustbench_deq.optimise.keep import HighestLoss, JIIORule, Keep, Last, SmallestNorm
 from robustbench_deq.optimise.loop import Optimum, has_slope, optimise
-from robustbench_deq.optimise.objectives import OBJECTIVES, Objective, Targeted
+from robustbench_deq.optimise.objectives import OBJECTIVES, Objective, Targeted, Toward
 from robustbench_deq.optimise.pace import AdaptivePace
 from robustbench_deq.optimise.problem import Classification, Losses, Problem, Reconstruction, Shared
 from robustbench_deq.optimise.sources import Intermediate, Joint, Look, Mixing, Settled, Solved, Source
@@ -47,6 +47,7 @@ __all__ = [
     "Source",
     "Step",
     "Targeted",
+    "Toward",
     "estimate_contraction",
     "has_slope",
     "optimise",

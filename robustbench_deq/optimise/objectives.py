@@ -8,6 +8,7 @@
 `DLR`            the margin divided by the spread of the three largest logits (Croce and Hein, 2020, Eq. 6), which
                  does not change when all logits are scaled or shifted; at least three classes.
 `Targeted`       minus any of these at a wanted class.
+`Toward`         the lead of a given class over the true one; any wrong class will do.
 
 `CrossEntropyThenMargin` ascends the cross-entropy in the first half of a run and the margin in the second; iterates are
 compared by the margin. The first leads away from the true class from anywhere, the margin finishes at the boundary.
@@ -137,3 +138,18 @@ class Targeted(Objective):
     def is_reached(self, logits: Tensor) -> Tensor:
         """Samples of the wanted class."""
         return logits.argmax(1) == self.labels
+
+
+class Toward(Objective):
+    """Logit of the classes `headings` `(batch,)` minus that of the labels; reached by any wrong class."""
+
+    def __init__(self, labels: Tensor, headings: Tensor) -> None:
+        super().__init__(labels)
+        self.headings = headings
+
+    def take(self, rows: Tensor) -> Toward:
+        return Toward(self.labels[rows], self.headings[rows])
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        ends = logits.gather(1, torch.stack([self.headings, self.labels], 1))
+        return ends[:, 0] - ends[:, 1]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Generic, Self, TypeVar, final
 
@@ -24,7 +25,7 @@ from robustbench_deq.meter import Meter
 from robustbench_deq.optimise import Classification, Keep, Objective, Optimum, Source, Step, optimise
 from robustbench_deq.protocol.batch import Batch, Clean, Proposal
 from robustbench_deq.protocol.recorder import Recorder
-from robustbench_deq.protocol.runs import AttackResult, Confirm, Runs
+from robustbench_deq.protocol.runs import AttackResult, Confirm, Run, Runs
 from robustbench_deq.protocol.settings import AttackConfig, ObjectiveConfig, RunConfig
 from robustbench_deq.registry import Registry
 from robustbench_deq.threats import Threat
@@ -41,12 +42,14 @@ class Attack(abc.ABC, Generic[A]):
         summary: one line for listings.
         config_type: the typed settings.
         is_gradient_based: False where it never asks for a gradient, and so attacks models that have none.
+        version: of the standard evaluation that it is, see `protocol.cascade`; None: it is none.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     config_type: ClassVar[type[AttackConfig]] = AttackConfig
     is_gradient_based: ClassVar[bool] = True
+    version: ClassVar[str | None] = None
 
     def __init__(self, threat: Threat, config: A | Mapping[str, Any] | None = None, **settings: Any) -> None:
         """An attack within `threat`.
@@ -98,6 +101,17 @@ class Attack(abc.ABC, Generic[A]):
     @abc.abstractmethod
     def run(self, model: EquilibriumModel, batch: Batch, record: Recorder) -> Proposal:
         """Perturb the images of `batch`. Gradients with respect to parameters are off."""
+
+    def runner(self, model: EquilibriumModel) -> Run:
+        """One run on `model`, as a function of what is attacked."""
+        return partial(self.run, model)
+
+    def carry_out(self, model: EquilibriumModel, runs: Runs, rows: Tensor | None, confirm: Confirm | None) -> None:
+        """All runs on the samples `rows` (None: all), and again on those that `confirm` refutes."""
+        run = self.runner(model)
+        runs.attack(run, self.config, rows)
+        if confirm is not None:
+            runs.attack_on(run, self.config, rows, confirm)
 
     @final
     @torch.inference_mode(False)
@@ -165,15 +179,15 @@ class Attack(abc.ABC, Generic[A]):
         with frozen(model):
             (model.check_gradient if self.is_gradient_based else model.check_parts)(x)
         settled = None if clean is None else clean.settled
-        batch = Batch(x, y, targets, ids, seed, torch.zeros_like(x), settled, self.config.stop_at_success)
+        is_certified = None if clean is None else clean.is_certified
+        start, leaves = torch.zeros_like(x), self.config.stop_at_success
+        batch = Batch(x, y, targets, ids, seed, start, settled, leaves, is_certified=is_certified)
         with torch.enable_grad(), frozen(model), self._meter(model, len(x)) as meter:
-            runs = Runs(partial(self.run, model), self.config, self.threat, batch, meter, num_snapshots, progress)
+            runs = Runs(self.threat, batch, meter, num_snapshots, progress)
             rows = None
             if clean is not None and self.config.stop_at_success:
                 rows = clean.is_correct.nonzero()[:, 0]
-            runs.attack(rows)
-            if confirm is not None:
-                runs.attack_on(confirm)
+            self.carry_out(model, runs, rows, confirm)
         return runs.result(rows)
 
     def _meter(self, model: EquilibriumModel, num_rows: int) -> Meter:
@@ -191,6 +205,12 @@ class ObjectiveAttack(Attack[M]):
     def first_objective(self, labels: Tensor, targets: Tensor | None) -> Objective | None:
         return self.config.bind(labels, targets).at(0.0)
 
+    def runner(self, model: EquilibriumModel) -> Run:
+        run, rank = super().runner(model), self.config.heading
+        if rank is None:
+            return run
+        return lambda batch, record: run(replace(batch, headings=_headings(model, batch, rank)), record)
+
     def search(
         self,
         model: EquilibriumModel,
@@ -207,7 +227,7 @@ class ObjectiveAttack(Attack[M]):
             record: takes the snapshots of this run; None takes none.
         """
         return optimise(
-            Classification(model, batch.images, self.config.bind(batch.labels, batch.targets)),
+            Classification(model, batch.images, self.config.bind(batch.labels, batch.targets, batch.headings)),
             source,
             self.threat.ball(batch.images),
             step,
@@ -220,6 +240,14 @@ class ObjectiveAttack(Attack[M]):
             ids=batch.ids,
             watch=None if record is None else record.watch,
         )
+
+
+@torch.no_grad()
+def _headings(model: EquilibriumModel, batch: Batch, rank: int) -> Tensor:
+    """The wrong class of the `rank`-th largest logit at the clean images, from 1; the last where there are fewer."""
+    z = model.equilibrium(batch.images).value if batch.settled is None else batch.settled.z
+    wrong = model.head(z).scatter(1, batch.labels[:, None], -torch.inf)
+    return wrong.argsort(dim=1, descending=True, stable=True)[:, min(rank, wrong.shape[1] - 1) - 1]
 
 
 @contextlib.contextmanager

@@ -13,11 +13,12 @@ from robustbench_deq.shown import briefly_shown
 
 @briefly_shown
 class Clean(NamedTuple):
-    """What is known of the clean images before an attack: their equilibria, and which are classified correctly there,
-    `(batch,)`."""
+    """What is known of the clean images before an attack: their equilibria, which are classified correctly there,
+    `(batch,)`, and which a certificate shows robust, `(batch,)`; None: there is none."""
 
     settled: Settled
     is_correct: Tensor
+    is_certified: Tensor | None = None
 
 
 @briefly_shown
@@ -29,9 +30,11 @@ class Batch:
     labels   true classes `(rows,)`
     targets  classes to be reached `(rows,)`; None is untargeted
     ids      what a sample's randomness is keyed by `(rows,)`, with `seed`
+    headings classes to head for `(rows,)`, where any wrong class will do; None: none in particular
     start    perturbation to begin with, like the images
     settled  the equilibrium at the clean images, if it is known
     leaves   whether samples that are done leave the batch
+    is_certified samples `(rows,)` that a certificate shows robust; None: there is none
     is_again whether the judge has refuted what the attack called fooled, so that all of these are attacked again
     """
 
@@ -44,6 +47,8 @@ class Batch:
     settled: Settled | None = None
     leaves: bool = False
     is_again: bool = False
+    headings: Tensor | None = None
+    is_certified: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -55,6 +60,8 @@ class Batch:
             images=self.images[rows],
             labels=self.labels[rows],
             targets=None if self.targets is None else self.targets[rows],
+            headings=None if self.headings is None else self.headings[rows],
+            is_certified=None if self.is_certified is None else self.is_certified[rows],
             ids=self.ids[rows.to(self.ids.device)],
             start=self.start[rows],
             settled=None if self.settled is None else self.settled.take(rows),

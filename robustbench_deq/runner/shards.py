@@ -36,7 +36,7 @@ from robustbench_deq.files import (
     write_json,
     write_sealed,
 )
-from robustbench_deq.records.record import CostRecord, CurvePoint
+from robustbench_deq.records.record import CostRecord, CurvePoint, StageRecord
 from robustbench_deq.records.store import SHARDS_FOLDER
 from robustbench_deq.runner.suite import Shard
 
@@ -105,6 +105,7 @@ class ShardStore:
                 "curve": [point.model_dump(mode="json") for point in part.curve],
                 "residuals": part.residuals,
                 "diagnostics": part.diagnostics,
+                "stages": [stage.model_dump(mode="json") for stage in part.stages],
             }
             for part in parts
         ]
@@ -130,7 +131,8 @@ class ShardStore:
                 rows = samples.iloc[begin : begin + part["num_samples"]]
                 begin += part["num_samples"]
                 cost, curve = CostRecord(**part["cost"]), [CurvePoint(**point) for point in part["curve"]]
-                parts.append(Part(rows, cost, curve, part["residuals"], part["diagnostics"]))
+                stages = [StageRecord(**stage) for stage in part.get("stages", ())]
+                parts.append(Part(rows, cost, curve, part["residuals"], part["diagnostics"], stages))
         except (OSError, pyarrow.ArrowException, ValueError, KeyError, TypeError):
             raise self._damaged(shard, path) from None
         return parts, content["environment"]

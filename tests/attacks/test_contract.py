@@ -18,12 +18,14 @@ from robustbench_deq.errors import UsageError
 from robustbench_deq.models import FAMILIES
 from robustbench_deq.optimise import NORMS, Norm
 from robustbench_deq.optimise.contraction import NUM_PRODUCTS
-from robustbench_deq.protocol import Attack, AttackResult, Batch, ObjectiveConfig, Proposal, Recorder
+from robustbench_deq.protocol import Attack, AttackResult, Batch, Cascade, ObjectiveConfig, Proposal, Recorder
 from robustbench_deq.threats import Threat
 
 EPSILON = {Norm.L1: 1.0, Norm.L2: 0.5, Norm.LINF: 0.06}
 GRADIENT_FREE = {"noise"}
 Y = torch.tensor([0, 1, 2, 1, 0])
+SINGLE = [name for name in ATTACKS if not issubclass(ATTACKS.get(name), Cascade)]
+"""Attacks with runs of their own; for sequences of them see `test_cascade`."""
 
 
 class Case(NamedTuple):
@@ -60,8 +62,8 @@ def accepts(name: str, **settings: Any) -> bool:
     return True
 
 
-CASES = [Case(name, norm) for name in ATTACKS for norm in NORMS.values() if supports(name, norm)]
-FULL_NORM = {name: Norm.L2 if supports(name, Norm.L2) else Norm.LINF for name in ATTACKS}
+CASES = [Case(name, norm) for name in SINGLE for norm in NORMS.values() if supports(name, norm)]
+FULL_NORM = {name: Norm.L2 if supports(name, Norm.L2) else Norm.LINF for name in SINGLE}
 FULL_CASES = [case for case in CASES if case.norm is FULL_NORM[case.name]]
 """Every attack in one norm."""
 ALIKE = {"apgd", "joint-apgd", "joint-fmn"}
@@ -84,7 +86,7 @@ every_family_and_case = pytest.mark.parametrize(
     ("case", "family"), FAMILY_CASES, ids=[f"{case.name}-{case.norm.name}-{family}" for case, family in FAMILY_CASES]
 )
 every_family = pytest.mark.parametrize("family", list(FAMILIES))
-every_attack = pytest.mark.parametrize("name", list(ATTACKS))
+every_attack = pytest.mark.parametrize("name", SINGLE)
 WITH_RESTARTS = [case for case in CASES if accepts(case.name, restarts=2)]
 WITH_RANDOM_START = [case for case in CASES if accepts(case.name, random_start=True)]
 
@@ -122,7 +124,7 @@ def plain_run(make) -> Callable[[Case, str], AttackResult]:
 
 
 def test_every_attack_has_a_norm_and_a_line_for_the_listing() -> None:
-    assert {case.name for case in CASES} == set(ATTACKS)
+    assert {case.name for case in CASES} == set(SINGLE)
     for name in ATTACKS:
         kind = ATTACKS.get(name)
         assert kind.name == name
@@ -131,7 +133,7 @@ def test_every_attack_has_a_norm_and_a_line_for_the_listing() -> None:
 
 
 def test_a_norm_that_an_attack_does_not_have_is_refused_by_name() -> None:
-    missing = [(name, norm) for name in ATTACKS for norm in NORMS.values() if not supports(name, norm)]
+    missing = [(name, norm) for name in SINGLE for norm in NORMS.values() if not supports(name, norm)]
     assert missing
     for name, norm in missing:
         with pytest.raises(UsageError, match=rf"{name}: expected norm .*got {norm.name}"):
