@@ -28,10 +28,11 @@ from robustbench_deq.threats import Threat
 
 THREAT, Y = Threat("l2", 0.3), torch.tensor([0, 1, 2, 0])
 NAMES = [name for name in ATTACKS if name != "torchattacks-pgd"]  # of the other norm
+WITHOUT_STEPS = {"fgsm", "noise"}
 
 
 def attack_of(name: str) -> Any:
-    return build_attack(name, THREAT, {} if name == "noise" else {"steps": 5})
+    return build_attack(name, THREAT, {} if name in WITHOUT_STEPS else {"steps": 5})
 
 
 @pytest.fixture
@@ -373,7 +374,7 @@ def test_layout_of_images_and_model_does_not_matter(name: str, make_model: Any, 
         make_images(4, torch.float32, shape=shape),
     )
     threat = Threat(Norm.LINF, 0.05) if name == "torchattacks-pgd" else THREAT
-    attack = build_attack(name, threat, {} if name == "noise" else {"steps": 5})
+    attack = build_attack(name, threat, {} if name in WITHOUT_STEPS else {"steps": 5})
     plain = attack(model, x, Y).x_adv
     other = attack(model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last), Y).x_adv
     torch.testing.assert_close(other, plain, rtol=0, atol=1e-4)

@@ -200,14 +200,16 @@ class ObjectiveAttack(Attack[M]):
         keep: Keep,
         num_steps: int,
         record: Recorder | None = None,
+        objective: Objective | None = None,
     ) -> Optimum:
-        """Optimise the perturbation of `batch` within the threat's ball, for the config's objective.
+        """Optimise the perturbation of `batch` within the threat's ball.
 
         Args:
             record: takes the snapshots of this run; None takes none.
+            objective: of the rows of `batch`; None is the config's.
         """
         return optimise(
-            Classification(model, batch.images, self.config.bind(batch.labels, batch.targets)),
+            Classification(model, batch.images, objective or self.config.bind(batch.labels, batch.targets)),
             source,
             self.threat.ball(batch.images),
             step,
