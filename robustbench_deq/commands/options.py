@@ -20,7 +20,8 @@ from robustbench_deq.commands.interrupts import ending_at_once
 WEIGHTS_FOLDER = Path(__file__).parents[1] / "models" / "weights"
 """Of the registered models, as `models.zoo` has it."""
 ATTACK_NAMES = (
-    "pgd", "apgd", "joint-apgd", "joint-fmn", "joint-pgd", "noise", "fast", "torchattacks-pgd", "torchattacks-pgdl2",
+    "pgd", "apgd", "apgd-t", "fgsm", "fmn", "intermediate-pgd", "joint-apgd", "joint-fmn", "joint-pgd", "noise", "fast",
+    "standard",    "torchattacks-pgd", "torchattacks-pgdl2", "yopo",
 )  # fmt: skip
 DATASET_NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "svhn")
 NORM_NAMES = ("l1", "l2", "linf")

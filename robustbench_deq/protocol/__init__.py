@@ -1,6 +1,6 @@
 """The protocol between attacks and who runs them: what they are given, what they return, and what is held to."""
 
-from robustbench_deq.protocol.attack import ATTACKS, Attack, ObjectiveAttack, frozen, make_attack
+from robustbench_deq.protocol.attack import ATTACKS, Attack, ObjectiveAttack, frozen, likely_classes, make_attack
 from robustbench_deq.protocol.batch import Batch, Clean, Proposal
 from robustbench_deq.protocol.cascade import Cascade, Stage
 from robustbench_deq.protocol.recorder import Recorder, Snapshot
@@ -25,5 +25,6 @@ __all__ = [
     "Stage",
     "StageResult",
     "frozen",
+    "likely_classes",
     "make_attack",
 ]

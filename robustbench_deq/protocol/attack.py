@@ -209,7 +209,7 @@ class ObjectiveAttack(Attack[M]):
         run, rank = super().runner(model), self.config.heading
         if rank is None:
             return run
-        return lambda batch, record: run(replace(batch, headings=_headings(model, batch, rank)), record)
+        return lambda batch, record: run(replace(batch, headings=likely_classes(model, batch, rank)[:, -1]), record)
 
     def search(
         self,
@@ -220,14 +220,16 @@ class ObjectiveAttack(Attack[M]):
         keep: Keep,
         num_steps: int,
         record: Recorder | None = None,
+        objective: Objective | None = None,
     ) -> Optimum:
-        """Optimise the perturbation of `batch` within the threat's ball, for the config's objective.
+        """Optimise the perturbation of `batch` within the threat's ball.
 
         Args:
             record: takes the snapshots of this run; None takes none.
+            objective: of the rows of `batch`; None is the config's.
         """
         return optimise(
-            Classification(model, batch.images, self.config.bind(batch.labels, batch.targets, batch.headings)),
+            Classification(model, batch.images, objective or self._objective(batch)),
             source,
             self.threat.ball(batch.images),
             step,
@@ -241,13 +243,18 @@ class ObjectiveAttack(Attack[M]):
             watch=None if record is None else record.watch,
         )
 
+    def _objective(self, batch: Batch) -> Objective:
+        return self.config.bind(batch.labels, batch.targets, batch.headings)
+
 
 @torch.no_grad()
-def _headings(model: EquilibriumModel, batch: Batch, rank: int) -> Tensor:
-    """The wrong class of the `rank`-th largest logit at the clean images, from 1; the last where there are fewer."""
+def likely_classes(model: EquilibriumModel, batch: Batch, count: int) -> Tensor:
+    """The wrong classes with the largest logits at the clean images `(rows, count or fewer)`, the first in place of
+    those that are masked."""
     z = model.equilibrium(batch.images).value if batch.settled is None else batch.settled.z
     wrong = model.head(z).scatter(1, batch.labels[:, None], -torch.inf)
-    return wrong.argsort(dim=1, descending=True, stable=True)[:, min(rank, wrong.shape[1] - 1) - 1]
+    likely = wrong.topk(min(count, wrong.shape[1] - 1), dim=1)
+    return torch.where(likely.values.isneginf(), likely.indices[:, :1], likely.indices)
 
 
 @contextlib.contextmanager

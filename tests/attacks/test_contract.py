@@ -66,7 +66,7 @@ CASES = [Case(name, norm) for name in SINGLE for norm in NORMS.values() if suppo
 FULL_NORM = {name: Norm.L2 if supports(name, Norm.L2) else Norm.LINF for name in SINGLE}
 FULL_CASES = [case for case in CASES if case.norm is FULL_NORM[case.name]]
 """Every attack in one norm."""
-ALIKE = {"apgd", "joint-apgd", "joint-fmn"}
+ALIKE = {"apgd", "apgd-t", "fmn", "joint-apgd", "joint-fmn"}
 """Attacks of the same parts as others, but for the step: other norms and families are left to those."""
 EVERYWHERE = [case for case in CASES if case.name not in ALIKE and case.norm is not Norm.L1]
 """What is run on all families; the rest on one."""
@@ -91,8 +91,9 @@ WITH_RESTARTS = [case for case in CASES if accepts(case.name, restarts=2)]
 WITH_RANDOM_START = [case for case in CASES if accepts(case.name, random_start=True)]
 
 
-LOSS_CASES = [(case, family) for case, family in FAMILY_CASES if case.name != "joint-fmn"]
-"""Without the attack that goes for the smallest norm, at the boundary, where the loss is small."""
+LOSS_CASES = [(case, family) for case, family in FAMILY_CASES if case.name not in {"apgd-t", "fmn", "joint-fmn"}]
+"""Without those that go for the smallest norm, at the boundary, where the loss is small, and the one whose loss is of
+classes that it chooses itself."""
 every_family_with_a_loss = pytest.mark.parametrize(
     ("case", "family"), LOSS_CASES, ids=[f"{case.name}-{case.norm.name}-{family}" for case, family in LOSS_CASES]
 )
@@ -156,7 +157,7 @@ def test_result_and_every_snapshot_are_in_ball_and_box(case: Case, family: str, 
     torch.testing.assert_close(result.x_adv, x + result.delta, rtol=0, atol=1e-12)
     assert not result.x_adv.requires_grad
     has_moved = case.norm.size(result.delta) > 0
-    if case.name == "joint-fmn":  # what is wrong already needs no perturbation
+    if case.name in {"apgd-t", "fmn", "joint-fmn"}:  # what is wrong already needs no perturbation
         has_moved |= model(x).argmax(1) != Y
     assert bool(has_moved.all())
     assert not bool(result.is_failed.any())
