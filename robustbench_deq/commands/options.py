@@ -53,16 +53,18 @@ _an_attack = _complete(lambda: list(ATTACK_NAMES))
 _a_dataset = _complete(lambda: [*DATASET_NAMES, "npz:"])
 
 
-def _declared(name: str, module: str | None = None) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    """Decorator of an empty function with options and help: the command `name`, for which the function of that name in
-    `module` (None: of the same name) is called."""
+def _declared(
+    name: str, module: str | None = None, function: str | None = None
+) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Decorator of an empty function with options and help: the command `name`, for which `function` in `module` is
+    called (None: of the same name)."""
 
     def declare(declaration: Callable[[], None]) -> Callable[[], None]:
         @functools.wraps(declaration)
         def run(**options: Any) -> None:
             with ending_at_once():
                 imported = importlib.import_module(f"{__package__}.{module or name}")
-            getattr(imported, name)(**options)
+            getattr(imported, function or name)(**options)
 
         COMMANDS[name] = click.command(name)(run)
         return declaration
@@ -158,6 +160,47 @@ def _check() -> None:
 @_json
 def _datasets() -> None:
     """List datasets. Your own: npz:FILE with arrays 'images' and 'labels'."""
+
+
+@_declared("judge", function="judge_file")
+@click.argument("model", shell_complete=_a_model)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--norm",
+    default=None,
+    help="l1, l2 or linf.  [default: the model card's, else l2]",
+    shell_complete=_complete(lambda: list(NORM_NAMES)),
+)
+@click.option("--epsilon", default=None, help="Radius in pixel units of [0, 1], such as 1.0 or 8/255.")
+@click.option(
+    "--data",
+    default=None,
+    help="A name from 'datasets' or npz:FILE.  [default: the model card's]",
+    shell_complete=_a_dataset,
+)
+@click.option(
+    "--split", default="test", type=click.Choice(SPLIT_NAMES), show_default=True, help="all: every image of npz:FILE."
+)
+@click.option(
+    "--limit", type=int, default=None, help="Samples of the record.  [default: at most 1000; all of --split all]"
+)
+@click.option("--batch-size", type=click.IntRange(1, MAX_COUNT), default=128, show_default=True)
+@click.option("--label", default=None, help="Name of the row in reports.  [default: the file's]")
+@click.option("--device", default=None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="New folder for the record.")
+@_json
+def _judge() -> None:
+    """Judge adversarial images that somebody else made, those in FILE, an npz.
+
+    FILE has 'x_adv', images (n, channels, height, width), uint8 or numbers in [0, 1], and says whose they are: by
+    'sample_ids', positions in the data set, as the rows of records have them, or by 'x', the clean images. 'labels'
+    are compared where they are there, and 'attack', a text, is kept in the record. Nothing is unpickled.
+
+    The record is over the first --limit samples of the split, as that of 'attack', and joins it in 'report'. Samples
+    without an image are left as they are, and so are those whose image is outside the ball: it proves nothing.
+
+    MODEL is as for 'attack'; a file.py:function is run as code, with all your rights: name only one that you trust.
+    """
 
 
 @_declared("models")
