@@ -110,7 +110,9 @@ def test_issue_forms_ask_for_what_is_judged(name: str) -> None:
     assert all(field["validations"] == {"required": True} for field in asked.values())
     wanted = {"norm", "epsilon", "data", "file", "verdict"} | ({"model", "limit"} if "attack" in name else {"check"})
     assert wanted <= set(asked)
-    assert [norm for norm in asked["norm"]["attributes"]["options"] if norm != "no attack"] == NORMS.list()  # GitHub refuses "none"
+    assert [
+        norm for norm in asked["norm"]["attributes"]["options"] if norm != "no attack"
+    ] == NORMS.list()  # GitHub refuses "none"
 
 
 @pytest.mark.parametrize("name", FORMS)
