@@ -99,14 +99,14 @@ class ExternalImages:
             rows = torch.cat([torch.cdist(part, whole).argmin(1) for part in parts])
         else:
             raise self._refusal("samples", "'sample_ids' or the clean images 'x'", "neither", "save one of them")
-        samples = f"{data.name} {getattr(data.split, 'value', data.split)}, the first {len(data)}"
+        samples = _words(data)
         if clean is not None:
             apart = (clean - data.x[rows].clamp(0, 1)).abs().flatten(1).amax(1)
             self._check("x", apart <= PIXEL_SLACK, f"clean images of {samples}", "check data, split, limit and order")
         values, counts = torch.unique(rows, return_counts=True)
         if len(values) < count:
             twice = data.sample_ids[values[counts > 1]]
-            got = f"{len(twice)} samples more than once, such as {int(twice[0])}"
+            got = f"several of {len(twice)} samples, such as {int(twice[0])}"
             raise self._refusal("samples", "one image a sample", got, "keep one of each, or make a file for the others")
         if self.labels is not None:
             labels = as_labels(_array(self.labels), count, self._named("labels"))
@@ -119,15 +119,14 @@ class ExternalImages:
         ids = as_ids(_array(self.sample_ids), count, self._named("sample_ids"))
         known, order = data.sample_ids.sort()
         places = torch.searchsorted(known, ids).clamp_max(len(known) - 1)
-        split = getattr(data.split, "value", data.split)
-        of = f"ids of the first {len(data)} samples of {data.name} {split}"
-        self._check("sample_ids", known[places] == ids, of, "check data and split, raise the limit, or leave them out")
+        fix = "check data and split, raise the limit, or leave them out"
+        self._check("sample_ids", known[places] == ids, f"ids of {_words(data)}", fix)
         return order[places]
 
     def _check(self, name: str, is_good: Tensor, expected: str, fix: str) -> None:
         bad = (~is_good).nonzero()[:, 0]
         if len(bad):
-            got = f"{len(bad)} of {len(is_good)} others, the first at index {int(bad[0])}"
+            got = f"{len(bad)} of {len(is_good)} that are not, the first at index {int(bad[0])}"
             raise self._refusal(name, expected, got, fix)
 
     def _pixels(self, name: str, data: Split) -> Tensor:
@@ -142,6 +141,10 @@ class ExternalImages:
 
     def _refusal(self, name: str, expected: str, got: str, fix: str) -> UsageError:
         return UsageError.of(self._named(name), expected=expected, got=got, fix=fix)
+
+
+def _words(data: Split) -> str:
+    return f"the first {len(data)} samples of {data.name} {getattr(data.split, 'value', data.split)}"
 
 
 def _array(values: Any) -> np.ndarray:

@@ -155,11 +155,17 @@ GOOD = np.zeros((2, 1, 8, 8), np.float32)
         ({"x_adv": GOOD.astype(complex), "sample_ids": [0, 1]}, "images of type complex128"),
         ({"x_adv": GOOD, "sample_ids": [0.0, 1.0]}, "sample_ids: expected 2 integers >= 0"),
         ({"x_adv": GOOD, "sample_ids": [5, 10**9]}, "sample_ids: expected ids of the first 24 samples of digits test"),
-        ({"x_adv": GOOD, "sample_ids": "twice"}, "one image a sample, got 1 samples more than once, such as"),
-        ({"x_adv": GOOD, "x": GOOD}, "x: expected clean images of digits test, the first 24, got 2 of 2 others"),
+        ({"x_adv": GOOD, "sample_ids": "twice"}, "one image a sample, got several of 1 samples, such as"),
+        (
+            {"x_adv": GOOD, "x": GOOD},
+            "x: expected clean images of the first 24 samples of digits test, got 2 of 2 that are not",
+        ),
         ({"x_adv": GOOD, "x": GOOD[:1]}, "x: expected 2 clean images, got 1"),
-        ({"x_adv": GOOD, "x": GOOD, "sample_ids": "known"}, "got 2 of 2 others, the first at index 0"),
-        ({"x_adv": GOOD, "labels": [10, 10], "sample_ids": "known"}, "labels: expected those of digits test"),
+        ({"x_adv": GOOD, "x": GOOD, "sample_ids": "known"}, "got 2 of 2 that are not, the first at index 0"),
+        (
+            {"x_adv": GOOD, "labels": [10, 10], "sample_ids": "known"},
+            "labels: expected those of the first 24 samples of digits test",
+        ),
         ({"x_adv": GOOD, "labels": [[1], [1]], "sample_ids": "known"}, "labels: expected an integer tensor (2,)"),
         ({"x_adv": GOOD, "attack": [1, 2], "sample_ids": "known"}, "attack: expected one text, got int64 (2,)"),
     ],
@@ -222,7 +228,7 @@ def test_the_command_refuses_before_it_makes_a_folder(setup, tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     np.savez("theirs.npz", x_adv=GOOD, sample_ids=setup[1].sample_ids[[0, 20]].numpy())
     for words, said in (
-        (("theirs.npz", "--epsilon", "1", "--limit", 8), "got 1 of 2 others, the first at index 1"),
+        (("theirs.npz", "--epsilon", "1", "--limit", 8), "got 1 of 2 that are not, the first at index 1"),
         (("missing.npz", "--epsilon", "1"), "got no such file"),
         (("theirs.npz",), "--epsilon: expected a radius"),
         (("theirs.npz", "--epsilon", "1", "--norm", "l7"), "norm: expected"),
