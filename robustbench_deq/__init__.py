@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from robustbench_deq.equilibrium import EquilibriumModel
     from robustbench_deq.errors import RunError, UsageError
     from robustbench_deq.evaluate.evaluation import Evaluation, evaluate
+    from robustbench_deq.evaluate.external import ExternalImages, judge_images
     from robustbench_deq.models import MODELS, load_model, save_model
     from robustbench_deq.optimise import Norm
     from robustbench_deq.threats import Threat
@@ -28,6 +29,7 @@ _PLACES = {
     "MODELS": "models",
     "EquilibriumModel": "equilibrium",
     "Evaluation": "evaluate.evaluation",
+    "ExternalImages": "evaluate.external",
     "Norm": "optimise",
     "RunError": "errors",
     "SplitName": "data",
@@ -35,6 +37,7 @@ _PLACES = {
     "UsageError": "errors",
     "benchmark": "benchmark",
     "evaluate": "evaluate.evaluation",
+    "judge_images": "evaluate.external",
     "load": "data",
     "load_model": "models",
     "save_model": "models",
@@ -45,6 +48,7 @@ __all__ = [
     "MODELS",
     "EquilibriumModel",
     "Evaluation",
+    "ExternalImages",
     "Norm",
     "RunError",
     "SplitName",
@@ -52,6 +56,7 @@ __all__ = [
     "UsageError",
     "benchmark",
     "evaluate",
+    "judge_images",
     "load",
     "load_model",
     "save_model",

@@ -205,6 +205,47 @@ def _evaluate() -> None:
     """
 
 
+@_declared("judge", function="judge_file")
+@click.argument("model", shell_complete=_a_model)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--norm",
+    default=None,
+    help="l1, l2 or linf.  [default: the model card's, else l2]",
+    shell_complete=_complete(lambda: list(NORM_NAMES)),
+)
+@click.option("--epsilon", default=None, help="Radius in pixel units of [0, 1], such as 1.0 or 8/255.")
+@click.option(
+    "--data",
+    default=None,
+    help="A name from 'datasets' or npz:FILE.  [default: the model card's]",
+    shell_complete=_a_dataset,
+)
+@click.option(
+    "--split", default="test", type=click.Choice(SPLIT_NAMES), show_default=True, help="all: every image of npz:FILE."
+)
+@click.option(
+    "--limit", type=int, default=None, help="Samples of the record.  [default: at most 1000; all of --split all]"
+)
+@click.option("--batch-size", type=click.IntRange(1, MAX_COUNT), default=128, show_default=True)
+@click.option("--label", default=None, help="Name of the row in reports.  [default: the file's]")
+@click.option("--device", default=None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="New folder for the record.")
+@_json
+def _judge() -> None:
+    """Judge adversarial images that somebody else made, those in FILE, an npz.
+
+    FILE has 'x_adv', images (n, channels, height, width), uint8 or numbers in [0, 1], and says whose they are: by
+    'sample_ids', positions in the data set, as the rows of records have them, or by 'x', the clean images. 'labels'
+    are compared where they are there, and 'attack', a text, is kept in the record. Nothing is unpickled.
+
+    The record is over the first --limit samples of the split, as that of 'attack', and joins it in 'report'. Samples
+    without an image are left as they are, and so are those whose image is outside the ball: it proves nothing.
+
+    MODEL is as for 'attack'; a file.py:function is run as code, with all your rights: name only one that you trust.
+    """
+
+
 @_declared("models")
 @click.argument("pattern", default="*", shell_complete=_a_model)
 @click.option("--family", default=None, help="Models of this family only.")

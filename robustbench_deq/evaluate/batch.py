@@ -24,6 +24,7 @@ from robustbench_deq.equilibrium import EquilibriumModel, check_labels
 from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate.batch_judge import BatchJudge
 from robustbench_deq.evaluate.clean import CleanBatch, judge_clean
+from robustbench_deq.evaluate.judge import Verdict
 from robustbench_deq.inputs import as_ids, as_labels
 from robustbench_deq.protocol import Attack, AttackResult, RunConfig, frozen
 from robustbench_deq.records.record import CostRecord, CurvePoint, StageRecord
@@ -135,26 +136,8 @@ def evaluate_batch(
         for number, snapshot in enumerate(result.snapshots)
     ]
     perturbation = task.attack.threat.norm.size(result.x_adv - x)
-    is_failed = (result.is_failed | ~task.attack.threat.allows(perturbation)).cpu()
-    samples = pd.DataFrame(
-        {
-            "sample_id": sample_ids.cpu().numpy(),
-            "label": y.cpu().numpy(),
-            "clean_prediction": clean.verdict.prediction.numpy(),
-            "clean_loss": clean.verdict.loss.numpy(),
-            "clean_residual": clean.verdict.residual.numpy(),
-            "adversarial_prediction": adversarial.prediction.numpy(),
-            "adversarial_loss": adversarial.loss.numpy(),
-            "adversarial_residual": adversarial.residual.numpy(),
-            "perturbation": perturbation.cpu().numpy(),
-            "is_clean_correct": clean.verdict.is_correct.numpy(),
-            "is_attacked": result.is_attacked.cpu().numpy(),
-            "is_converged": (clean.verdict.is_converged & adversarial.is_converged).numpy(),
-            "is_readable": (clean.verdict.is_readable & adversarial.is_readable).numpy(),
-            "is_failed": is_failed.numpy(),
-            "is_robust": (clean.verdict.is_correct & adversarial.is_correct & ~is_failed).numpy(),
-        }
-    )
+    is_failed = result.is_failed | ~task.attack.threat.allows(perturbation)
+    samples = sample_rows(sample_ids, y, clean.verdict, adversarial, perturbation, result.is_attacked, is_failed)
     if result.stage_of is not None:
         names = np.array([*(stage.name for stage in result.stages), ""], dtype=object)
         samples["broken_by"] = names[result.stage_of.cpu().numpy()]
@@ -176,3 +159,33 @@ def _stage_records(result: AttackResult) -> list[StageRecord]:
         )
         for stage in result.stages
     ]
+
+
+def sample_rows(
+    sample_ids: Tensor,
+    y: Tensor,
+    clean: Verdict,
+    adversarial: Verdict,
+    perturbation: Tensor,
+    is_attacked: Tensor,
+    is_failed: Tensor,
+) -> pd.DataFrame:
+    """The rows of a batch, a tensor a column, all `(batch,)`; see `SAMPLE_COLUMNS`."""
+    columns = {
+        "sample_id": sample_ids,
+        "label": y,
+        "clean_prediction": clean.prediction,
+        "clean_loss": clean.loss,
+        "clean_residual": clean.residual,
+        "adversarial_prediction": adversarial.prediction,
+        "adversarial_loss": adversarial.loss,
+        "adversarial_residual": adversarial.residual,
+        "perturbation": perturbation,
+        "is_clean_correct": clean.is_correct,
+        "is_attacked": is_attacked,
+        "is_converged": clean.is_converged & adversarial.is_converged,
+        "is_readable": clean.is_readable & adversarial.is_readable,
+        "is_failed": is_failed,
+        "is_robust": clean.is_correct & adversarial.is_correct & ~is_failed.cpu(),
+    }
+    return pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
