@@ -15,7 +15,7 @@ import pandas as pd
 from pydantic import BaseModel
 
 from benchmarks.marks import write_between
-from robustbench_deq.records.record import SAMPLE_COLUMNS, SCHEMA_VERSION, Record
+from robustbench_deq.records.record import SAMPLE_COLUMNS, SCHEMA_VERSION, STANDARD_COLUMNS, Record
 from robustbench_deq.report.tables.text import markdown_table
 
 README = Path(__file__).parents[1] / "results" / "README.md"
@@ -26,7 +26,7 @@ _NAMES = {float: "number", int: "integer", str: "text", types.NoneType: "null"}
 def schema_text() -> str:
     """Two Markdown tables: the fields of a record, dotted, and the columns of its samples."""
     fields = pd.DataFrame(list(_rows(Record)), columns=["field", "type", "meaning"])
-    columns = pd.DataFrame(list(SAMPLE_COLUMNS.items()), columns=["column", "meaning"])
+    columns = pd.DataFrame(list((SAMPLE_COLUMNS | STANDARD_COLUMNS).items()), columns=["column", "meaning"])
     return (
         f"A line of `records.jsonl`, schema version {SCHEMA_VERSION}:\n\n{markdown_table(fields, fields.columns)}\n"
         f"A row of `samples/<record_id>.parquet`:\n\n{markdown_table(columns, columns.columns)}"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from robustbench_deq.data import Split
 from robustbench_deq.equilibrium import EquilibriumModel, check_labels
-from robustbench_deq.errors import UsageError
+from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.evaluate.batch_judge import BatchJudge
 from robustbench_deq.evaluate.clean import CleanBatch, judge_clean
 from robustbench_deq.evaluate.judge import Verdict
@@ -141,6 +141,15 @@ def evaluate_batch(
     if result.stage_of is not None:
         names = np.array([*(stage.name for stage in result.stages), ""], dtype=object)
         samples["broken_by"] = names[result.stage_of.cpu().numpy()]
+    if result.is_certified is not None:
+        is_certified = result.is_certified.cpu() & clean.verdict.is_correct
+        is_broken = is_certified & adversarial.is_converged & ~adversarial.is_correct
+        if bool(is_broken.any()):
+            raise RunError(
+                f"{int(is_broken.sum())} certified samples are broken, the first with id "
+                f"{int(sample_ids[is_broken.to(sample_ids.device)][0])}: the model's certificate does not hold"
+            )
+        samples["is_certified"] = is_certified.numpy()
     judge_seconds = clean.seconds + batch_judge.seconds
     cost = CostRecord(**dataclasses.asdict(result.cost), judge_seconds=judge_seconds)
     stages, residuals = _stage_records(result), list(result.residuals)

@@ -179,9 +179,7 @@ class Attack(abc.ABC, Generic[A]):
         with frozen(model):
             (model.check_gradient if self.is_gradient_based else model.check_parts)(x)
         settled = None if clean is None else clean.settled
-        is_certified = None if clean is None else clean.is_certified
-        start, leaves = torch.zeros_like(x), self.config.stop_at_success
-        batch = Batch(x, y, targets, ids, seed, start, settled, leaves, is_certified=is_certified)
+        batch = Batch(x, y, targets, ids, seed, torch.zeros_like(x), settled, self.config.stop_at_success)
         with torch.enable_grad(), frozen(model), self._meter(model, len(x)) as meter:
             runs = Runs(self.threat, batch, meter, num_snapshots, progress)
             rows = None

@@ -13,12 +13,11 @@ from robustbench_deq.shown import briefly_shown
 
 @briefly_shown
 class Clean(NamedTuple):
-    """What is known of the clean images before an attack: their equilibria, which are classified correctly there,
-    `(batch,)`, and which a certificate shows robust, `(batch,)`; None: there is none."""
+    """What is known of the clean images before an attack: their equilibria, and which are classified correctly there,
+    `(batch,)`."""
 
     settled: Settled
     is_correct: Tensor
-    is_certified: Tensor | None = None
 
 
 @briefly_shown
@@ -34,7 +33,6 @@ class Batch:
     start    perturbation to begin with, like the images
     settled  the equilibrium at the clean images, if it is known
     leaves   whether samples that are done leave the batch
-    is_certified samples `(rows,)` that a certificate shows robust; None: there is none
     is_again whether the judge has refuted what the attack called fooled, so that all of these are attacked again
     """
 
@@ -48,7 +46,6 @@ class Batch:
     leaves: bool = False
     is_again: bool = False
     headings: Tensor | None = None
-    is_certified: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -61,7 +58,6 @@ class Batch:
             labels=self.labels[rows],
             targets=None if self.targets is None else self.targets[rows],
             headings=None if self.headings is None else self.headings[rows],
-            is_certified=None if self.is_certified is None else self.is_certified[rows],
             ids=self.ids[rows.to(self.ids.device)],
             start=self.start[rows],
             settled=None if self.settled is None else self.settled.take(rows),

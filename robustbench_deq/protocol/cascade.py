@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from robustbench_deq.certificates import certified
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
 from robustbench_deq.optimise import Objective
@@ -63,9 +64,11 @@ class Cascade(Attack[A]):
         if batch.targets is not None:
             raise UsageError.of(self.name, expected="no targets", got="targets", fix="attack with joint-pgd instead")
         left = torch.arange(len(batch), device=device) if rows is None else rows
-        if batch.is_certified is not None:
+        if batch.settled is not None:
+            runs.is_certified = certified(model, self.threat, batch.settled.z, batch.labels)
+        if runs.is_certified is not None:
             is_drawn = keyed_uniform(batch.ids.to(device), batch.seed, CERTIFIED_KEY) < CERTIFIED_SHARE
-            left = left[~batch.is_certified[left] | is_drawn[left]]
+            left = left[~runs.is_certified[left] | is_drawn[left]]
         draws = keyed_uniform(batch.ids.to(device), batch.seed, SHARE_KEY)
         stages = self.stages(model.num_classes)
         for number, stage in enumerate(stages):

@@ -42,6 +42,7 @@ class AttackResult:
     cost         of all of it
     stages       of a cascade, in their order
     stage_of     the stage that broke each sample of a cascade `(batch,)`; -1: none has
+    is_certified samples `(batch,)` of a cascade that a certificate shows robust; None: there is none
     """
 
     x_adv: Tensor
@@ -57,6 +58,7 @@ class AttackResult:
     diagnostics: dict[str, float]
     stages: tuple[StageResult, ...] = ()
     stage_of: Tensor | None = None
+    is_certified: Tensor | None = None
 
 
 Confirm = Callable[[Tensor, Tensor], Tensor]
@@ -87,6 +89,7 @@ class Runs:
         self.marks: dict[str, Tensor] = {}
         self.diagnostics: dict[str, float] = {}
         self.last: Proposal | None = None
+        self.is_certified: Tensor | None = None
         self.stages: list[StageResult] = []
         self.stage_of = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
 
@@ -205,4 +208,5 @@ class Runs:
             diagnostics=self.diagnostics,
             stages=tuple(self.stages),
             stage_of=self.stage_of if self.stages else None,
+            is_certified=self.is_certified,
         )

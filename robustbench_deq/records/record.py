@@ -46,11 +46,16 @@ SAMPLE_COLUMNS = {
     "is_attacked": "the attack tried; it leaves alone what is wrong without one, unless it goes for the loss",
     "is_converged": "the judge found both equilibria",
     "is_readable": "both logits name a class: no NaN, the largest finite (-infinity masks a class)",
-    "broken_by": "of a standard evaluation only: the stage that broke it; empty: none",
     "is_failed": "the attack gave no finite perturbation, or one outside the ball",
     "is_robust": "right without an attack and after it, at equilibria, and the attack did not fail",
 }
 """Columns of the per-sample rows that `evaluate` writes, and their meaning."""
+
+STANDARD_COLUMNS = {
+    "broken_by": "the stage of the standard evaluation that broke it; empty: none",
+    "is_certified": "a certificate shows it robust; where the model has one",
+}
+"""More columns, of standard evaluations."""
 
 
 class ThreatRecord(Fields):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustbench_deq import UsageError, benchmark
+from robustbench_deq import RunError, UsageError, benchmark
 from robustbench_deq.attacks import ATTACKS, JointPGD, Noise
 from robustbench_deq.data import Split, SplitName
 from robustbench_deq.equilibrium import EquilibriumModel
@@ -17,7 +17,7 @@ from robustbench_deq.evaluate.clean import judge_clean
 from robustbench_deq.evaluate.evaluation import evaluate
 from robustbench_deq.evaluate.judge import judge
 from robustbench_deq.optimise import Norm
-from robustbench_deq.protocol import Attack, AttackConfig, Batch, Cascade, Clean, Proposal, Recorder, Stage
+from robustbench_deq.protocol import Attack, AttackConfig, Batch, Cascade, Proposal, Recorder, Stage, cascade
 from robustbench_deq.threats import Threat
 
 NUM = 12
@@ -43,8 +43,8 @@ class Claims(Attack[AttackConfig]):
 class Sequence(Cascade[AttackConfig]):
     name, summary = "sequence", "for tests"
 
-    def __init__(self, *stages: Stage) -> None:
-        super().__init__(THREAT)
+    def __init__(self, *stages: Stage, threat: Threat = THREAT) -> None:
+        super().__init__(threat)
         self._stages = stages
 
     def stages(self, num_classes: int) -> tuple[Stage, ...]:
@@ -113,26 +113,41 @@ def test_an_audit_attacks_its_share_whoever_else_is_left(setup) -> None:
     assert alone.seen[0][0] == [number for number in drawn if number >= 103]
 
 
-def test_certified_samples_are_left_alone_but_for_a_few(setup, build_clean) -> None:
-    model, x, y = setup
-    clean: Clean = build_clean(model, x, y)._replace(is_certified=torch.arange(NUM) < 8)
-    first = Claims([])
-    Sequence(Stage("a", first))(model, x, y, clean=clean, confirm=agrees)
-    attacked = first.seen[0][0]
-    assert attacked[-4:] == [8, 9, 10, 11] and len(attacked) < 8
-    tested = Claims([])
-    ids = torch.arange(NUM) + 1000 * torch.arange(NUM)
-    for seed in range(8):
-        Sequence(Stage("a", tested))(model, x, y, clean=clean, sample_ids=ids, seed=seed, confirm=agrees)
-    assert any(set(found) & set(ids[:8].tolist()) for found, _ in tested.seen)
-
-
 @pytest.fixture(scope="module")
-def build_clean():
-    def build(model: EquilibriumModel, x: Tensor, y: Tensor) -> Clean:
-        return judge_clean(model, x, y).known(model, x, None)
+def certified_setup(make_model, make_images):
+    """A model with a certificate, images with its own classes, and the judge's word on them."""
+    model, x = make_model("lben", rtol=1e-8), make_images(NUM)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    clean = judge_clean(model, x, y).known(model, x, None)
+    return model, x, y, clean, model.certified_radii(clean.settled.z, y)
 
-    return build
+
+def test_certified_samples_are_left_alone_but_for_a_few(certified_setup) -> None:
+    model, x, y, clean, radii = certified_setup
+    threat = Threat(Norm.L2, float(radii.median()))
+    is_certified = radii > threat.epsilon
+    assert 0 < is_certified.sum() < NUM
+    drawn = set()
+    for seed in range(20):
+        first = Claims([])
+        result = Sequence(Stage("a", first), threat=threat)(model, x, y, clean=clean, seed=seed, confirm=agrees)
+        attacked = set(first.seen[0][0])
+        assert set((~is_certified).nonzero()[:, 0].tolist()) <= attacked
+        assert torch.equal(result.is_certified, is_certified)
+        drawn |= attacked & set(is_certified.nonzero()[:, 0].tolist())
+    assert drawn and len(attacked) < NUM
+
+
+def test_a_broken_certificate_stops_the_run(certified_setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y, *_ = certified_setup
+    data = Split("own", SplitName.TEST, x, y, torch.arange(NUM), "0" * 64, int(y.max()))
+    attack = ATTACKS.get("fast")(Threat(Norm.L2, 20.0))
+    assert evaluate(model, attack, data).record.num_certified == 0
+    monkeypatch.setattr(cascade, "CERTIFIED_SHARE", 1.0)
+    monkeypatch.setattr(type(model), "certified_radii", lambda self, z, y: torch.full((len(z),), 100.0))
+    with pytest.raises(RunError, match="certified samples are broken"):
+        evaluate(model, attack, data)
 
 
 def test_targets_are_refused(setup) -> None:
