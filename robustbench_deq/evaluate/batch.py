@@ -1,4 +1,5 @@
-"""One batch: clean verdict -> attack (metered) -> adversarial verdict -> verdicts of the snapshots -> `Part`.
+"""One batch: clean verdict -> attack (metered) -> adversarial verdict -> verdicts of the snapshots -> `Part`. The first
+batch of a run may end with the sanity panel.
 
 A part is plain data, so that batches may be attacked anywhere and joined later (`evaluate.summary`). An attack has
 failed on a sample when its perturbation was not finite, or when the image that it returned lies outside the threat's
@@ -23,6 +24,7 @@ from robustbench_deq.equilibrium import EquilibriumModel, check_labels
 from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate.batch_judge import BatchJudge
 from robustbench_deq.evaluate.clean import CleanBatch, judge_clean
+from robustbench_deq.evaluate.panel import probe
 from robustbench_deq.inputs import as_ids, as_labels
 from robustbench_deq.protocol import Attack, RunConfig, frozen
 from robustbench_deq.records.record import CostRecord, CurvePoint
@@ -35,13 +37,15 @@ Watch = Callable[[str, float], None]
 @briefly_shown
 @dataclass(frozen=True)
 class Part:
-    """What one batch gave: per-sample rows, its cost, its curve, the mean residuals, and the attack's diagnostics."""
+    """What one batch gave: per-sample rows, its cost, its curve, the mean residuals, the attack's diagnostics, and what
+    the sanity panel measured; None: it did not look at this batch."""
 
     samples: pd.DataFrame
     cost: CostRecord
     curve: list[CurvePoint]
     residuals: list[float]
     diagnostics: dict[str, float]
+    probes: dict[str, float] | None = None
 
 
 class Task(RunConfig):
@@ -54,6 +58,7 @@ class Task(RunConfig):
     label: str | None = Field(None, description="display name of the attack; its registry name when null")
     batch_size: int = Field(128, ge=1, description="samples attacked at a time")
     is_targeted: bool = Field(False, description="the class to be reached is the one after the true class")
+    has_panel: bool = Field(False, description="the sanity panel looks at the first batch")
     model_sha256: str | None = None
     file_sha256: str | None = None
 
@@ -89,12 +94,14 @@ def evaluate_batch(
     device: torch.device,
     clean: CleanBatch | None = None,
     watch: Watch | None = None,
+    is_first: bool = False,
 ) -> tuple[Part, Tensor]:
     """Attack and judge one batch; its part, and its perturbed images on the CPU.
 
     Args:
         clean: what the judge has found on the clean images of this batch, if it has; it gains what the attack asks for.
         watch: told how far the batch is.
+        is_first: whether it is the first of the run, at which a panel looks.
     """
     watch = watch or (lambda stage, share: None)
     watch("clean equilibria", 0.0)
@@ -134,6 +141,7 @@ def evaluate_batch(
     ]
     perturbation = task.attack.threat.norm.size(result.x_adv - x)
     is_failed = (result.is_failed | ~task.attack.threat.allows(perturbation)).cpu()
+    is_robust = clean.verdict.is_correct & adversarial.is_correct & ~is_failed
     samples = pd.DataFrame(
         {
             "sample_id": sample_ids.cpu().numpy(),
@@ -150,9 +158,13 @@ def evaluate_batch(
             "is_converged": (clean.verdict.is_converged & adversarial.is_converged).numpy(),
             "is_readable": (clean.verdict.is_readable & adversarial.is_readable).numpy(),
             "is_failed": is_failed.numpy(),
-            "is_robust": (clean.verdict.is_correct & adversarial.is_correct & ~is_failed).numpy(),
+            "is_robust": is_robust.numpy(),
         }
     )
     judge_seconds = clean.seconds + batch_judge.seconds
     cost = CostRecord(**dataclasses.asdict(result.cost), judge_seconds=judge_seconds)
-    return Part(samples, cost, curve, list(result.residuals), result.diagnostics), result.x_adv.cpu()
+    probes = None
+    if task.has_panel and is_first:
+        watch("panel", 0.0)
+        probes = probe(model, task.attack.threat, x, y, sample_ids, task.seed, clean, is_robust)
+    return Part(samples, cost, curve, list(result.residuals), result.diagnostics, probes), result.x_adv.cpu()

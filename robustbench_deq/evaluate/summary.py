@@ -67,6 +67,7 @@ def summarise(
         curve=_curve(parts, count),
         residuals=_mean_residuals(parts),
         diagnostics=diagnostics,
+        probes=next((part.probes for part in parts if part.probes is not None), None),
         seed=task.seed,
         batch_size=task.batch_size,
         environment=environment,

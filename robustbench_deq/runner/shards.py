@@ -105,6 +105,7 @@ class ShardStore:
                 "curve": [point.model_dump(mode="json") for point in part.curve],
                 "residuals": part.residuals,
                 "diagnostics": part.diagnostics,
+                "probes": part.probes,
             }
             for part in parts
         ]
@@ -130,7 +131,8 @@ class ShardStore:
                 rows = samples.iloc[begin : begin + part["num_samples"]]
                 begin += part["num_samples"]
                 cost, curve = CostRecord(**part["cost"]), [CurvePoint(**point) for point in part["curve"]]
-                parts.append(Part(rows, cost, curve, part["residuals"], part["diagnostics"]))
+                probes = part.get("probes")  # shards of an earlier version have none
+                parts.append(Part(rows, cost, curve, part["residuals"], part["diagnostics"], probes))
         except (OSError, pyarrow.ArrowException, ValueError, KeyError, TypeError):
             raise self._damaged(shard, path) from None
         return parts, content["environment"]
