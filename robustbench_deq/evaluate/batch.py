@@ -94,14 +94,12 @@ def evaluate_batch(
     device: torch.device,
     clean: CleanBatch | None = None,
     watch: Watch | None = None,
-    is_first: bool = False,
 ) -> tuple[Part, Tensor]:
-    """Attack and judge one batch; its part, and its perturbed images on the CPU.
+    """Attack and judge one batch, and have the panel look at the first; its part, and its perturbed images on the CPU.
 
     Args:
         clean: what the judge has found on the clean images of this batch, if it has; it gains what the attack asks for.
         watch: told how far the batch is.
-        is_first: whether it is the first of the run, at which a panel looks.
     """
     watch = watch or (lambda stage, share: None)
     watch("clean equilibria", 0.0)
@@ -164,7 +162,7 @@ def evaluate_batch(
     judge_seconds = clean.seconds + batch_judge.seconds
     cost = CostRecord(**dataclasses.asdict(result.cost), judge_seconds=judge_seconds)
     probes = None
-    if task.has_panel and is_first:
+    if task.has_panel and rows.start == 0:
         watch("panel", 0.0)
         probes = probe(model, task.attack.threat, x, y, sample_ids, task.seed, clean, is_robust)
     return Part(samples, cost, curve, list(result.residuals), result.diagnostics, probes), result.x_adv.cpu()

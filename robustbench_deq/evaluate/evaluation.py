@@ -141,7 +141,7 @@ def _evaluate(
         end = min(begin + task.batch_size, len(data))
         accuracy = num_robust / begin if begin else None
         watch = None if progress is None else _watch(progress, begin, end, len(data), accuracy, _attack_share(parts))
-        part, x_adv = evaluate_batch(model, task, data, slice(begin, end), device, watch=watch, is_first=begin == 0)
+        part, x_adv = evaluate_batch(model, task, data, slice(begin, end), device, watch=watch)
         parts.append(part)
         images.append(x_adv)
         num_robust += int(part.samples["is_robust"].sum())

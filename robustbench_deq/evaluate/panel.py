@@ -163,10 +163,10 @@ def _ascend(problem: Classification, ball: Ball, known: Settled, num_steps: int,
 
 def _noise_loss(problem: Classification, ball: Ball, known: Settled, ids: Tensor, seed: int) -> Tensor:
     """The highest loss at `NUM_DRAWS` random points on the boundary, `(rows,)`."""
-    highest = torch.full_like(known.amplification, -torch.inf)
-    for draw in range(NUM_DRAWS):
-        delta = ball.project(ball.radius * ball.direction(ball.random_start(seed, ids, draw)))
-        solution = problem.model.settle(problem.inject(delta), known.z, solve=SEARCH)
-        loss = problem.losses(problem.model.head(solution.value), delta, 1.0).compared
-        highest = torch.fmax(highest, loss)
-    return highest
+    starts = torch.cat([ball.random_start(seed, ids, draw) for draw in range(NUM_DRAWS)])
+    rows = torch.arange(len(problem.x), device=starts.device).repeat(NUM_DRAWS)
+    problem, ball = problem.take(rows), ball.take(rows)
+    delta = ball.project(ball.radius * ball.direction(starts))
+    solution = problem.model.settle(problem.inject(delta), known.z[rows], solve=SEARCH)
+    loss = problem.losses(problem.model.head(solution.value), delta, 1.0).compared
+    return loss.view(NUM_DRAWS, -1).nan_to_num(nan=-torch.inf).amax(0)

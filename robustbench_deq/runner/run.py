@@ -123,7 +123,7 @@ def _attack(shard: Shard, folder: Path, build_attack: BuildAttack, device: str, 
         watch("clean equilibria", 0.0)
         x, y = batch_of(data, rows, place)
         with store.batch(run, rows, place, lambda x=x, y=y: judge_clean(model, x, y)) as clean:
-            part, x_adv = evaluate_batch(model, task, data, rows, place, clean, watch, is_first=rows.start == 0)
+            part, x_adv = evaluate_batch(model, task, data, rows, place, clean, watch)
         parts.append(part)
         num_robust += int(part.samples["is_robust"].sum())
         claim.note(rows.stop - shard.begin, num_robust)
