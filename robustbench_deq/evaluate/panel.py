@@ -45,6 +45,8 @@ from robustbench_deq.solvers import Anderson, Solve
 from robustbench_deq.threats import Threat
 
 NUM_IMAGES = 32
+NUM_REPEATED, NUM_RESTARTED = 8, 16
+"""Of them, those that are called again and solved from a second start."""
 NUM_STEPS = 10
 STEP_SIZE = 0.5
 """First of the many steps as a fraction of the radius; they shrink by half a cosine, and reach 2.75 radii in all."""
@@ -84,13 +86,15 @@ def probe(
     with frozen(model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         near = Case.near_the_start(model, x[rows], y[rows])
-        found = {"num_probed": float(len(rows)), "repeat_gap": repeat_gap(near).size}
+        found = {"num_probed": float(len(rows)), "repeat_gap": repeat_gap(near.at(rows[:NUM_REPEATED])).size}
         if len(rows) > 1:
             found["batch_gap"] = batch_gap(near)[1]
         rows = rows[clean.verdict.is_converged[: len(rows)].to(rows.device)]
         if len(rows):
             settled = Case(model, x[rows], y[rows], model.inject(x[rows]), clean.z[rows])
-            found |= {"gradient_gap": gradient_gap(settled).size, **_second_start(settled, ids[rows.cpu()], seed)}
+            few = torch.arange(len(rows), device=x.device)[:NUM_RESTARTED]
+            found["gradient_gap"] = gradient_gap(settled).size
+            found |= _second_start(settled.at(few), ids[rows[few].cpu()], seed)
         rows = rows[clean.verdict.is_correct[rows.cpu()].to(rows.device)]
         if len(rows) and threat.epsilon:
             known = clean.known(model, x, CrossEntropy(y)).settled.take(rows)
@@ -135,7 +139,7 @@ def _searches(
     one = _ascend(problem, ball, known, 1, ProjectedAscent(1.0, Schedule.CONSTANT))
     many = _ascend(problem, ball, known, NUM_STEPS, ProjectedAscent(STEP_SIZE))
     box = Ball(ball.norm, float(ball.norm.size(torch.ones_like(x[:1]))), x)
-    huge = _ascend(problem, box, known, 2 * NUM_STEPS, ProjectedAscent(STEP_SIZE))
+    huge = _ascend(problem, box, known, NUM_STEPS, ProjectedAscent(STEP_SIZE))
     noise = _noise_loss(problem, ball, known, ids, seed) - (one.loss - one.gain)
     least = LEAST_RISE * model.head(known.z).std(1)
     needed = torch.where(many.is_done, torch.inf, WINS_BY * many.gain.clamp_min(0.0) + least)
