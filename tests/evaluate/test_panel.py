@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.hard_cells import Coordinates, Damped, Scaled, Shifted
 from robustbench_deq import load_model
 from robustbench_deq.attacks import build_attack
 from robustbench_deq.data import Split, SplitName, load
@@ -24,6 +25,7 @@ from robustbench_deq.evaluate.evaluation import Evaluation, evaluate
 from robustbench_deq.evaluate.panel import probe
 from robustbench_deq.meter import Meter
 from robustbench_deq.models import describe_model
+from robustbench_deq.models.defences import EarlyState, EntropyReduction
 from robustbench_deq.protocol import Attack, Batch, Proposal, Recorder
 from robustbench_deq.records.flags import FLAGS, PROBES, flags
 from robustbench_deq.records.record import Record, StageRecord
@@ -64,6 +66,28 @@ def test_a_shipped_model_raises_no_flag(name: str, num: int) -> None:
     assert card is not None and card.evaluated_under is not None
     record = seen(load_model(name), load(card.data, SplitName.VALIDATION, num), threat=card.evaluated_under.build())
     assert record.probes is not None and set(record.probes) == set(PROBES) and raised(record) == set()
+
+
+@pytest.mark.parametrize(
+    "dressed",
+    [
+        lambda model: Damped(model, 0.05),
+        lambda model: Damped(model, 0.01),
+        lambda model: Coordinates(model, 30.0),
+        lambda model: Shifted(model, 10.0),
+        lambda model: Scaled(model, 1e4),
+        lambda model: EarlyState(model, 5),
+    ],
+    ids=["20 times slower", "100 times slower", "other coordinates", "shifted", "large logits", "early state"],
+)
+def test_a_model_in_hard_dress_raises_no_flag(dressed: Callable[[EquilibriumModel], EquilibriumModel]) -> None:
+    model = dressed(load_model("deq-fc.digits-joint-l2"))
+    assert raised(seen(model, load("digits", SplitName.VALIDATION, 16))) == set()
+
+
+def test_input_entropy_reduction_is_seen_through_a_gradient_that_is_not_its_own() -> None:
+    model = EntropyReduction(load_model("mondeq-fc.digits-joint-l2"))
+    assert raised(seen(model, load("digits", SplitName.VALIDATION, 16))) == {"wrong gradient"}
 
 
 # ---------------------------------------------------------------- broken models
