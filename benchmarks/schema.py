@@ -15,6 +15,7 @@ import pandas as pd
 from pydantic import BaseModel
 
 from benchmarks.marks import write_between
+from robustbench_deq.records.flags import FLAGS, PROBES
 from robustbench_deq.records.record import SAMPLE_COLUMNS, SCHEMA_VERSION, STANDARD_COLUMNS, Record
 from robustbench_deq.report.tables.text import markdown_table
 
@@ -24,12 +25,19 @@ _NAMES = {float: "number", int: "integer", str: "text", types.NoneType: "null"}
 
 
 def schema_text() -> str:
-    """Two Markdown tables: the fields of a record, dotted, and the columns of its samples."""
+    """Markdown tables: the fields of a record, dotted, the columns of its samples, the numbers of the panel, and the
+    flags that they raise."""
     fields = pd.DataFrame(list(_rows(Record)), columns=["field", "type", "meaning"])
     columns = pd.DataFrame(list((SAMPLE_COLUMNS | STANDARD_COLUMNS).items()), columns=["column", "meaning"])
+    probes = pd.DataFrame(list(PROBES.items()), columns=["probe", "meaning"])
+    doubts = [(flag.name, "yes" if flag.is_red else "no", flag.raised_when, flag.meaning) for flag in FLAGS]
+    flags = pd.DataFrame(doubts, columns=["flag", "red", "raised when", "what it means"])
     return (
         f"A line of `records.jsonl`, schema version {SCHEMA_VERSION}:\n\n{markdown_table(fields, fields.columns)}\n"
-        f"A row of `samples/<record_id>.parquet`:\n\n{markdown_table(columns, columns.columns)}"
+        f"A row of `samples/<record_id>.parquet`:\n\n{markdown_table(columns, columns.columns)}\n"
+        f"Numbers of the sanity panel in `probes`, on at most 32 images:\n\n{markdown_table(probes, probes.columns)}\n"
+        "Flags that a record with `probes` raises; a red one makes it unreliable, and takes it out of the ranking:\n\n"
+        f"{markdown_table(flags, flags.columns)}"
     )
 
 

@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "data": "configs errors files inputs registry shown",
     "records": "configs errors files shown",
     "evaluate": "adjoints configs data devices equilibrium errors files inputs memory meter models optimise "
-    "proportions protocol records rows solvers shown threats trial",
+    "proportions protocol randomness records rows solvers shown threats trial",
     "runner": "configs data equilibrium errors evaluate files inputs memory models optimise proportions protocol quiet "
     "records solvers specs threats",
     "training": "adjoints configs data equilibrium errors evaluate files models protocol registry rows solvers specs "

@@ -1,4 +1,5 @@
-"""One batch: clean verdict -> attack (metered) -> adversarial verdict -> verdicts of the snapshots -> `Part`.
+"""One batch: clean verdict -> attack (metered) -> adversarial verdict -> verdicts of the snapshots -> `Part`. The first
+batch of a run may end with the sanity panel.
 
 A part is plain data, so that batches may be attacked anywhere and joined later (`evaluate.summary`). An attack has
 failed on a sample when its perturbation was not finite, or when the image that it returned lies outside the threat's
@@ -25,6 +26,7 @@ from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.evaluate.batch_judge import BatchJudge
 from robustbench_deq.evaluate.clean import CleanBatch, judge_clean
 from robustbench_deq.evaluate.judge import Verdict
+from robustbench_deq.evaluate.panel import probe
 from robustbench_deq.inputs import as_ids, as_labels
 from robustbench_deq.protocol import Attack, AttackResult, RunConfig, frozen
 from robustbench_deq.records.record import CostRecord, CurvePoint, StageRecord
@@ -37,7 +39,8 @@ Watch = Callable[[str, float], None]
 @briefly_shown
 @dataclass(frozen=True)
 class Part:
-    """What one batch gave: per-sample rows, its cost, its curve, the mean residuals, and the attack's diagnostics."""
+    """What one batch gave: per-sample rows, its cost, its curve, the mean residuals, the attack's diagnostics, and what
+    the sanity panel measured; None: it did not look at this batch."""
 
     samples: pd.DataFrame
     cost: CostRecord
@@ -45,6 +48,7 @@ class Part:
     residuals: list[float]
     diagnostics: dict[str, float]
     stages: list[StageRecord] = field(default_factory=list)
+    probes: dict[str, float] | None = None
 
 
 class Task(RunConfig):
@@ -57,6 +61,7 @@ class Task(RunConfig):
     label: str | None = Field(None, description="display name of the attack; its registry name when null")
     batch_size: int = Field(128, ge=1, description="samples attacked at a time")
     is_targeted: bool = Field(False, description="the class to be reached is the one after the true class")
+    has_panel: bool = Field(False, description="the sanity panel looks at the first batch")
     model_sha256: str | None = None
     file_sha256: str | None = None
 
@@ -93,7 +98,7 @@ def evaluate_batch(
     clean: CleanBatch | None = None,
     watch: Watch | None = None,
 ) -> tuple[Part, Tensor]:
-    """Attack and judge one batch; its part, and its perturbed images on the CPU.
+    """Attack and judge one batch, and have the panel look at the first; its part, and its perturbed images on the CPU.
 
     Args:
         clean: what the judge has found on the clean images of this batch, if it has; it gains what the attack asks for.
@@ -152,8 +157,13 @@ def evaluate_batch(
         samples["is_certified"] = is_certified.numpy()
     judge_seconds = clean.seconds + batch_judge.seconds
     cost = CostRecord(**dataclasses.asdict(result.cost), judge_seconds=judge_seconds)
+    probes = None
+    if (task.has_panel or task.attack.version is not None) and rows.start == 0:
+        watch("panel", 0.0)
+        is_robust = torch.from_numpy(samples["is_robust"].to_numpy(copy=True))
+        probes = probe(model, task.attack.threat, x, y, sample_ids, task.seed, clean, is_robust)
     stages, residuals = _stage_records(result), list(result.residuals)
-    return Part(samples, cost, curve, residuals, result.diagnostics, stages), result.x_adv.cpu()
+    return Part(samples, cost, curve, residuals, result.diagnostics, stages, probes), result.x_adv.cpu()
 
 
 def _stage_records(result: AttackResult) -> list[StageRecord]:

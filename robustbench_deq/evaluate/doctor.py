@@ -32,25 +32,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustbench_deq.adjoints import AdjointTrace, Implicit
 from robustbench_deq.data import Split
 from robustbench_deq.equilibrium import EquilibriumModel, check_labels
 from robustbench_deq.errors import told
 from robustbench_deq.evaluate.judge import JUDGE_RTOL, LADDER, is_readable, tight_solve
+from robustbench_deq.evaluate.measures import (
+    FINE,
+    NUM_DIFFERENTIATED,
+    Case,
+    batch_gap,
+    gradient_gap,
+    gradient_of,
+    implicit_score,
+    outputs,
+    relative_gap,
+    repeat_gap,
+    score,
+    worst_gap,
+)
 from robustbench_deq.meter import Meter
 from robustbench_deq.models.diagnostics import picard_solution, spectral_radius
 from robustbench_deq.optimise import estimate_contraction
 from robustbench_deq.protocol import frozen
-from robustbench_deq.rows import per_sample
-from robustbench_deq.solvers import SOLVERS, Anderson, CellMap, Solution, Solve, Status
+from robustbench_deq.solvers import SOLVERS, CellMap, Solve, Status
 from robustbench_deq.trial import PartError, try_parts
 
 NUM_IMAGES = 32
-NUM_DIFFERENTIATED = 8
-STEP = 3e-3
-"""Half the L2 length, in pixel units, of a finite difference: on the shipped models, in float32, it is then right to
-0.6 %. Shorter ones drown in rounding, longer ones cross the kinks of relu."""
-FINE = Solve(Anderson(ridge=1e-8), rtol=1e-6, max_steps=200)
 QUICK_RTOL, QUICK_STEPS = 1e-3, 100
 RANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "from -1 to 1": lambda x: 2 * x - 1,
@@ -85,19 +92,6 @@ class Finding(NamedTuple):
         return self.grade is Grade.BAD
 
 
-class Case(NamedTuple):
-    """A model, images `x` and classes `y` `(batch,)`, their injections `u`, and states `z` to look at."""
-
-    model: EquilibriumModel
-    x: Tensor
-    y: Tensor
-    u: Tensor
-    z: Tensor
-
-    def at(self, rows: Tensor) -> Case:
-        return Case(self.model, *(part[rows] for part in self[1:]))
-
-
 def examine(model: EquilibriumModel, data: Split) -> list[Finding]:
     """The findings on `model` from the first images of `data`, in the order above; the model is left as it was.
 
@@ -118,8 +112,7 @@ def examine(model: EquilibriumModel, data: Split) -> list[Finding]:
         findings = [_parts(model, x)._replace(check="parts")]
         if findings[0].is_bad:
             return [*findings, *(_left_out(check, "parts") for check in rest)]
-        u = model.inject(x)
-        case = Case(model, x, y, u, model.cell(model.initial_state(u), u))
+        case = Case.near_the_start(model, x, y)
         for check, look in NEAR_THE_START.items():
             findings.append(_finding(check, look, case, findings))
         settled: list[Case] = []
@@ -164,41 +157,12 @@ def _parts(model: EquilibriumModel, x: Tensor) -> Finding:
     return Finding(Grade.GOOD, f"state {tuple(tried.cell.shape)}, logits {tuple(tried.head.shape)}")
 
 
-def _outputs(case: Case) -> dict[str, Tensor]:
-    model, x, _, u, z = case
-    return {
-        "inject": model.inject(x),
-        "initial_state": model.initial_state(u),
-        "cell": model.cell(z, u),
-        "head": model.head(z),
-    }
-
-
 def _percent(gap: float) -> str:
     return f"{gap:.1%}" if gap <= 1.0 else "more than 100%"
 
 
-def _worst(one: dict[str, Tensor], other: dict[str, Tensor]) -> tuple[str, float]:
-    """The part that differs most, and by how much."""
-    return max(((name, _gap(one[name], other[name])) for name in one), key=lambda pair: pair[1])
-
-
-def _gap(one: Tensor, other: Tensor) -> float:
-    """Largest difference relative to the largest value; two NaNs do not differ, a NaN and a number do infinitely."""
-    same = (one == other) | (one.isnan() & other.isnan())
-    gap = torch.where(same, 0.0, (one - other).abs()).max() / one.abs().nan_to_num(posinf=0.0).max().clamp_min(1e-12)
-    return float(gap.nan_to_num(nan=torch.inf))
-
-
 def _deterministic(case: Case) -> Finding:
-    parts, forward_gap = _outputs(case), 0.0
-    with contextlib.suppress(Exception):  # forward has a check of its own
-        logits = case.model(case.x)
-        case.model(1 - case.x)
-        forward_gap = _gap(logits, case.model(case.x))
-    name, gap = _worst(parts, _outputs(case))
-    if gap == 0.0:
-        name, gap = "forward", forward_gap
+    name, gap = repeat_gap(case)
     if gap == 0.0:
         return Finding(Grade.GOOD, "a second call agrees to the bit")
     if gap < 1e-4:
@@ -208,10 +172,10 @@ def _deterministic(case: Case) -> Finding:
 
 
 def _modes(case: Case) -> Finding:
-    plain = _outputs(case)
+    plain = outputs(case)
     with frozen(case.model):
         case.model.train()
-        name, gap = _worst(plain, _outputs(case))
+        name, gap = worst_gap(plain, outputs(case))
     if gap < 1e-4:
         return Finding(Grade.GOOD, "train and eval mode agree")
     fix = "attacks use eval mode; better group norm than batch norm, and one dropout mask for a whole solve"
@@ -221,9 +185,7 @@ def _modes(case: Case) -> Finding:
 def _batch(case: Case) -> Finding:
     if len(case.x) == 1:
         return Finding(Grade.NOTE, "one image has no batch mates", "check on more data")
-    rows = torch.arange(len(case.x)).flip(0)[: len(case.x) // 2]
-    whole = {name: output[rows] for name, output in _outputs(case).items()}
-    name, gap = _worst(whole, _outputs(case.at(rows)))
+    name, gap = batch_gap(case)
     if gap < 1e-4:
         return Finding(Grade.GOOD, "rows do not interact")
     return Finding(
@@ -252,60 +214,17 @@ def _equilibrium(case: Case, settled: list[Case]) -> Finding:
     )
 
 
-def _score(logits: Tensor) -> Tensor:
-    """One number a sample `(batch,)` whose gradient does not saturate: the logits with weights from -1 to 1. Masked
-    classes count for nothing."""
-    logits = logits.masked_fill(logits.isneginf(), 0.0)
-    return logits @ torch.linspace(-1, 1, logits.shape[1], dtype=logits.dtype, device=logits.device)
-
-
-def _implicit_score(
-    case: Case, x: Tensor, solves: list[Solution] | None = None, trace: AdjointTrace | None = None
-) -> Tensor:
-    """`_score` at the equilibrium of images near the case's own, with the implicit gradient; both solves are tight.
-
-    The forward solve is appended to `solves`, and the backward pass fills in `trace`.
-    """
-    solution = case.model.equilibrium(x, case.z, solve=FINE, adjoint=Implicit(FINE), trace=trace)
-    if solves is not None:
-        solves.append(solution)
-    return _score(case.model.head(solution.value))
-
-
-def _gradient_of(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """By the image, `(batch, ...)`; zero where the score is attached to nothing."""
-    with torch.enable_grad():
-        leaf = x.clone().requires_grad_()
-        total = score(leaf).sum()
-        if not total.requires_grad:
-            return torch.zeros_like(x)
-        return torch.autograd.grad(total, leaf, materialize_grads=True)[0]
-
-
 def _gradient(case: Case) -> Finding:
-    case = case.at(torch.arange(len(case.x))[:NUM_DIFFERENTIATED])
-    x = case.x.clamp(STEP, 1 - STEP)  # the pixels that are compared stay in [0, 1]
-    solves: list[Solution] = []
-    trace = AdjointTrace()
-    gradient = _gradient_of(lambda images: _implicit_score(case, images, solves, trace), x)
     fix = "use differentiable operations alone in inject, cell and head: no detach, no_grad, rounding or .data"
-    if not bool(gradient.any()):
+    is_missing, gap, num_found, num_images = gradient_gap(case)
+    if is_missing:
         return Finding(Grade.BAD, "none reaches the image", fix)
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    direction = _unit(_unit(gradient) + _unit(noise))
-    ahead, behind = (_implicit_score(case, x + sign * STEP * direction, solves) for sign in (1, -1))
-    slope = (ahead - behind) / (2 * STEP)
-    product = (gradient * direction).flatten(1).sum(1)
-    if trace.solution is not None:  # a head that ignores the state has no adjoint
-        solves.append(trace.solution)
-    is_found = torch.stack([solution.residual <= JUDGE_RTOL for solution in solves]).all(0)
-    num_found = int(is_found.sum())
-    where = "" if num_found == len(x) else f" on the {num_found} of {len(x)} images whose solves reach {JUDGE_RTOL:g}"
+    where = ""
+    if num_found < num_images:
+        where = f" on the {num_found} of {num_images} images whose solves reach {JUDGE_RTOL:g}"
     slow = f"{FINE.max_steps} steps of Anderson are too few elsewhere: make the cell contract more"
     if not num_found:
-        return Finding(Grade.NOTE, f"not judged: its solves reach {JUDGE_RTOL:g} on none of {len(x)} images", slow)
-    gaps = (product - slope).abs() / torch.maximum(product.abs(), slope.abs()).clamp_min(1e-12)
-    gap = float(gaps[is_found].median())
+        return Finding(Grade.NOTE, f"not judged: its solves reach {JUDGE_RTOL:g} on none of {num_images} images", slow)
     if gap >= 0.05:
         return Finding(Grade.BAD, f"finite differences differ by {gap:.0%}{where}", fix)
     if where:
@@ -313,23 +232,19 @@ def _gradient(case: Case) -> Finding:
     return Finding(Grade.GOOD, f"finite differences agree to {gap:.1%}")
 
 
-def _unit(v: Tensor) -> Tensor:
-    return v / per_sample(torch.linalg.vector_norm(v.flatten(1), dim=1).clamp_min(1e-30), v)
-
-
 def _forward(case: Case) -> Finding:
     logits = case.model(case.x)
     if not bool(is_readable(logits).all()):
         return Finding(Grade.BAD, "forward gives NaN or infinity", "look at model.solve")
     few = case.at(torch.arange(len(case.x))[:NUM_DIFFERENTIATED])
-    gradient = _gradient_of(lambda x: _score(case.model(x)), few.x)
+    gradient = gradient_of(lambda x: score(case.model(x)), few.x)
     if not bool(gradient.any()):
         fix = "do not detach the state in eval mode: leave forward to EquilibriumModel"
         return Finding(Grade.BAD, "no gradient in eval mode", fix)
     expected = case.model.head(case.z)
-    gap = _gap(expected, logits)
+    gap = relative_gap(expected, logits)
     num_other = int((expected.argmax(1) != logits.argmax(1)).sum())
-    exact = _gradient_of(lambda x: _implicit_score(few, x), few.x)
+    exact = gradient_of(lambda x: implicit_score(few, x), few.x)
     cosine = float(F.cosine_similarity(gradient.flatten(1), exact.flatten(1)).median())
     found = f"logits {_percent(gap)} off the equilibrium's, gradients at a cosine of {cosine:.2f}"
     if gap < 0.05 and cosine > 0.9:

@@ -34,7 +34,8 @@ class Progress(NamedTuple):
     done             samples, of the batch in progress the share of its time that has passed
     total            samples
     robust_accuracy  of the batches that are done; None before the first
-    stage            what is done to the batch in progress: "clean equilibria", "attack" or "judge"; "" between batches
+    stage            what is done to the batch in progress: "clean equilibria", "attack", "judge" or "panel"; "" between
+                     batches
     """
 
     done: float
@@ -61,6 +62,7 @@ def evaluate(
     batch_size: int = 128,
     seed: int = 0,
     is_targeted: bool = False,
+    has_panel: bool = False,
     num_snapshots: int = 0,
     device: torch.device | str | None = None,
     model_name: str | os.PathLike[str] | None = None,
@@ -79,6 +81,7 @@ def evaluate(
         batch_size: samples attacked at a time.
         seed: of all randomness, which is keyed by the samples' ids too; an integer >= 0.
         is_targeted: the class to be reached is the one after the true class.
+        has_panel: the sanity panel looks at the first images, for `records.flags`.
         num_snapshots: points of the accuracy-against-cost curve.
         device: `cpu`, `cuda` or `cuda:N`; None is the CPU.
         model_name, model_sha256, file_sha256: what the record calls the model, and the digest of its weights or its
@@ -109,6 +112,7 @@ def evaluate(
         "batch_size": batch_size,
         "seed": seed,
         "is_targeted": is_targeted,
+        "has_panel": has_panel,
         "num_snapshots": num_snapshots,
         "model_name": origin.name if model_name is None else model_name,
         "model_sha256": origin.model_sha256 if model_sha256 is None else model_sha256,

@@ -132,14 +132,17 @@ class _Start(NamedTuple):
 
 
 @torch.no_grad()
-def tight_solve(model: EquilibriumModel, u: Tensor, ladder: Sequence[Solve] = LADDER) -> Solution:
-    """The equilibrium for injections `u` to `JUDGE_RTOL`; samples that fail on one solver go to the next.
+def tight_solve(
+    model: EquilibriumModel, u: Tensor, ladder: Sequence[Solve] = LADDER, z0: Tensor | None = None
+) -> Solution:
+    """The equilibrium for injections `u` to `JUDGE_RTOL`; samples that fail on one solver go to the next. From the
+    model's initial state, unless it is given another `z0`.
 
     A damped cell `z + w (f - z)` has the equilibria of f at residuals that are smaller by w: it is solved at its own
     pace, relaxed by 1 / w, and to a tolerance of that, or to what rounding hides. The residual that is returned is of
     the cell itself. Where there is no equilibrium at that pace, the first solver tries the cell itself.
     """
-    z0 = model.initial_state(u)
+    z0 = model.initial_state(u) if z0 is None else z0
     cell = CellMap(filled_up(model.evaluate), u)
     start = _Start(z0, cell(z0) - z0)
     factor = _relaxation(cell, start)

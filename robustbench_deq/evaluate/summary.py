@@ -78,6 +78,7 @@ def summarise(
         protocol=None if attack.version is None else f"{attack.version} {attack.name}",
         stages=None if attack.version is None else _stages(parts, count),
         num_certified=int(samples["is_certified"].sum()) if "is_certified" in samples else None,
+        probes=next((part.probes for part in parts if part.probes is not None), None),
         seed=task.seed,
         batch_size=task.batch_size,
         environment=environment,

@@ -106,6 +106,7 @@ class ShardStore:
                 "residuals": part.residuals,
                 "diagnostics": part.diagnostics,
                 "stages": [stage.model_dump(mode="json") for stage in part.stages],
+                "probes": part.probes,
             }
             for part in parts
         ]
@@ -132,7 +133,8 @@ class ShardStore:
                 begin += part["num_samples"]
                 cost, curve = CostRecord(**part["cost"]), [CurvePoint(**point) for point in part["curve"]]
                 stages = [StageRecord(**stage) for stage in part.get("stages", ())]
-                parts.append(Part(rows, cost, curve, part["residuals"], part["diagnostics"], stages))
+                probes = part.get("probes")  # shards of an earlier version have none, and no stages
+                parts.append(Part(rows, cost, curve, part["residuals"], part["diagnostics"], stages, probes))
         except (OSError, pyarrow.ArrowException, ValueError, KeyError, TypeError):
             raise self._damaged(shard, path) from None
         return parts, content["environment"]

@@ -79,6 +79,35 @@ def test_models_rank_within_data_and_threat_and_ties_share_a_place(make_run, tmp
         assert [(entry.setting.epsilon, entry.rank, entry.setting.model) for entry in entries] == expected
 
 
+def test_a_red_flag_takes_a_row_out_of_the_ranking(make_record) -> None:
+    records = [
+        make_record("PGD", "random", robust=0.75, probes={"repeat_gap": 0.5}),
+        make_record("PGD", "hard", robust=0.5, probes={"repeat_gap": 0.0}),
+        make_record("PGD", "soft", robust=0.25),
+        make_record("noise", "soft", robust=0.5),
+        make_record("PGD", "warned", robust=0.25, probes={}, num_unconverged=200),
+        make_record("PGD", "alone", probes={"batch_gap": 0.5}, threat={"norm": "l2", "epsilon": 0.25}),
+    ]
+    entries = make_leaderboard(records, Supplements())
+    texts = [
+        [column.text(entry) for column in COLUMNS if column.title in ("Rank", "Model", "Flags")] for entry in entries
+    ]
+    assert texts == [
+        ["unreliable", "alone", "batch mates"],
+        ["1", "hard", "none"],
+        ["2", "soft", "–"],
+        ["2", "warned", "unconverged"],
+        ["unreliable", "random", "random output"],
+    ]
+    assert [entry.is_unreliable for entry in entries] == [True, False, False, False, True]
+    (rank,) = [column for column in COLUMNS if column.title == "Rank"]
+    assert rank.number is not None
+    assert rank.number(entries[-1]) > max(rank.number(entry) for entry in entries if entry.rank)
+    page = leaderboard_html(entries)
+    assert page.count('class="row unreliable"') == 2 and "random output (unreliable)" in page
+    assert "draws at random" in page
+
+
 def test_without_verdicts_the_strongest_attack_bounds_the_union(make_run, tmp_path: Path) -> None:
     runs = [make_run("a", [0, 1]), make_run("b", [2]), make_run("c", [0, 1, 2, 3])]
     records, supplements = stored(runs, tmp_path)

@@ -207,3 +207,15 @@ def test_gallery_refuses_other_shapes(shape: tuple[int, ...]) -> None:
         gallery_row(clean=np.zeros(shape))
     with pytest.raises(UsageError, match="at least one sample"):
         draw_gallery([])
+
+
+def test_raised_flags_are_listed_with_what_they_mean_and_who_raises_them(make_record, tmp_path: Path) -> None:
+    records = [make_record("sound", probes={}), make_record("masked", probes={"noise_wins": 0.5}, num_unconverged=200)]
+    write_report(records, tmp_path)
+    page, text = outline(tmp_path / "index.html").text, (tmp_path / "report.md").read_text(encoding="utf-8")
+    for shown in (page, text):
+        assert "noise beats gradients (unreliable)" in shown and "gradients show a worse way than chance" in shown
+        assert "Raised when noise raises the loss of more than 10%" in shown and "On deq-conv, masked." in shown
+        assert "unconverged" in shown and "unconverged (unreliable)" not in shown
+    write_report(records[:1], tmp_path)
+    assert "Raised when" not in outline(tmp_path / "index.html").text

@@ -88,6 +88,14 @@ def test_nothing_looked_at_is_not_nothing_found(field: str, column: str, value: 
     assert rows.set_index("Attack")[column].to_dict() == {"mine": text, "other": "3"}
 
 
+def test_flags_are_shown_where_a_panel_has_looked(make_record) -> None:
+    plain = summary_table([make_record()])
+    assert "Flags" not in readable(plain) and list(plain["flags"]) == ["–"]
+    records = [make_record("a"), make_record("b", probes={}), make_record("c", probes={"noise_wins": 1, "missed": 1})]
+    texts = readable(summary_table(records)).set_index("Attack")["Flags"].to_dict()
+    assert texts == {"a": "–", "b": "none", "c": "noise beats gradients, weak attack"}
+
+
 @pytest.mark.parametrize(
     ("norm", "epsilon", "text"),
     [
@@ -117,12 +125,14 @@ def test_seeds_and_digests_show_only_where_rows_differ_in_them(make_record) -> N
 
 
 def test_every_column_is_explained(make_record) -> None:
-    table = readable(summary_table([make_record(seed=1), make_record(seed=2)]))
+    table = readable(summary_table([make_record(seed=1), make_record(seed=2, probes={})]))
     assert list(table.columns) == list(COLUMN_MEANINGS)
 
 
 def test_markdown_is_one_table(make_record) -> None:
-    text = render(summary_table([make_record(NASTY), make_record("line\nbreak", robust=0.7)]), Format.MARKDOWN)
+    text = render(
+        summary_table([make_record(NASTY), make_record("line\nbreak", robust=0.7, probes={})]), Format.MARKDOWN
+    )
     lines = text.splitlines()
     cells = [re.split(r"(?<!\\)\|", line) for line in lines]
     assert len(lines) == 4
@@ -134,7 +144,9 @@ def test_markdown_is_one_table(make_record) -> None:
 
 
 def test_latex_is_a_booktabs_table_with_escapes(make_record) -> None:
-    text = render(summary_table([make_record(NASTY, threat={"norm": "linf", "epsilon": 8 / 255})]), Format.LATEX)
+    text = render(
+        summary_table([make_record(NASTY, threat={"norm": "linf", "epsilon": 8 / 255}, probes={})]), Format.LATEX
+    )
     assert [text.count(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")] == [1, 1, 1]
     assert r"a\_b 50\%" in text
     assert r"\$x\$ \& \textbackslash cmd" in text

@@ -240,6 +240,19 @@ def test_record_of_a_run_is_that_of_one_evaluation(undisturbed: Path) -> None:
     pd.testing.assert_frame_equal(RecordStore(undisturbed).load_samples(record.record_id), whole.samples)
 
 
+def test_the_panel_of_a_run_is_that_of_one_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = suite(threats=[{"norm": "l2", "epsilons": [0.3]}], attacks=[{"name": "joint-pgd", "config": {"steps": 4}}])
+    plain = runner.task_of
+    monkeypatch.setattr(runner, "task_of", lambda *given: plain(*given).model_copy(update={"has_panel": True}))
+    do(tmp_path, config)
+    (record,) = load_records(tmp_path)
+    attack = build_attack("joint-pgd", Threat(Norm.L2, 0.3), {"steps": 4})
+    data = load("digits", limit=20)
+    alone = evaluate(load_model("test-linear.tiny"), attack, data, batch_size=8, has_panel=True).record
+    assert record.probes is not None and record.probes["num_probed"] == 8
+    assert record.probes == pytest.approx(alone.probes)
+
+
 def test_one_gradient_is_taken_before_the_first_attack_of_a_process(tmp_path: Path, monkeypatch) -> None:
     evaluate_batch, taken = runner.evaluate_batch, []
 

@@ -81,4 +81,5 @@ def _draw_board(axes: Axes, group: Sequence[Entry]) -> None:
 
 def _name(entry: Entry) -> str:
     name = entry.names.model
-    return plain(name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}")
+    shown = name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
+    return plain(f"{shown} (unreliable)" if entry.is_unreliable else shown)

@@ -21,6 +21,7 @@ from robustbench_deq.report.pages.templates import render_template
 from robustbench_deq.report.settings import format_threat
 from robustbench_deq.report.supplements import GalleryRow, ModelFacts
 from robustbench_deq.report.tables.columns import COLUMNS
+from robustbench_deq.report.tables.doubts import find_doubts
 from robustbench_deq.report.tables.leaderboard import UNKNOWN, Entry
 from robustbench_deq.report.tables.text import MISSING, amount, decimals, percent, percent_interval
 
@@ -67,6 +68,8 @@ def _row(entry: Entry, index: int) -> dict[str, Any]:
         "labels": " ".join(sorted({record.label for record in entry.records})),
         "name": entry.names.model,
         "summary": _summary(entry),
+        "doubts": [(doubt.title, doubt.text) for doubt in find_doubts(entry.records)],
+        "is_unreliable": entry.is_unreliable,
         "attacks": [_attack(record, broken) for record, broken in zip(entry.records, entry.sole_breaks, strict=True)],
         "card": _card_facts(entry.card),
         "facts": {

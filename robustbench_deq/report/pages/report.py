@@ -33,6 +33,7 @@ from robustbench_deq.report.pages.leaderboard import leaderboard_html
 from robustbench_deq.report.pages.templates import definitions, render_template
 from robustbench_deq.report.settings import Setting, format_threat, group_by_setting, setting_names
 from robustbench_deq.report.supplements import GalleryRow, Supplements
+from robustbench_deq.report.tables.doubts import Doubt, find_doubts
 from robustbench_deq.report.tables.leaderboard import Entry, make_leaderboard
 from robustbench_deq.report.tables.standings import standings_csv, standings_latex, standings_markdown
 from robustbench_deq.report.tables.summary import Format, meanings, render, summary_table
@@ -109,7 +110,7 @@ def _write(
     shown, figure_paths = _draw(records, entries, gallery, folder / "figures")
     words = _words(records, table)
     texts = {
-        "report.md": _markdown(table, shown, warning),
+        "report.md": _markdown(records, table, shown, warning),
         "index.html": render_template("report.html.jinja", title=TITLE, warning=warning, plots=shown, **words),
         "report.csv": render(table, Format.CSV),
         "report.tex": render(table, Format.LATEX),
@@ -161,10 +162,13 @@ def _figures(
     return figures
 
 
-def _markdown(table: pd.DataFrame, shown: Sequence[_Plot], warning: str) -> str:
+def _markdown(records: Sequence[Record], table: pd.DataFrame, shown: Sequence[_Plot], warning: str) -> str:
     parts = [f"# {TITLE}", *([f"**{markdown_text(warning)}**"] if warning else [])]
     parts += [_image(plot) for plot in shown[:1]]
     parts += [render(table, Format.MARKDOWN).rstrip()]
+    if found := find_doubts(records):
+        lines = (f"- **{doubt.title}**: {doubt.text} On {markdown_text(_raisers(doubt))}." for doubt in found)
+        parts += ["## Flags", "\n".join(lines)]
     parts.append("\n".join(f"- **{markdown_text(name)}**: {text}" for name, text in meanings(table).items()))
     parts += [_image(plot) for plot in shown[1:]]
     return "\n\n".join(parts) + "\n"
@@ -194,9 +198,14 @@ def _words(records: Sequence[Record], table: pd.DataFrame) -> dict[str, Any]:
     return {
         "table": render(table, Format.HTML),
         "meanings": meanings(table),
+        "doubts": [(doubt, _raisers(doubt)) for doubt in find_doubts(ordered)],
         "runs": runs,
         "environments": environments,
     }
+
+
+def _raisers(doubt: Doubt) -> str:
+    return "; ".join(f"{record.model}, {record.label}" for record in doubt.records)
 
 
 def _facts(record: Record) -> dict[str, object]:
@@ -215,7 +224,8 @@ def _facts(record: Record) -> dict[str, object]:
         "Created": record.created,
         "Record": record.record_id,
     }
-    return facts | {f"Diagnostic {name}": _short(value) for name, value in record.diagnostics.items()}
+    facts |= {f"Diagnostic {name}": _short(value) for name, value in record.diagnostics.items()}
+    return facts | {f"Panel {name}": _short(value) for name, value in (record.probes or {}).items()}
 
 
 def _short(value: float | None) -> str:

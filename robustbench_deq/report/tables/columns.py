@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from robustbench_deq.report.tables import doubts
 from robustbench_deq.report.tables.leaderboard import Entry
 from robustbench_deq.report.tables.summary import COLUMN_MEANINGS
 from robustbench_deq.report.tables.text import amount, percent, percent_interval
+
+UNRANKED = 1e9
+"""What rows without a rank sort by: the end."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,10 @@ class Column:
 COLUMNS = (
     Column(
         "Rank",
-        "place by robust accuracy among the models with the same data and threat; equal counts share it",
-        lambda entry: str(entry.rank),
-        lambda entry: entry.rank,
+        "place by robust accuracy among the models with the same data and threat; equal counts share it; a row with a "
+        "red flag is unreliable and has none",
+        lambda entry: "unreliable" if entry.rank is None else str(entry.rank),
+        lambda entry: UNRANKED if entry.rank is None else entry.rank,
     ),
     Column("Model", COLUMN_MEANINGS["Model"], lambda entry: entry.names.model),
     Column(
@@ -53,6 +58,7 @@ COLUMNS = (
         lambda entry: entry.clean_accuracy,
         is_descending=True,
     ),
+    Column(doubts.COLUMN, doubts.COLUMN_MEANING, lambda entry: doubts.names_text(entry.records)),
     Column("Family", "the architecture, as on the model's card", lambda entry: entry.family),
     Column(
         "Trained against",

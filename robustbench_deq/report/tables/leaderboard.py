@@ -5,7 +5,8 @@
                the union of the attacks taken sample by sample
 
 A record whose verdicts are not at hand takes part with its accuracy alone: the union can be no higher than that.
-Entries with the same number of robust samples share a rank.
+Entries with the same number of robust samples share a rank. One with a red flag is unreliable: it stands below the
+others and has no rank.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from robustbench_deq.proportions import wilson_interval
+from robustbench_deq.records.flags import flags
 from robustbench_deq.records.record import Record
 from robustbench_deq.report.settings import Setting, SettingNames, format_threat, group_by_setting, setting_names
 from robustbench_deq.report.supplements import GalleryRow, ModelFacts, SampleVerdicts, Supplements, num_robust
@@ -48,6 +50,7 @@ class Entry:
 
     Attributes:
         names: of the setting, such that no other one of the leaderboard has them.
+        rank: None where it is unreliable.
         records: strongest attack first, then cheapest.
         num_robust: samples that no attack broke; at most that, where `num_in_union` is less than the records.
         num_in_union: records whose verdicts were at hand.
@@ -58,7 +61,7 @@ class Entry:
 
     setting: Setting
     names: SettingNames
-    rank: int
+    rank: int | None
     records: tuple[Record, ...]
     num_robust: int
     num_in_union: int
@@ -67,6 +70,11 @@ class Entry:
     num_failed: int
     card: ModelFacts | None
     gallery: Sequence[GalleryRow]
+
+    @property
+    def is_unreliable(self) -> bool:
+        """Whether one of its records raises a red flag."""
+        return any(flag.is_red for record in self.records for flag in flags(record))
 
     @property
     def clean_accuracy(self) -> float:
@@ -109,7 +117,8 @@ class Entry:
 
 
 def make_leaderboard(records: Sequence[Record], supplements: Supplements) -> list[Entry]:
-    """Entries board by board, the most robust first; those of the same rank by clean accuracy, then name.
+    """Entries board by board, the most robust first, unreliable ones last; those of the same rank by clean accuracy,
+    then name.
 
     Raises:
         UsageError: when there are no records.
@@ -122,13 +131,15 @@ def make_leaderboard(records: Sequence[Record], supplements: Supplements) -> lis
         return Board.of(entry.setting)
 
     def order(entry: Entry) -> tuple[Any, ...]:
-        return board_of(entry), -entry.num_robust, -entry.clean_accuracy, entry.setting
+        return board_of(entry), entry.is_unreliable, -entry.num_robust, -entry.clean_accuracy, entry.setting
 
     ranked: list[Entry] = []
     for _, group in itertools.groupby(sorted(entries, key=order), key=board_of):
         together = list(group)
-        ranks = rankdata([-entry.num_robust for entry in together], method="min")
-        ranked += [dataclasses.replace(entry, rank=int(rank)) for entry, rank in zip(together, ranks, strict=True)]
+        reliable = [entry for entry in together if not entry.is_unreliable]
+        ranks = rankdata([-entry.num_robust for entry in reliable], method="min")
+        ranked += [dataclasses.replace(entry, rank=int(rank)) for entry, rank in zip(reliable, ranks, strict=True)]
+        ranked += together[len(reliable) :]
     return ranked
 
 
@@ -141,7 +152,7 @@ def _entry(setting: Setting, names: SettingNames, records: Sequence[Record], sup
     return Entry(
         setting=setting,
         names=names,
-        rank=0,
+        rank=None,
         records=tuple(records),
         num_robust=min(limits),
         num_in_union=len(known),

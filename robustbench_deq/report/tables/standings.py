@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from robustbench_deq.report.tables import doubts
 from robustbench_deq.report.tables.columns import COLUMNS
 from robustbench_deq.report.tables.leaderboard import Board, Entry
 from robustbench_deq.report.tables.text import csv_table, latex_table, markdown_table, markdown_text
@@ -78,4 +79,5 @@ def _numbers(entry: Entry) -> dict[str, object]:
         "wall_seconds": entry.total("wall_seconds"),
         "num_unconverged": entry.num_unconverged,
         "num_failed": entry.num_failed,
+        "flags": doubts.names_text(entry.records),
     }

@@ -19,7 +19,9 @@ from scipy.stats import rankdata
 from robustbench_deq.proportions import wilson_interval
 from robustbench_deq.records.record import Record
 from robustbench_deq.report.settings import Setting, group_by_setting, setting_names
+from robustbench_deq.report.tables import doubts
 from robustbench_deq.report.tables.text import (
+    MISSING,
     amount,
     count,
     csv_table,
@@ -31,7 +33,7 @@ from robustbench_deq.report.tables.text import (
 )
 
 SETTING_COLUMNS = ["Model", "Threat", "Data"]
-TEXT_COLUMNS = [*SETTING_COLUMNS, "Attack"]
+TEXT_COLUMNS = [*SETTING_COLUMNS, "Attack", doubts.COLUMN]
 
 COLUMN_MEANINGS = {
     "Model": "the classifier, by its name in the registry or its file",
@@ -44,6 +46,7 @@ COLUMN_MEANINGS = {
     "n": "how many samples there are; every accuracy is over all of them",
     "Clean %": "samples classified correctly without an attack, with Wilson's 95 % interval",
     "Robust %": "samples still classified correctly after it, with the same interval; lower is a stronger attack",
+    doubts.COLUMN: doubts.COLUMN_MEANING,
     "Adv. loss": "mean cross-entropy of the true class at the perturbed images, over the samples that were attacked",
     "Cell evals": "evaluations of the cell per sample: the cost that does not depend on the machine",
     "VJPs": "vector-Jacobian products through the cell per sample",
@@ -105,6 +108,7 @@ def _row(record: Record, rank: int) -> dict[str, object]:
         "num_nonfinite": math.nan if record.num_nonfinite is None else record.num_nonfinite,
         "num_lagging": math.nan if record.num_lagging is None else record.num_lagging,
         "num_zero_gradient": math.nan if record.num_zero_gradient is None else record.num_zero_gradient,
+        "flags": doubts.names_text([record]),
         "record_id": record.record_id,
     }
 
@@ -120,7 +124,8 @@ def render(frame: pd.DataFrame, fmt: Format) -> str:
 
 
 def readable(frame: pd.DataFrame) -> pd.DataFrame:
-    """A summary table as the text that people read. The seed is shown where rows differ in it."""
+    """A summary table as the text that people read. The seed is shown where rows differ in it, flags where a
+    panel has looked for some."""
     settings = _settings(frame)
     names = setting_names(settings)
     columns = {
@@ -142,14 +147,15 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
         "Non-finite": _each(frame, count, "num_nonfinite"),
         "Lagging": _each(frame, count, "num_lagging"),
         "Zero gradient": _each(frame, count, "num_zero_gradient"),
+        doubts.COLUMN: frame["flags"],
     }
     return pd.DataFrame({name: columns[name] for name in meanings(frame)})
 
 
 def meanings(frame: pd.DataFrame) -> dict[str, str]:
     """What the columns of the readable table mean, in their order."""
-    has_seeds = frame["seed"].nunique() > 1
-    return {name: text for name, text in COLUMN_MEANINGS.items() if has_seeds or name != "Seed"}
+    is_shown = {"Seed": frame["seed"].nunique() > 1, doubts.COLUMN: bool((frame["flags"] != MISSING).any())}
+    return {name: text for name, text in COLUMN_MEANINGS.items() if is_shown.get(name, True)}
 
 
 def _settings(frame: pd.DataFrame) -> list[Setting]:
@@ -162,7 +168,7 @@ def _each(frame: pd.DataFrame, write: Callable[..., str], *names: str) -> list[s
 
 def _markdown(frame: pd.DataFrame) -> str:
     table = readable(frame)
-    for name in TEXT_COLUMNS:
+    for name in table.columns.intersection(TEXT_COLUMNS):
         table[name] = [markdown_text(text) for text in table[name]]
     return markdown_table(table, TEXT_COLUMNS)
 
