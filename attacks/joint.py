@@ -24,7 +24,7 @@ from torch import Tensor
 from robustbench_deq.adjoints import Implicit
 from robustbench_deq.attacks.settings import JointConfig
 from robustbench_deq.equilibrium import EquilibriumModel
-from robustbench_deq.optimise import HighestLoss, Keep, Optimum, ProjectedAscent, Solved, Step
+from robustbench_deq.optimise import HighestLoss, Keep, Optimum, ProjectedAscent, SmallestNorm, Solved, Step
 from robustbench_deq.protocol import Batch, ObjectiveAttack, Proposal, Recorder
 from robustbench_deq.randomness import keyed_uniform
 from robustbench_deq.rows import per_sample
@@ -81,6 +81,8 @@ class JointAttack(ObjectiveAttack[J]):
         again = _Again(self, model, batch, Solved(solve, Implicit(solve.with_(compact_below=0.5))), full_step)
 
         is_lagging = ~(found.residual <= config.failure_residual) & ~found.is_done
+        if isinstance(keep, SmallestNorm):  # a trusted success is what was looked for, wherever the state is now
+            is_lagging &= ~(found.loss > 0)
         lagging = (is_lagging | batch.is_again).nonzero()[:, 0]
         found, is_behind = again.finish(found, lagging, isinstance(keep, HighestLoss) and not batch.is_again)
         counts["num_finished"] = float(len(lagging))

@@ -8,11 +8,12 @@ result = evaluate(model, JointPGD(Threat(Norm.L2, 1.0)), load("fashion-mnist", l
 print(result.record.robust_accuracy, result.record.robust_accuracy_ci)
 """
 
-import importlib
 import importlib.metadata
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from robustbench_deq.lazy import names_of
 
 if TYPE_CHECKING:
     from robustbench_deq.benchmark import benchmark
@@ -42,7 +43,7 @@ _PLACES = {
     "load_model": "models",
     "save_model": "models",
 }
-"""The module of each name, imported when the name is asked for: records are read and reported without torch."""
+"""The module of each name."""
 
 __all__ = [
     "MODELS",
@@ -63,17 +64,16 @@ __all__ = [
 ]
 
 
+_get, _list = names_of(__name__, _PLACES)
+
+
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        try:
-            return importlib.metadata.version("robustbench-deq")
-        except importlib.metadata.PackageNotFoundError:
-            return "of a checkout that is not installed"
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
-    globals()[name] = value
-    return value
+    if name != "__version__":
+        return _get(name)
+    try:
+        return importlib.metadata.version("robustbench-deq")
+    except importlib.metadata.PackageNotFoundError:
+        return "of a checkout that is not installed"
 
 
 class _Package(ModuleType):
@@ -88,4 +88,4 @@ sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "__version__"})
+    return sorted({*_list(), "__version__"})

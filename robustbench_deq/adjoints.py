@@ -124,7 +124,7 @@ class Implicit(Adjoint):
         f = model.evaluate(leaf, u)
 
         def adjoint_of(v: Tensor) -> Tensor:
-            scale = per_sample(_scale(v), v)
+            scale = per_sample(seed_scale(v), v)
             step = AdjointMap(model, leaf, u, v / scale, graph=(f, leaf))
             solution = self.backward(step, self._start(step, scale))
             solution = solution._replace(value=solution.value * scale)
@@ -147,7 +147,7 @@ class Implicit(Adjoint):
         return torch.where(torch.isfinite(factor), factor * mu0, step.v)
 
 
-def _scale(v: Tensor) -> Tensor:
+def seed_scale(v: Tensor) -> Tensor:
     """Powers of two `(batch,)` by which rows of ordinary size come: 1 for these, so that no bit of them changes. The
     squares of others would overflow, and residuals below 1e-8 count as none."""
     exponent = torch.frexp(v.detach().flatten(1).abs().amax(1)).exponent.clamp(-100, 100)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from robustbench_deq.adjoints import DEFAULT_ADJOINT_SOLVE, Adjoint, AdjointTrace, Implicit
 from robustbench_deq.callables import Packing, Tensors, modules_behind, zeros_like
 from robustbench_deq.errors import UsageError, kind_of
-from robustbench_deq.inputs import PIXEL_SLACK, as_labels, shape_fix
+from robustbench_deq.fixes import PIXEL_SLACK, shape_fix
+from robustbench_deq.inputs import as_labels
 from robustbench_deq.meter import Meter
 from robustbench_deq.solvers import Anderson, CellMap, Solution, Solve
 from robustbench_deq.trial import CONVERSIONS, try_parts

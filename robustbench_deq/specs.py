@@ -1,8 +1,8 @@
-"""A threat, an attack, a solve and an adjoint as configs, suites, model cards and `--set` name them.
+"""An attack, a solve and an adjoint as configs, suites and `--set` name them.
 
-Each spec holds plain values under the keys that users write, and `build` makes the object:
+Each spec holds plain values under the keys that users write, and `build` makes the object, as does that of a threat
+(`threat_spec`):
 
-    ThreatSpec   norm, epsilon            -> Threat
     AttackSpec   name, threat, config     -> Attack, from the registry `ATTACKS`
     SolveSpec    solver, tolerance, ...   -> Solve
     AdjointSpec  name, solve, ...         -> Adjoint
@@ -15,49 +15,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from robustbench_deq.adjoints import ADJOINTS, DEFAULT_ADJOINT_SOLVE, Adjoint
-from robustbench_deq.configs import Config, as_plain, named_in, parse_fraction
-from robustbench_deq.optimise import Norm
+from robustbench_deq.configs import Config, named_in
 from robustbench_deq.protocol import Attack, make_attack
 from robustbench_deq.solvers import SOLVERS, Solve, Solver
-from robustbench_deq.threats import Threat
-
-
-def _norm_name(norm: Norm | str | float) -> str:
-    return Norm.parse(norm).name
-
-
-def _read_radius(value: object) -> object:
-    value = as_plain(value)
-    if isinstance(value, bool):
-        raise ValueError("a valid number")
-    return parse_fraction(value) if isinstance(value, str) else value
-
-
-NormName = Annotated[str, BeforeValidator(_norm_name)]
-"""The name of a norm, in lower case."""
-Radius = Annotated[float, BeforeValidator(_read_radius), Field(ge=0)]
-"""A radius in pixel units of [0, 1]; may be written `8/255`."""
-
-
-class ThreatSpec(Config):
-    """A norm ball, by the norm's name and its radius. As text `l2 0.5`."""
-
-    norm: NormName = Field("l2", description="l1, l2 or linf")
-    epsilon: Radius = Field(1.0, description="radius in pixel units of [0, 1]; may be written 8/255")
-
-    @field_validator("epsilon", mode="before")
-    @classmethod
-    def _fraction(cls, value: object) -> object:
-        return _read_radius(value)  # before `Config` refuses text where a number belongs
-
-    def __str__(self) -> str:
-        return f"{self.norm} {self.epsilon:g}"
-
-    def build(self) -> Threat:
-        return Threat(Norm.parse(self.norm), self.epsilon)
+from robustbench_deq.threat_spec import ThreatSpec
 
 
 class AttackSpec(Config):

@@ -535,7 +535,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     if args.part is not None:
-        for name in ("attack", "bench", "check", "listings", "models", "report", "train"):
+        for name in ("attack", "attacks", "bench", "check", "datasets", "models", "report", "train"):
             importlib.import_module(f"robustbench_deq.commands.{name}")  # once, before processes are forked
         run(args.count, args.seed, args.part, args.workers, args.material, args.material / f"{args.part}.jsonl")
         return

@@ -17,6 +17,9 @@ MODULES = LIBRARY + ATTACKS
 
 MAY_IMPORT = {
     "errors": "",
+    "lazy": "",
+    "norm_names": "",
+    "fixes": "",
     "rows": "",
     "callables": "",
     "trial": "callables errors",
@@ -28,26 +31,28 @@ MAY_IMPORT = {
     "files": "errors",
     "registry": "errors",
     "devices": "errors",
-    "inputs": "errors",
+    "inputs": "errors fixes",
     "plain_yaml": "",
     "configs": "errors plain_yaml registry",
     "solvers": "errors registry rows shown",
     "meter": "errors peak_memory solvers",
     "adjoints": "errors registry rows solvers",
-    "equilibrium": "callables errors adjoints inputs meter solvers trial",
+    "equilibrium": "callables errors adjoints fixes inputs meter solvers trial",
     "randomness": "",
     "optimise": "adjoints equilibrium errors meter randomness registry rows solvers shown",
     "threats": "configs errors optimise",
+    "threat_spec": "configs norm_names optimise threats",
     "certificates": "equilibrium threats",
     "protocol": "certificates configs equilibrium errors inputs meter optimise randomness registry rows threats shown",
-    "specs": "adjoints configs optimise protocol solvers threats",
-    "models": "adjoints callables configs equilibrium errors files optimise registry rows solvers specs trial",
-    "data": "configs errors files inputs registry shown",
+    "specs": "adjoints configs protocol solvers threat_spec",
+    "models": "adjoints callables configs equilibrium errors files lazy optimise registry rows solvers specs "
+    "threat_spec trial",
+    "data": "configs errors files fixes lazy registry shown",
     "records": "configs errors files shown",
-    "evaluate": "adjoints configs data devices equilibrium errors files inputs memory meter models optimise "
+    "evaluate": "adjoints configs data devices equilibrium errors files fixes inputs memory meter models optimise "
     "proportions protocol randomness records rows solvers shown threats trial",
-    "runner": "configs data equilibrium errors evaluate files inputs memory models optimise proportions protocol quiet "
-    "records solvers specs threats",
+    "runner": "configs data equilibrium errors evaluate files fixes memory models optimise proportions protocol quiet "
+    "records solvers specs threat_spec threats",
     "training": "adjoints configs data equilibrium errors evaluate files models protocol registry rows solvers specs "
     "threats",
     "report": "configs errors files proportions records",

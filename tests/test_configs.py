@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 
 from robustbench_deq.configs import Config, merge, parse_assignments, parse_fraction, read_yaml, validate
 from robustbench_deq.errors import MAX_MESSAGE, UsageError
-from robustbench_deq.specs import ThreatSpec
+from robustbench_deq.threat_spec import ThreatSpec
 
 
 class Inner(Config):

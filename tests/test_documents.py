@@ -41,7 +41,8 @@ from robustbench_deq.optimise.sources.base import Moment
 from robustbench_deq.optimise.steps import At
 from robustbench_deq.registry import Registry
 from robustbench_deq.solvers import FixedPointMap, Solve, Solver, Status
-from robustbench_deq.specs import AttackSpec, ThreatSpec
+from robustbench_deq.specs import AttackSpec
+from robustbench_deq.threat_spec import ThreatSpec
 from tests.optimise.cases import TIGHTLY, best_of_linear, slope
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,8 @@ from robustbench_deq.optimise import Norm
 from robustbench_deq.runner.suite import ThreatGrid
 from robustbench_deq.solvers import SOLVERS, Anderson, Broyden, Solve
 from robustbench_deq.solvers.base import FixedPointMap, Iterate, Solver, State
-from robustbench_deq.specs import AdjointSpec, AttackSpec, SolveSpec, ThreatSpec
+from robustbench_deq.specs import AdjointSpec, AttackSpec, SolveSpec
+from robustbench_deq.threat_spec import ThreatSpec
 from robustbench_deq.threats import Threat
 
 

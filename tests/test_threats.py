@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from robustbench_deq.errors import UsageError
 from robustbench_deq.optimise import NORMS, Norm
-from robustbench_deq.specs import ThreatSpec
+from robustbench_deq.threat_spec import ThreatSpec
 from robustbench_deq.threats import Threat
 
 ALL = [NORMS.get(name) for name in NORMS]

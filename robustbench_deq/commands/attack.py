@@ -20,11 +20,12 @@ from robustbench_deq.evaluate.batch import check_data
 from robustbench_deq.evaluate.evaluation import Evaluation, evaluate
 from robustbench_deq.files import needing_space, output_folder
 from robustbench_deq.models import Card, describe_model, load_model
+from robustbench_deq.models.cards import names_function
 from robustbench_deq.optimise import Norm
 from robustbench_deq.records.images import choose_images, save_images
 from robustbench_deq.records.record import Record, to_json
 from robustbench_deq.records.store import RecordStore
-from robustbench_deq.specs import ThreatSpec
+from robustbench_deq.threat_spec import ThreatSpec
 from robustbench_deq.threats import Threat
 
 DEFAULT_LIMIT = 1000
@@ -103,7 +104,7 @@ def read_setting(
 
 def _card_of(model: str) -> Card | None:
     """None for a model of a file, which has no card."""
-    return None if ".py:" in model else describe_model(model).card
+    return None if names_function(model) else describe_model(model).card
 
 
 def finish(result: Evaluation, samples: Split, folder: Path | None, is_json: bool) -> None:

@@ -8,13 +8,14 @@ from typing import Any
 
 import click
 
-from robustbench_deq.commands.shared import echo_listing
-from robustbench_deq.data import SplitName, load
+from robustbench_deq.commands.options import FAMILY_NAMES
+from robustbench_deq.commands.rows import echo_listing
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import is_folder
-from robustbench_deq.models import FAMILIES, MODELS, ModelDescription, describe_model, list_models, load_model
+from robustbench_deq.models import MODELS, ModelDescription, describe_model, list_models
+from robustbench_deq.models.cards import names_function
 from robustbench_deq.proportions import wilson_interval
-from robustbench_deq.specs import ThreatSpec
+from robustbench_deq.threat_spec import ThreatSpec
 
 
 def models(
@@ -33,7 +34,7 @@ def _list_models(pattern: str, family: str | None, data: str | None, threat: str
     """What the cards say; the table leaves out what is long."""
     found = list_models(pattern, family=family, data=data, threat=threat)
     if not found:
-        if ".py:" in pattern or is_folder(pattern):
+        if names_function(pattern) or is_folder(pattern):
             raise UsageError.of(
                 "models", expected="registered names", got=f"the model {pattern}", fix="add --check DATA to examine it"
             )
@@ -47,7 +48,7 @@ def _list_models(pattern: str, family: str | None, data: str | None, threat: str
             fix="drop an option",
         )
     rows = [_model_facts(row) if is_json else _model_columns(row) for row in found]
-    echo_listing(rows, "models", is_json, {"families": list(FAMILIES)})
+    echo_listing(rows, "models", is_json, {"families": FAMILY_NAMES})
 
 
 def _model_facts(described: ModelDescription) -> dict[str, Any]:
@@ -116,7 +117,9 @@ def _check_model(model: str, data: str, is_json: bool) -> None:
     """A finding a line; exits with 1 when one is bad. What recommends a solver leaves the test split alone."""
     if model == "*":
         raise UsageError.of("models --check", expected="a MODEL", got="none", fix="name one: models MODEL --check DATA")
-    from robustbench_deq.evaluate.doctor import examine  # a listing does without
+    from robustbench_deq.data import SplitName, load  # which import torch: a listing does without
+    from robustbench_deq.evaluate.doctor import examine
+    from robustbench_deq.models import load_model
 
     findings = examine(load_model(model), load(data, SplitName.VALIDATION))
     if is_json:

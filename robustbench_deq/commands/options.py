@@ -1,7 +1,7 @@
 """What every command takes and how it is completed. What it does is in the module of its name, imported when it runs.
 
-Nothing here imports torch, which takes seconds: help and completion come at once. The names that completion offers are
-written down here for that reason, and a test compares them with the registries.
+Nothing here imports torch, which takes seconds: help, completion and `models` come at once. The names that they show
+are written down here for that reason, and a test compares them with the registries.
 """
 
 from __future__ import annotations
@@ -16,15 +16,19 @@ import click
 from click.shell_completion import CompletionItem
 
 from robustbench_deq.commands.interrupts import ending_at_once
+from robustbench_deq.norm_names import NORM_NAMES
 
 WEIGHTS_FOLDER = Path(__file__).parents[1] / "models" / "weights"
 """Of the registered models, as `models.zoo` has it."""
 ATTACK_NAMES = (
     "pgd", "apgd", "apgd-t", "fgsm", "fmn", "intermediate-pgd", "joint-apgd", "joint-fmn", "joint-pgd", "noise", "fast",
-    "standard",    "torchattacks-pgd", "torchattacks-pgdl2", "yopo",
+    "standard", "torchattacks-pgd", "torchattacks-pgdl2", "yopo",
 )  # fmt: skip
 DATASET_NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "svhn")
-NORM_NAMES = ("l1", "l2", "linf")
+FAMILY_NAMES = (
+    "deq-conv", "deq-fc", "unrolled", "resnet", "lben", "test-linear", "mdeq", "mondeq-conv", "mondeq-fc",
+    "mondeq-multi",
+)  # fmt: skip
 MAX_COUNT = 2**31 - 1
 """The largest integer, as `configs` has it."""
 SPLIT_NAMES = ("train", "validation", "test", "all")
@@ -54,17 +58,15 @@ _an_attack = _complete(lambda: list(ATTACK_NAMES))
 _a_dataset = _complete(lambda: [*DATASET_NAMES, "npz:"])
 
 
-def _declared(
-    name: str, module: str | None = None, function: str | None = None
-) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    """Decorator of an empty function with options and help: the command `name`, for which `function` in `module` is
-    called; each is of the same name where it is None."""
+def _declared(name: str, function: str | None = None) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Decorator of an empty function with options and help: the command `name`, for which `function` (None: of the
+    same name) in the module of that name is called."""
 
     def declare(declaration: Callable[[], None]) -> Callable[[], None]:
         @functools.wraps(declaration)
         def run(**options: Any) -> None:
             with ending_at_once():
-                imported = importlib.import_module(f"{__package__}.{module or name}")
+                imported = importlib.import_module(f"{__package__}.{name}")
             getattr(imported, function or name)(**options)
 
         COMMANDS[name] = click.command(name)(run)
@@ -121,7 +123,7 @@ def _attack() -> None:
     """
 
 
-@_declared("attacks", "listings")
+@_declared("attacks")
 @_json
 def _attacks() -> None:
     """List attacks and what --set reaches in each; also solvers, adjoints and objectives, which settings name."""
@@ -157,7 +159,7 @@ def _check() -> None:
     """
 
 
-@_declared("datasets", "listings")
+@_declared("datasets")
 @_json
 def _datasets() -> None:
     """List datasets. Your own: npz:FILE with arrays 'images' and 'labels'."""

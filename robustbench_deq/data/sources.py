@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import remove_temporaries, replacing
-from robustbench_deq.inputs import PIXEL_SLACK, label_fix
+from robustbench_deq.fixes import PIXEL_SLACK, label_fix
 from robustbench_deq.registry import Registry
 from robustbench_deq.shown import briefly_shown
 
@@ -261,12 +259,6 @@ def _wrong_values(images: np.ndarray) -> tuple[str, str] | None:
     if low < 0:
         return got, "undo a normalisation, which belongs into the model, or scale the images to [0, 1]"
     return got, "divide by 255" if 2 < high <= 255 else "scale the images to [0, 1]"
-
-
-def to_unit(images: np.ndarray) -> Tensor:
-    """uint8 0..255 or float [0, 1] to float32 [0, 1]."""
-    tensor = torch.from_numpy(np.ascontiguousarray(images))
-    return tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor
 
 
 for _info in (

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from robustbench_deq.configs import Config, validate
-from robustbench_deq.data.sources import DATASETS, Raw, data_folders, read_npz, to_unit
+from robustbench_deq.data.sources import DATASETS, Raw, data_folders, read_npz
 from robustbench_deq.errors import UsageError
 from robustbench_deq.shown import briefly_shown
 
@@ -60,6 +60,12 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.x)
+
+
+def to_unit(images: np.ndarray) -> Tensor:
+    """uint8 0..255 or float [0, 1] to float32 [0, 1]."""
+    tensor = torch.from_numpy(np.ascontiguousarray(images))
+    return tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor
 
 
 def is_own_file(name: str) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from robustbench_deq.adjoints import AdjointMap
+from robustbench_deq.adjoints import AdjointMap, seed_scale
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.evaluate.judge import Verdict, filled_up, tight_solve, verdict_at
 from robustbench_deq.optimise import Contraction, Objective, Settled, estimate_contraction
@@ -105,6 +105,8 @@ def solve_adjoint(model: EquilibriumModel, x: Tensor, z: Tensor, objective: Obje
     with torch.enable_grad():
         leaf = z.detach().requires_grad_()
         v = torch.autograd.grad(objective(model.head(leaf)).sum(), leaf, materialize_grads=True)[0]
+    scale = per_sample(seed_scale(v), v)
+    v = v / scale
     equation = AdjointMap(model, z, model.inject(x), v)
     solution = ADJOINT_SOLVE(equation, v)
     mu, is_found = solution.value, solution.is_converged
@@ -113,7 +115,7 @@ def solve_adjoint(model: EquilibriumModel, x: Tensor, z: Tensor, objective: Obje
         again = ADJOINT_SOLVE.with_(rtol=FINER_RTOL)(equation.restrict(index), mu[index])
         mu = mu.index_copy(0, index, again.value)
         is_found = is_found.index_put((index,), ~_is_short(again, v[index]))
-    return torch.where(per_sample(is_found, v), mu, v)
+    return torch.where(per_sample(is_found, v), mu, v) * scale
 
 
 def _is_short(solution: Solution, v: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from robustbench_deq.configs import Config, validate
 from robustbench_deq.data import Split
-from robustbench_deq.data.sources import as_pixels, read_arrays, to_unit
+from robustbench_deq.data.sources import as_pixels, read_arrays
+from robustbench_deq.data.splits import to_unit
 from robustbench_deq.devices import choose_device
 from robustbench_deq.equilibrium import EquilibriumModel, check_model
 from robustbench_deq.errors import UsageError, kind_of, shortened
@@ -33,7 +34,8 @@ from robustbench_deq.evaluate.evaluation import Evaluation, Progress
 from robustbench_deq.evaluate.judge import judge
 from robustbench_deq.evaluate.summary import summarise
 from robustbench_deq.files import sha256_of
-from robustbench_deq.inputs import PIXEL_SLACK, as_ids, as_labels, shape_fix
+from robustbench_deq.fixes import PIXEL_SLACK, shape_fix
+from robustbench_deq.inputs import as_ids, as_labels
 from robustbench_deq.models import Origin, origin_of
 from robustbench_deq.protocol import frozen
 from robustbench_deq.records.environment import describe_environment

@@ -14,16 +14,8 @@ from pathlib import Path
 
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
-from robustbench_deq.models.io import (
-    DESCRIPTION_NAME,
-    WEIGHTS_NAME,
-    Card,
-    describe,
-    describe_model,
-    load_folder,
-    load_model,
-    save_model,
-)
+from robustbench_deq.models.cards import DESCRIPTION_NAME, Card, describe, describe_model
+from robustbench_deq.models.io import WEIGHTS_NAME, load_folder, load_model, save_model
 
 try:
     from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download

@@ -13,12 +13,14 @@ WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 
 
 class ModelEntry(NamedTuple):
-    """A registered model: either saved in `folder`, or built from `config` alone."""
+    """A registered model: either saved in `folder`, or built from `config` alone, which says all of it."""
 
     name: str
     family: str
     folder: Path | None
     config: dict[str, Any]
+    num_parameters: int = 0
+    """Of a model without a folder, whose description says it."""
 
 
 MODELS: Registry[ModelEntry] = Registry("model")
@@ -27,4 +29,5 @@ for _description in sorted(WEIGHTS_FOLDER.glob("*/model.json")):
     _name = _description.parent.name
     MODELS.register(_name)(ModelEntry(_name, _name.partition(".")[0], _description.parent, {}))
 
-MODELS.register("test-linear.tiny")(ModelEntry("test-linear.tiny", "test-linear", None, {"input_shape": (1, 8, 8)}))
+_TINY = {"input_shape": [1, 8, 8], "num_classes": 10}
+MODELS.register("test-linear.tiny")(ModelEntry("test-linear.tiny", "test-linear", None, _TINY, 1044))

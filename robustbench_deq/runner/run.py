@@ -38,7 +38,7 @@ from robustbench_deq.runner.clean import CleanStore
 from robustbench_deq.runner.executors import Executor
 from robustbench_deq.runner.shards import Claim, ShardStore
 from robustbench_deq.runner.suite import Run, Shard, SuiteConfig, digest_of_model
-from robustbench_deq.specs import ThreatSpec
+from robustbench_deq.threat_spec import ThreatSpec
 from robustbench_deq.threats import Threat
 
 BuildAttack = Callable[[str, Threat, dict[str, Any]], Attack]

@@ -24,13 +24,15 @@ from robustbench_deq.configs import MAX_COUNT, Config, Distinct, FolderName, mer
 from robustbench_deq.data import Split, SplitName, load
 from robustbench_deq.errors import UsageError
 from robustbench_deq.files import is_folder
-from robustbench_deq.inputs import shape_fix
+from robustbench_deq.fixes import shape_fix
 from robustbench_deq.models import MODELS, ModelDescription, describe_model
+from robustbench_deq.models.cards import names_function
 from robustbench_deq.models.user_file import digest_of_file
 from robustbench_deq.protocol import ATTACKS
 from robustbench_deq.records.record import SCHEMA_VERSION
 from robustbench_deq.solvers import SOLVERS
-from robustbench_deq.specs import AttackSpec, NormName, Radius, ThreatSpec
+from robustbench_deq.specs import AttackSpec
+from robustbench_deq.threat_spec import NormName, Radius, ThreatSpec
 
 Axis = list[dict[str, Any]]
 """Points of an axis of the suite, each as settings of an attack."""
@@ -309,7 +311,7 @@ def digest_of_model(model: str) -> str:
 
 def _describe(model: str) -> ModelDescription | None:
     """None for a model of a file, which has no description."""
-    return None if ".py:" in model else describe_model(model)
+    return None if names_function(model) else describe_model(model)
 
 
 def cut(run: Run, batches_per_shard: int) -> list[Shard]:
@@ -321,7 +323,7 @@ def cut(run: Run, batches_per_shard: int) -> list[Shard]:
 
 def _expand(pattern: str) -> list[str]:
     """Registered names that match, or the pattern itself where it names a folder or a file."""
-    if ".py:" in pattern or is_folder(pattern):
+    if names_function(pattern) or is_folder(pattern):
         return [pattern]
     names = MODELS.list(pattern)
     if not names:

@@ -4,13 +4,14 @@ that would be called robust; samples without a slope; and settings that would do
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from robustbench_deq.attacks import JointPGD, JointPGDConfig, build_attack
+from robustbench_deq.attacks import JointFMN, JointPGD, JointPGDConfig, build_attack
 from robustbench_deq.attacks.joint import AUDIT_KEY, AUDIT_STEPS, AUDITED_SHARE, FULL_STEPS
 from robustbench_deq.attacks.joint_pgd import KeepRule
 from robustbench_deq.equilibrium import EquilibriumModel
@@ -441,3 +442,31 @@ def test_saturated_logits_have_a_slope(name: str, make_model, make_images) -> No
     sure = attack(model, x, y)
     assert sure.diagnostics["num_zero_gradient"] == plain.diagnostics["num_zero_gradient"] == 0
     torch.testing.assert_close(sure.delta, plain.delta, rtol=0, atol=5e-3)
+
+
+class Lagging(JointFMN):
+    """All of its states lag at the end of the search."""
+
+    def climb(self, model: EquilibriumModel, batch: Batch, *rest: Any) -> Proposal:
+        search = self.search
+
+        def lagging(*args: Any) -> Optimum:
+            self.first = search(*args)._replace(residual=torch.ones(len(batch)).double())
+            vars(self).pop("search")  # attacks with full solves are what they are
+            return self.first
+
+        self.search = lagging  # type: ignore[method-assign]  # for this one call
+        return super().climb(model, batch, *rest)
+
+
+def test_the_smallest_norm_that_is_found_is_kept_though_the_state_lags(make_model, make_images) -> None:
+    """A full solve for each of many steps would find a success of a larger norm."""
+    model, x = make_model("test-linear"), make_images(8)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    attack = Lagging(Threat(Norm.L2, 0.2), steps=60)
+    result = attack(model, x, y)
+    has_success = attack.first.loss > 0
+    assert 0 < int(has_success.sum()) < 8
+    assert result.diagnostics["num_finished"] == int((~has_success).sum())
+    torch.testing.assert_close(result.delta[has_success], attack.first.variable[has_success], rtol=1e-6, atol=1e-8)

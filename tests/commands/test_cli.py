@@ -624,12 +624,12 @@ def test_help_says_that_model_files_are_run(name: str) -> None:
     assert re.search(r"file\.py:function[^:]* is\s+run as code", succeeds(name, "--help"))
 
 
-def test_records_are_read_reported_and_checked_without_torch(tmp_path: Path) -> None:
+def test_listings_are_made_and_records_read_reported_and_checked_without_torch(tmp_path: Path) -> None:
     """Torch takes longer to import than a report to be made."""
     kept = (ROOT / "results" / "radii" / "records.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "records.jsonl").write_text("".join(kept[:2]))
     calls = (["report", str(tmp_path)], ["report", "--compare", str(tmp_path), str(tmp_path)], ["check", "--help"])
-    for words in calls:
+    for words in (*calls, ["models"], ["models", "--json"], ["datasets"]):
         code = (
             "import sys; from robustbench_deq.commands.main import main; "
             f"main({words!r}, prog_name='x'); sys.exit('torch' in sys.modules)"
@@ -652,7 +652,7 @@ except BaseException:  # as code within imports does
 def test_ctrl_c_during_any_import_is_one_line(module: str, tmp_path: Path) -> None:
     (tmp_path / f"{module}.py").write_text(SLOW_MODULE)
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "cli.py"), "models"],
+        [sys.executable, str(ROOT / "cli.py"), "attacks"],
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -710,16 +710,15 @@ def test_help_version_and_completion_do_without_torch() -> None:
 def test_choices_and_completed_names_are_those_of_the_registries() -> None:
     assert options.model_names() == MODELS.list()
     assert [*options.ATTACK_NAMES] == ATTACKS.list() and [*options.DATASET_NAMES] == DATASETS.list()
+    assert [*options.FAMILY_NAMES] == FAMILIES.list()
     assert [*options.NORM_NAMES] == NORMS.list() and [*options.SPLIT_NAMES] == [name.value for name in SplitName]
     assert f"at most {attack_command.DEFAULT_LIMIT}" in succeeds("attack", "--help") and options.MAX_COUNT == MAX_COUNT
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_what_is_declared_of_a_command_is_what_it_takes(name: str) -> None:
-    module = {"attacks": "listings", "datasets": "listings"}.get(name, name)
-    function = getattr(
-        importlib.import_module(f"robustbench_deq.commands.{module}"), {"judge": "judge_file"}.get(name, name)
-    )
+    named = {"judge": "judge_file", "evaluate": "evaluate_by_standard"}.get(name, name)
+    function = getattr(importlib.import_module(f"robustbench_deq.commands.{name}"), named)
     assert {option.name for option in cli.COMMANDS[name].params} == set(inspect.signature(function).parameters)
 
 

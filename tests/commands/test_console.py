@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from robustbench_deq.commands import main as cli
 from robustbench_deq.commands.check import _echo_checks
 from robustbench_deq.commands.display import bar, suite_display
-from robustbench_deq.commands.shared import echo_listing
+from robustbench_deq.commands.rows import echo_listing
 from robustbench_deq.runner.gate import Check
 from robustbench_deq.runner.progress import SuiteProgress
 

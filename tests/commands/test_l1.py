@@ -13,7 +13,7 @@ import pytest
 from robustbench_deq.attacks import ATTACKS
 from robustbench_deq.commands import main as cli
 from robustbench_deq.records.store import load_records
-from robustbench_deq.specs import ThreatSpec
+from robustbench_deq.threat_spec import ThreatSpec
 from robustbench_deq.threats import Threat
 
 MODEL = "deq-fc.digits-joint-l2"

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from robustbench_deq.data import DATASETS, SplitName, load, sources, split_sizes, splits
 from robustbench_deq.data.splits import split_ids
 from robustbench_deq.errors import UsageError
-from robustbench_deq.inputs import PIXEL_SLACK
+from robustbench_deq.fixes import PIXEL_SLACK
 
 NUM_TRAIN, NUM_TEST = 20, 12
 THREE = (SplitName.TRAIN, SplitName.VALIDATION, SplitName.TEST)

@@ -116,6 +116,24 @@ def test_no_amplification_is_below_one(build) -> None:
         assert known.settled.amplification.tolist() == [1.0] * NUM
 
 
+@pytest.mark.parametrize("power", [83, -66])
+def test_joint_attacks_and_their_adjoints_do_not_depend_on_the_scale_of_the_logits(build, power: int) -> None:
+    """1e25 and 1e-20: squares of float32 overflow, and residuals are below what is added to sizes."""
+    plain, x, y = build()
+    plain, scaled, x = plain.float(), build()[0].float(), x.float()
+    with torch.no_grad():
+        scaled.readout.weight.mul_(2.0**power)
+    found = []
+    for model in (plain, scaled):
+        clean = judge_clean(model, x, y).known(model, x, CrossEntropy(y))
+        attack = attack_of("joint-pgd", steps=10, stop_at_success=False)
+        found.append((clean.settled.mu, attack(model, x, y).delta, attack(model, x, y, clean=clean).delta))
+    (mu, *deltas), (scaled_mu, *scaled_deltas) = found
+    torch.testing.assert_close(scaled_mu * 2.0**-power, mu, rtol=1e-4, atol=1e-6)
+    for mine, its in zip(scaled_deltas, deltas, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-3, atol=1e-4)
+
+
 SPECTRUM = torch.tensor([0.1, 0.25, 0.4, 0.55, 0.7], dtype=torch.float64)
 """Eigenvalues of a cell that is itself slow: those of `I - J` go up to 0.9, so that it is relaxed by 1 / 0.9."""
 

@@ -21,6 +21,7 @@ from robustbench_deq.models import (
     FAMILIES,
     MODELS,
     Card,
+    cards,
     describe_model,
     io,
     list_models,
@@ -310,7 +311,8 @@ def small_zoo(make_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         family = name.split(".")[0]
         save_model(make_model(family, dtype=torch.float32), tmp_path / name, name, card)
         models.register(name)(ModelEntry(name, family, tmp_path / name, {}))
-    monkeypatch.setattr(io, "MODELS", models)
+    for module in (io, cards):
+        monkeypatch.setattr(module, "MODELS", models)
     monkeypatch.setattr(io, "load_folder", lambda folder: folder.name)
 
 

@@ -24,6 +24,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from robustbench_deq.adjoints import seed_scale
 from robustbench_deq.optimise.contraction import estimate_contraction
 from robustbench_deq.optimise.domains import Domain
 from robustbench_deq.optimise.pace import AdaptivePace, PaceState
@@ -121,7 +122,8 @@ class Joint(Source):
         relaxation = None
         if self.relaxes:
             if contraction is None:
-                contraction = estimate_contraction(problem.model, z, problem.inject(variable), mu)
+                start = mu / per_sample(seed_scale(mu), mu)  # its direction: its squares may overflow
+                contraction = estimate_contraction(problem.model, z, problem.inject(variable), start)
             if bool((contraction.relaxation > 1.0).any()):
                 relaxation = contraction.relaxation
         return JointState(

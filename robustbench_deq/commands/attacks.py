@@ -1,4 +1,4 @@
-"""`attacks` and `datasets`: what is registered of each."""
+"""`attacks`: what is registered, with its settings."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import click
 
 from robustbench_deq.adjoints import ADJOINTS
 from robustbench_deq.attacks import ATTACKS
-from robustbench_deq.commands.shared import echo_listing
-from robustbench_deq.data import DATASETS
+from robustbench_deq.commands.rows import echo_listing
 from robustbench_deq.optimise import OBJECTIVES
 from robustbench_deq.solvers import SOLVERS
 
@@ -48,17 +47,3 @@ def _without_references(schema: Any, definitions: dict[str, Any]) -> Any:
     named = definitions[schema["$ref"].rsplit("/", 1)[-1]] if "$ref" in schema else {}
     own = {key: value for key, value in schema.items() if key != "$ref"}
     return {key: _without_references(value, definitions) for key, value in {**named, **own}.items()}
-
-
-def datasets(is_json: bool) -> None:
-    """List datasets. Your own: npz:FILE with arrays 'images' and 'labels'."""
-    rows = [
-        {
-            "name": info.name,
-            "shape": "x".join(map(str, info.input_shape)),
-            "classes": info.num_classes,
-            "summary": info.summary,
-        }
-        for info in map(DATASETS.get, DATASETS)
-    ]
-    echo_listing(rows, "datasets", is_json)
