@@ -15,6 +15,7 @@ from rich.table import Table
 from robustbench_deq.commands.console import plain_console
 from robustbench_deq.commands.shared import tell_split
 from robustbench_deq.commands.suite_run import Where, check_target, run_in, tell_doubts
+from robustbench_deq.commands.verdicts import flag_lines
 from robustbench_deq.configs import validate
 from robustbench_deq.errors import UsageError
 from robustbench_deq.records.record import Record, to_json
@@ -115,6 +116,8 @@ def _echo_record(record: Record) -> None:
         click.echo(f"certified         {record.num_certified / record.data.num_samples:.1%}")
     lost = f"unconverged       {record.num_unconverged}   failed {record.num_failed}"
     click.echo(f"{lost}   non-finite logits {record.num_nonfinite}" if record.num_nonfinite else lost)
+    for line in flag_lines(record):
+        click.echo(line)
     cost = record.cost
     click.echo(f"cost per image    {cost.cell_evals:.1f} cell evaluations, {cost.cell_vjps:.1f} VJPs")
     click.echo(f"seconds in all    {cost.wall_seconds:.2f} attack, {cost.judge_seconds or 0.0:.2f} judge")
