@@ -168,6 +168,7 @@ class _Made(NamedTuple):
     name: str
     threat: Threat
     config: ExternalConfig
+    version: str | None = None
 
 
 class _ExternalTask(Task):

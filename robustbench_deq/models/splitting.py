@@ -23,7 +23,7 @@ import abc
 import copy
 import enum
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -105,24 +105,25 @@ class SplittingDEQ(FamilyModel):
 
     def matrix(self) -> Tensor:
         """The step's matrix; built again only when a parameter has changed or its gradient is wanted."""
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
+        parameters = list(self.parameters())
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
             return self._build_matrix()
-        return self._kept("matrix", self._build_matrix)
+        return self._kept("matrix", self._build_matrix, parameters)
 
-    def _kept(self, name: str, build: Callable[[], T]) -> T:
+    def _kept(self, name: str, build: Callable[[], T], parameters: Sequence[Tensor]) -> T:
         """What `build` makes of the parameters, built again only when one of them has changed.
 
         A parameter that is written to through `.data`, in place, looks unchanged to torch and so to this. Parameters
         made in inference mode report no change at all; for them nothing is kept.
         """
-        parameters = list(self.parameters())
         if any(parameter.is_inference() for parameter in parameters):
             return build()
         key = tuple((part.data_ptr(), part._version, part.dtype) for part in parameters)
-        if self._cached.get(name, (None,))[0] != key:
+        known = self._cached.get(name)
+        if known is None or known[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # what is kept may serve a gradient later
-                self._cached[name] = (key, build())
-        return self._cached[name][1]
+                known = self._cached[name] = key, build()
+        return known[1]
 
     def cell(self, z: Tensor, u: Tensor) -> Tensor:
         step = self.config.splitting_step
@@ -168,7 +169,8 @@ class SplittingDEQ(FamilyModel):
     @torch.no_grad()
     def certified_radii(self, z: Tensor, y: Tensor) -> Tensor:
         """By `models.monotone_bounds`, which is measured once for the weights as they are."""
-        bounds, active = self._kept("bounds", self._measure_bounds), z.flatten(1).double()
+        bounds = self._kept("bounds", self._measure_bounds, list(self.parameters()))
+        active = z.flatten(1).double()
         sizes = torch.linalg.vector_norm(active, dim=1)
         logits = F.linear(active.relu(), self.readout.weight.double(), self.readout.bias.double())
         return bounds.radii(logits, sizes, y.to(z.device))
