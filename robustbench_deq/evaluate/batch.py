@@ -164,5 +164,6 @@ def evaluate_batch(
     probes = None
     if task.has_panel and rows.start == 0:
         watch("panel", 0.0)
-        probes = probe(model, task.attack.threat, x, y, sample_ids, task.seed, clean, is_robust)
+        left = None if task.is_targeted else is_robust
+        probes = probe(model, task.attack.threat, x, y, sample_ids, task.seed, clean, left)
     return Part(samples, cost, curve, list(result.residuals), result.diagnostics, probes), result.x_adv.cpu()
