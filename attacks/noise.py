@@ -16,6 +16,7 @@ from robustbench_deq.protocol import ATTACKS, Attack, Batch, ObjectiveConfig, Pr
 
 class NoiseConfig(ObjectiveConfig):
     restarts: int = Field(10, ge=1, description="draws; the highest loss is kept per sample")
+    heading: None = Field(None, description="always null: a draw heads for no class")
     random_start: Literal[True] = Field(True, description="always true: the draw is the attack")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from robustbench_deq.attacks.settings import SolvedConfig
 from robustbench_deq.equilibrium import EquilibriumModel
-from robustbench_deq.optimise import Objective, ProjectedAscent, Schedule, Step
+from robustbench_deq.optimise import Keep, Objective, ProjectedAscent, Schedule, Step
 from robustbench_deq.protocol import ATTACKS, Batch, ObjectiveAttack, Proposal, Recorder
 
 S = TypeVar("S", bound=SolvedConfig)
@@ -34,12 +34,14 @@ class SolvedAttack(ObjectiveAttack[S]):
         is_of_use = self.config.warm_start and self.config.adjoint == "implicit"
         return super().first_objective(labels, targets) if is_of_use else None
 
-    def climb(self, model: EquilibriumModel, batch: Batch, step: Step, record: Recorder) -> Proposal:
-        """A run with the given step, the highest loss kept."""
+    def climb(
+        self, model: EquilibriumModel, batch: Batch, step: Step, record: Recorder, keep: Keep | None = None
+    ) -> Proposal:
+        """A run with the given step; by default the highest loss is kept."""
         config = self.config
         record.plan(config.steps)
         source = config.source(has_trace=record.num_snapshots > 0)
-        found = self.search(model, batch, source, step, config.highest_loss(), config.steps, record)
+        found = self.search(model, batch, source, step, keep or config.highest_loss(), config.steps, record)
         diagnostics = {name: float(counts.sum()) for name, counts in found.tally.items()}
         return Proposal(
             delta=found.variable,

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from benchmarks.marks import write_between
 from robustbench_deq.records.flags import FLAGS, PROBES
-from robustbench_deq.records.record import SAMPLE_COLUMNS, SCHEMA_VERSION, Record
+from robustbench_deq.records.record import SAMPLE_COLUMNS, SCHEMA_VERSION, STANDARD_COLUMNS, Record
 from robustbench_deq.report.tables.text import markdown_table
 
 README = Path(__file__).parents[1] / "results" / "README.md"
@@ -28,7 +28,7 @@ def schema_text() -> str:
     """Markdown tables: the fields of a record, dotted, the columns of its samples, the numbers of the panel, and the
     flags that they raise."""
     fields = pd.DataFrame(list(_rows(Record)), columns=["field", "type", "meaning"])
-    columns = pd.DataFrame(list(SAMPLE_COLUMNS.items()), columns=["column", "meaning"])
+    columns = pd.DataFrame(list((SAMPLE_COLUMNS | STANDARD_COLUMNS).items()), columns=["column", "meaning"])
     probes = pd.DataFrame(list(PROBES.items()), columns=["probe", "meaning"])
     doubts = [(flag.name, "yes" if flag.is_red else "no", flag.raised_when, flag.meaning) for flag in FLAGS]
     flags = pd.DataFrame(doubts, columns=["flag", "red", "raised when", "what it means"])

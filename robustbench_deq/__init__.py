@@ -15,10 +15,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from robustbench_deq.benchmark import benchmark
     from robustbench_deq.data import SplitName, load
     from robustbench_deq.equilibrium import EquilibriumModel
     from robustbench_deq.errors import RunError, UsageError
     from robustbench_deq.evaluate.evaluation import Evaluation, evaluate
+    from robustbench_deq.evaluate.external import ExternalImages, judge_images
     from robustbench_deq.models import MODELS, load_model, save_model
     from robustbench_deq.optimise import Norm
     from robustbench_deq.threats import Threat
@@ -27,12 +29,15 @@ _PLACES = {
     "MODELS": "models",
     "EquilibriumModel": "equilibrium",
     "Evaluation": "evaluate.evaluation",
+    "ExternalImages": "evaluate.external",
     "Norm": "optimise",
     "RunError": "errors",
     "SplitName": "data",
     "Threat": "threats",
     "UsageError": "errors",
+    "benchmark": "benchmark",
     "evaluate": "evaluate.evaluation",
+    "judge_images": "evaluate.external",
     "load": "data",
     "load_model": "models",
     "save_model": "models",
@@ -43,12 +48,15 @@ __all__ = [
     "MODELS",
     "EquilibriumModel",
     "Evaluation",
+    "ExternalImages",
     "Norm",
     "RunError",
     "SplitName",
     "Threat",
     "UsageError",
+    "benchmark",
     "evaluate",
+    "judge_images",
     "load",
     "load_model",
     "save_model",

@@ -175,6 +175,18 @@ class EquilibriumModel(nn.Module, abc.ABC):
         """
         return self.head(self.equilibrium(x).value)
 
+    def certified_radii(self, z: Tensor, y: Tensor) -> Tensor | None:
+        """L2 radii `(batch,)`, float64, in pixel units: no image within its radius is taken for another class than `y`.
+
+        Args:
+            z: states at clean images, equilibria to the judge's tolerance.
+            y: classes `(batch,)`.
+
+        Returns:
+            0 where the class is another one at `z`; None for a model that guarantees nothing, as most do.
+        """
+        return None
+
     def check_images(self, x: Tensor) -> None:
         """Raise `UsageError` unless `x` is a batch of finite images in [0, 1] of this model's shape, which it has.
 

@@ -52,6 +52,16 @@ class Cost:
     wall_seconds: float
     peak_memory_mb: float
 
+    def since(self, before: Cost) -> Cost:
+        """What has been spent since, of the same samples; the peak is that of all."""
+        return Cost(
+            cell_evals=self.cell_evals - before.cell_evals,
+            cell_vjps=self.cell_vjps - before.cell_vjps,
+            solver_steps=self.solver_steps - before.solver_steps,
+            wall_seconds=self.wall_seconds - before.wall_seconds,
+            peak_memory_mb=self.peak_memory_mb,
+        )
+
 
 @dataclass
 class Meter:
@@ -124,6 +134,10 @@ class Meter:
             raise BudgetSpent
         if self._outer is not None:
             self._outer.admit(rows)
+
+    @property
+    def has_budget(self) -> bool:
+        return self.max_rows is not None or self.max_seconds is not None
 
     @property
     def num_steps(self) -> int:

@@ -76,4 +76,13 @@ class Threat:
 
     def allows(self, size: Tensor) -> Tensor:
         """Whether perturbations of these norms `(batch,)` lie in the ball, but for what rounding adds; NaN does not."""
-        return size <= self.epsilon * (1 + SLACK) + SLACK
+        return size <= self._most
+
+    def l2_radius(self, num_pixels: int) -> float | None:
+        """Of an L2 ball that holds all that `allows` for images of `num_pixels` numbers; None: unknown for the norm."""
+        reach = self.norm.l2_reach(num_pixels)
+        return None if reach is None else self._most * reach
+
+    @property
+    def _most(self) -> float:
+        return self.epsilon * (1 + SLACK) + SLACK

@@ -34,6 +34,7 @@ import yaml
 from click.testing import CliRunner
 
 from robustbench_deq.commands import main as cli
+from robustbench_deq.data import load
 
 MAX_SECONDS = 20
 """Of computing; a call that waits is killed after three times as long."""
@@ -287,6 +288,28 @@ def _npz(rng: random.Random, material: Path, folder: Path) -> list[str]:
     return ["attack", "test-linear.tiny", "--epsilon", "1", "--steps", "2", "--limit", "3", "--data", "npz:mine.npz"]
 
 
+def _judge(rng: random.Random, material: Path, folder: Path) -> list[str]:
+    """Images for the command `judge`: arrays of wrong shapes and kinds, some missing, or a damaged file."""
+    ids = load("digits", limit=6).sample_ids.numpy()
+    good: dict[str, Any] = {"x_adv": np.full((6, 1, 8, 8), 0.5, "float32"), "sample_ids": ids, "labels": np.arange(6)}
+    bad = [
+        np.ones((6, 8, 8)),
+        np.full((6, 1, 8, 8), np.nan),
+        np.array("text"),
+        np.arange(6) - 1,
+        np.zeros((0, 1, 8, 8)),
+    ]
+    bad += [np.ones((6, 1, 8, 8), "M8[s]"), np.eye(6), np.array([2**63] * 6, "uint64"), np.full(6, "x"), np.array(1j)]
+    for name in rng.sample(["x_adv", "sample_ids", "labels", "x", "attack"], rng.randint(1, 2)):
+        good[name] = rng.choice(bad)
+    if rng.random() < 0.3:
+        del good[rng.choice(list(good))]
+    np.savez(folder / "theirs.npz", **good)
+    if rng.random() < 0.3:
+        (folder / "theirs.npz").write_bytes(_spoil(rng, (folder / "theirs.npz").read_bytes()))
+    return ["judge", "test-linear.tiny", "theirs.npz", "--epsilon", "0.5", "--data", "digits", "--limit", "6"]
+
+
 def _run_folder(rng: random.Random, material: Path, folder: Path) -> None:
     shutil.copytree(material / "run", folder / "run")
     _damage(rng, folder / "run")
@@ -322,6 +345,7 @@ _KINDS: dict[str, tuple[float, Callable[[random.Random, Path, Path], list[str]]]
     "suite": (30, _suite),
     "train": (10, _train),
     "attack": (20, _attack),
+    "judge": (6, _judge),
     "model file": (10, _model_file),
     "saved model": (8, _saved),
     "npz": (8, _npz),

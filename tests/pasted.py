@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = {
-    "attacks/fgsm.py": None,
+    "attacks/mi_fgsm.py": None,
     "robustbench_deq/solvers/heavy_ball.py": r'SOLVERS\.register\("[\w-]+"\)\(\w+\)',
 }
 """Modules of CONTRIBUTING, with the line that registers what they define, as the text says it; None: they do it."""

@@ -38,19 +38,21 @@ MAY_IMPORT = {
     "randomness": "",
     "optimise": "adjoints equilibrium errors meter randomness registry rows solvers shown",
     "threats": "configs errors optimise",
-    "protocol": "configs equilibrium errors inputs meter optimise registry rows threats shown",
+    "certificates": "equilibrium threats",
+    "protocol": "certificates configs equilibrium errors inputs meter optimise randomness registry rows threats shown",
     "specs": "adjoints configs optimise protocol solvers threats",
     "models": "adjoints callables configs equilibrium errors files optimise registry rows solvers specs trial",
     "data": "configs errors files inputs registry shown",
     "records": "configs errors files shown",
-    "evaluate": "adjoints configs data devices equilibrium errors inputs memory meter models optimise proportions "
-    "protocol randomness records rows solvers shown threats trial",
+    "evaluate": "adjoints configs data devices equilibrium errors files inputs memory meter models optimise "
+    "proportions protocol randomness records rows solvers shown threats trial",
     "runner": "configs data equilibrium errors evaluate files inputs memory models optimise proportions protocol quiet "
     "records solvers specs threats",
     "training": "adjoints configs data equilibrium errors evaluate files models protocol registry rows solvers specs "
     "threats",
     "report": "configs errors files proportions records",
     "attacks": "adjoints configs equilibrium errors optimise protocol randomness rows solvers threats",
+    "benchmark": "attacks data equilibrium errors evaluate models optimise registry threats",
     "commands": "*",
 }
 """For each part of the package (a module or a folder), the other parts that it may import, as seen from the source

@@ -15,7 +15,7 @@ import yaml
 
 from robustbench_deq.attacks import build_attack
 from robustbench_deq.commands import main as cli
-from robustbench_deq.optimise import Norm
+from robustbench_deq.optimise import NORMS, Norm
 from robustbench_deq.runner.baseline import read_baseline
 from robustbench_deq.runner.suite import plan, read_suite
 from robustbench_deq.threats import Threat
@@ -58,6 +58,70 @@ def test_workflow_makes_targets_that_exist_and_keeps_what_the_gate_writes() -> N
     used = {step["uses"].split("@")[0]: step.get("with", {}) for step in steps if "uses" in step}
     assert (ROOT / used["actions/setup-python"]["cache-dependency-path"]).is_file()
     assert used["actions/upload-artifact"]["path"].rstrip("/") == folder_of_the_gate()
+
+
+JUDGE = ".github/workflows/judge.yml"
+INPUTS = {"model": "test-linear.tiny", "url": "-", "norm": "l1", "epsilon": "8/255", "data": "digits", "limit": "64"}
+
+
+def test_workflow_that_judges_is_started_by_hand_and_takes_what_is_typed_as_values() -> None:
+    workflow, text = read(JUDGE), (ROOT / JUDGE).read_text()
+    assert set(workflow[True]) == {"workflow_dispatch"} and workflow["permissions"] == {"contents": "read"}
+    assert set(workflow[True]["workflow_dispatch"]["inputs"]) == set(INPUTS)
+    assert "secrets." not in text and "GITHUB_TOKEN" not in text
+    job = workflow["jobs"]["judge"]
+    assert job["env"] == {name.upper(): f"${{{{ inputs.{name} }}}}" for name in INPUTS}
+    assert text.count("${{") == len(INPUTS)  # no script, no name of an action has any of it in its text
+    checkout = next(step for step in job["steps"] if step.get("uses", "").startswith("actions/checkout@"))
+    assert checkout["with"] == {"persist-credentials": False}
+
+
+def test_workflow_that_judges_calls_the_command_as_it_is_and_keeps_its_record() -> None:
+    steps = read(JUDGE)["jobs"]["judge"]["steps"]
+    make, fetch, judge = (shlex.split(step["run"]) for step in steps if "run" in step)
+    assert make == ["make", ".venv/.ready"] and "\n$(VENV)/.ready:" in (ROOT / "Makefile").read_text()
+    assert fetch[0] == "curl" and fetch[-2:] == ["--", "$URL"]
+    assert fetch[fetch.index("--proto") + 1] == fetch[fetch.index("--proto-redir") + 1] == "=https"
+    script, command, *words = judge
+    assert script == ".venv/bin/robustbench-deq"
+    words = [INPUTS[word[1:].lower()] if word.startswith("$") else word for word in words]
+    given = cli.main.get_command(None, command).make_context(command, words).params
+    assert (given["model"], given["file"]) == ("test-linear.tiny", Path(fetch[fetch.index("--output") + 1]))
+    assert [given[name] for name in ("norm", "epsilon", "data", "limit")] == ["l1", "8/255", "digits", 64]
+    upload = next(step for step in steps if step.get("uses", "").startswith("actions/upload-artifact@"))
+    assert Path(upload["with"]["path"]) == given["out"]
+
+
+FORMS = sorted(path.name for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+COMMAND = re.compile(r"robustbench-deq ([a-z]+)((?: [A-Za-z0-9./_-]+)*)")
+
+
+def test_there_is_a_form_for_models_and_one_for_results() -> None:
+    assert FORMS == ["new-attack-result.yml", "new-model.yml"]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_issue_forms_ask_for_what_is_judged(name: str) -> None:
+    form = read(f".github/ISSUE_TEMPLATE/{name}")
+    assert {"name", "description", "title", "labels", "body"} == set(form)
+    kinds = {"markdown": {"value"}, "input": {"label"}, "textarea": {"label"}, "dropdown": {"label", "options"}}
+    assert all(kinds[field["type"]] <= set(field["attributes"]) for field in form["body"])
+    asked = {field["id"]: field for field in form["body"] if field["type"] != "markdown"}
+    assert all(field["validations"] == {"required": True} for field in asked.values())
+    wanted = {"norm", "epsilon", "data", "file", "verdict"} | ({"model", "limit"} if "attack" in name else {"check"})
+    assert wanted <= set(asked)
+    assert [
+        norm for norm in asked["norm"]["attributes"]["options"] if norm != "no attack"
+    ] == NORMS.list()  # GitHub refuses "none"
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_issue_forms_show_commands_as_they_are(name: str) -> None:
+    shown = COMMAND.findall((ROOT / ".github" / "ISSUE_TEMPLATE" / name).read_text())
+    assert len(shown) > 2
+    for command, rest in shown:
+        known = {option for param in cli.main.get_command(None, command).params for option in param.opts}
+        assert {word for word in rest.split() if word.startswith("--")} <= known
 
 
 def commands_of_the_gate() -> list[list[str]]:

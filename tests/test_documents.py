@@ -1,6 +1,6 @@
 """The modules that README and CONTRIBUTING show run as they stand, and what they register works.
 
-A block of Python whose first line is a comment with a file's name, such as `# attacks/fgsm.py`, is a module. What it
+A block of Python whose first line is a comment with a file's name, such as `# attacks/mi_fgsm.py`, is a module. What it
 registers is taken out again.
 """
 
@@ -304,12 +304,13 @@ def test_solver_solves(name: str, execute, make_images) -> None:
 def test_examples_keep_the_contract_of_what_they_are_examples_of() -> None:
     """In a process of its own, since the contract's cases are made of what is registered; on two families of ten."""
     others = ("deq-fc", "mdeq", "mondeq", "lben", "linear", "resnet")
-    chosen = f"(fgsm-l2 and not {' and not '.join(others)}) or heavy-ball"
+    chosen = f"(mi-fgsm-l2 and not {' and not '.join(others)}) or heavy-ball"
     words = [sys.executable, "-m", "tests.pasted", "-k", chosen]
     answer = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert answer.returncode == 0, answer.stdout[-3000:] + answer.stderr[-1000:]
     assert (
-        answer.stdout.startswith("pasted: fgsm heavy-ball\n") and int(re.search(r"(\d+) passed", answer.stdout)[1]) > 50
+        answer.stdout.startswith("pasted: mi-fgsm heavy-ball\n")
+        and int(re.search(r"(\d+) passed", answer.stdout)[1]) > 50
     )
 
 

@@ -23,15 +23,16 @@ from robustbench_deq.evaluate.clean import judge_clean
 from robustbench_deq.evaluate.evaluation import evaluate
 from robustbench_deq.models import load_model
 from robustbench_deq.optimise import Norm
-from robustbench_deq.protocol import ATTACKS
+from robustbench_deq.protocol import ATTACKS, Cascade
 from robustbench_deq.threats import Threat
 
 THREAT, Y = Threat("l2", 0.3), torch.tensor([0, 1, 2, 0])
 NAMES = [name for name in ATTACKS if name != "torchattacks-pgd"]  # of the other norm
 
 
-def attack_of(name: str) -> Any:
-    return build_attack(name, THREAT, {} if name == "noise" else {"steps": 5})
+def attack_of(name: str, threat: Threat = THREAT) -> Any:
+    has_steps = "steps" in ATTACKS.get(name).config_type.model_fields
+    return build_attack(name, threat, {"steps": 5} if has_steps else {})
 
 
 @pytest.fixture
@@ -237,8 +238,9 @@ def test_a_loaded_model_is_recorded_by_name_and_digest_until_it_changes(tmp_path
 def test_labels_of_any_integer_type_are_taken(name: str, dtype: torch.dtype, make: Callable[..., Any]) -> None:
     model, x = make()
     y, attack = (Y > 0).to(dtype), attack_of(name)
-    expected = attack(model, x, y.long(), targets=Y)
-    assert torch.equal(attack(model, x, y, targets=Y.to(torch.int16)).x_adv, expected.x_adv)
+    targets = {} if isinstance(attack, Cascade) else {"targets": Y.to(torch.int16)}
+    expected = attack(model, x, y.long(), **{key: Y for key in targets})
+    assert torch.equal(attack(model, x, y, **targets).x_adv, expected.x_adv)
 
 
 def test_labels_of_a_split_and_of_numpy_are_taken(setup: tuple[EquilibriumModel, Split]) -> None:
@@ -373,7 +375,7 @@ def test_layout_of_images_and_model_does_not_matter(name: str, make_model: Any, 
         make_images(4, torch.float32, shape=shape),
     )
     threat = Threat(Norm.LINF, 0.05) if name == "torchattacks-pgd" else THREAT
-    attack = build_attack(name, threat, {} if name == "noise" else {"steps": 5})
+    attack = attack_of(name, threat)
     plain = attack(model, x, Y).x_adv
     other = attack(model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last), Y).x_adv
     torch.testing.assert_close(other, plain, rtol=0, atol=1e-4)

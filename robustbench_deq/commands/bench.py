@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import collections
 import sys
-import time
 from pathlib import Path
 
 import click
 from rich.table import Table
 
-from robustbench_deq.attacks import build_attack
 from robustbench_deq.commands.console import plain_console
-from robustbench_deq.commands.display import suite_display
 from robustbench_deq.commands.shared import tell_split
+from robustbench_deq.commands.suite_run import Where, check_target, run_in, tell_doubts
 from robustbench_deq.configs import merge, parse_assignments, read_yaml, validate
-from robustbench_deq.data import SplitName, load
-from robustbench_deq.devices import choose_device, named_device
-from robustbench_deq.errors import RunError, UsageError
-from robustbench_deq.files import is_file, needing_space, output_folder
-from robustbench_deq.records.store import RECORDS_FILE, load_records
-from robustbench_deq.runner.executors import Executor, Processes, Ray, Serial
-from robustbench_deq.runner.progress import EarlierPaces, SuiteProgress
-from robustbench_deq.runner.run import SUITE_FILE, check_folder, claim_folder, missing_shards, run_suite
+from robustbench_deq.files import is_file
+from robustbench_deq.records.record import Record
+from robustbench_deq.records.store import RECORDS_FILE
+from robustbench_deq.runner.progress import EarlierPaces
+from robustbench_deq.runner.run import missing_shards
 from robustbench_deq.runner.suite import Run, Shard, SuiteConfig, cut, plan
-from robustbench_deq.specs import ThreatSpec
 
 
 def bench(
@@ -41,40 +35,24 @@ def bench(
     """Run SUITE, a YAML file of models, attacks and threats, and leave a folder of records."""
     parsed = validate(SuiteConfig, merge(read_yaml(suite), parse_assignments(assignments)), str(suite))
     runs = [(run, cut(run, parsed.batches_per_shard)) for run in plan(parsed)]
-    for doubt in _doubts([run for run, _ in runs]):
-        click.echo(doubt, err=True)
+    tell_doubts(runs)
     for data in dict.fromkeys(run.data for run, _ in runs):
         tell_split(data, parsed.split, "split: all with limit: {} takes all")
     target = out or Path("results/runs") / parsed.name
-    _check_executor(kind, address, workers)
-    if device is not None:  # of another machine, perhaps; without a name every worker looks for itself
-        device = str(choose_device(device, "--device") if address is None else named_device(device, "--device"))
-    if resume:
-        check_folder(target, parsed, [run for run, _ in runs])
-    elif not is_dry and is_file(target / SUITE_FILE):
-        raise UsageError.of(
-            f"output folder {target}", expected="a new one", got="that of a suite", fix="add --resume, or name another"
-        )
+    where = Where(workers, kind, address, device).checked()
+    if resume or not is_dry:
+        check_target(parsed, runs, target, resume)
     if is_dry:
         missing = missing_shards(runs, target) if resume else [shard for _, shards in runs for shard in shards]
-        _echo_plan(runs, missing, EarlierPaces(_earlier_records(target), device), workers or 1)
+        _echo_plan(runs, missing, EarlierPaces(_earlier_records(target), where.device), workers or 1)
         return
-    advice = "finished shards are kept: make room, and go on with --resume"
-    with output_folder(target, resume) as folder, needing_space(advice):
-        executor = _make_executor(parsed, kind, address, workers, device)
-        claim_folder(folder, parsed, [run for run, _ in runs])
-        progress, start = SuiteProgress(runs, folder), time.monotonic()
-        with suite_display(parsed.name, progress) as watch:
-            try:
-                outcome = run_suite(runs, folder, build_attack, executor, device, watch)
-            except KeyboardInterrupt:
-                raise RunError("interrupted; finished shards are kept, go on with --resume") from None
-        seconds = time.monotonic() - start
-        if not is_file(folder / SUITE_FILE):  # somebody has removed it; without it there is no going on
-            claim_folder(folder, parsed, [run for run, _ in runs])
-    records = load_records(target) if is_file(target / RECORDS_FILE) else []
+    run_in(parsed, runs, target, resume, where, lambda records: _echo_records(records, target, len(runs)))
+
+
+def _echo_records(records: list[Record], target: Path, num_runs: int) -> None:
+    """How many records there are, and which of them are doubtful."""
     shown = f"; 'robustbench-deq report {target}' shows them" if records else ""
-    click.echo(f"{len(records)} of {len(runs)} records in {target}{shown}")
+    click.echo(f"{len(records)} of {num_runs} records in {target}{shown}")
     doubtful = [record for record in records if record.zero_gradient]
     if doubtful:
         worst = max(doubtful, key=lambda record: (record.num_zero_gradient or 0) / record.data.num_samples)
@@ -83,47 +61,11 @@ def bench(
             f"met a {worst.zero_gradient}{' (and others)' if len(doubtful) > 1 else ''}",
             err=True,
         )
-    click.echo(f"{seconds:.0f} s; attack and judge took {outcome.busy_seconds:.0f} s, all workers together", err=True)
-    if outcome.failures:
-        reasons = collections.Counter(outcome.failures.values()).most_common(3)
-        listed = "; ".join(f"{count} x {reason}" for reason, count in reasons)
-        raise RunError(
-            f"{len(outcome.failures)} of {progress.num_shards} shards failed: {listed}; try them again with --resume"
-        )
-    if len(records) < len(runs):
-        raise RunError(
-            f"{len(runs) - len(records)} of {len(runs)} records are missing: files were removed from {target} while "
-            "the suite ran; go on with --resume"
-        )
-
-
-def _doubts(runs: list[Run]) -> list[str]:
-    """What is odd about the radii of a suite, each once."""
-    sources = dict.fromkeys((run.data, run.split) for run in runs)
-    num_pixels = {data: load(data, SplitName(split), 1).x[0].numel() for data, split in sources}
-    asked = dict.fromkeys((run.norm, run.epsilon, num_pixels[run.data]) for run in runs)
-    found = (ThreatSpec(norm=norm, epsilon=epsilon).build().doubt(size) for norm, epsilon, size in asked)
-    return list(dict.fromkeys(filter(None, found)))
 
 
 def _earlier_records(target: Path) -> list[Path]:
     """Folders that may hold some. An output folder of another kind is not searched: it may be the root of a disk."""
     return [Path("results"), *([target] if is_file(target / RECORDS_FILE) else [])]
-
-
-def _check_executor(kind: str, address: str | None, workers: int | None) -> None:
-    if address is not None and kind != "ray":
-        raise UsageError.of("--address", expected="--executor ray", got=f"--executor {kind}", fix="add or drop it")
-    if address is not None and workers is not None:
-        raise UsageError.of("--workers", expected="none with --address", got=workers, fix="set resources in the suite")
-
-
-def _make_executor(
-    suite: SuiteConfig, kind: str, address: str | None, workers: int | None, device: str | None
-) -> Executor:
-    if kind == "ray":
-        return Ray(address, workers, suite.resources, device)
-    return Processes(workers) if workers is not None and workers > 1 else Serial()
 
 
 def _echo_plan(

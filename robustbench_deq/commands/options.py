@@ -20,7 +20,8 @@ from robustbench_deq.commands.interrupts import ending_at_once
 WEIGHTS_FOLDER = Path(__file__).parents[1] / "models" / "weights"
 """Of the registered models, as `models.zoo` has it."""
 ATTACK_NAMES = (
-    "pgd", "apgd", "joint-apgd", "joint-fmn", "joint-pgd", "noise", "torchattacks-pgd", "torchattacks-pgdl2",
+    "pgd", "apgd", "apgd-t", "fgsm", "fmn", "intermediate-pgd", "joint-apgd", "joint-fmn", "joint-pgd", "noise", "fast",
+    "standard",    "torchattacks-pgd", "torchattacks-pgdl2", "yopo",
 )  # fmt: skip
 DATASET_NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "svhn")
 NORM_NAMES = ("l1", "l2", "linf")
@@ -53,16 +54,18 @@ _an_attack = _complete(lambda: list(ATTACK_NAMES))
 _a_dataset = _complete(lambda: [*DATASET_NAMES, "npz:"])
 
 
-def _declared(name: str, module: str | None = None) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    """Decorator of an empty function with options and help: the command `name`, for which the function of that name in
-    `module` (None: of the same name) is called."""
+def _declared(
+    name: str, module: str | None = None, function: str | None = None
+) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Decorator of an empty function with options and help: the command `name`, for which `function` in `module` is
+    called; each is of the same name where it is None."""
 
     def declare(declaration: Callable[[], None]) -> Callable[[], None]:
         @functools.wraps(declaration)
         def run(**options: Any) -> None:
             with ending_at_once():
                 imported = importlib.import_module(f"{__package__}.{module or name}")
-            getattr(imported, name)(**options)
+            getattr(imported, function or name)(**options)
 
         COMMANDS[name] = click.command(name)(run)
         return declaration
@@ -158,6 +161,89 @@ def _check() -> None:
 @_json
 def _datasets() -> None:
     """List datasets. Your own: npz:FILE with arrays 'images' and 'labels'."""
+
+
+@_declared("evaluate", function="evaluate_by_standard")
+@click.argument("model", shell_complete=_a_model)
+@click.option(
+    "--norm",
+    default=None,
+    help="l1, l2 or linf.  [default: the model card's]",
+    shell_complete=_complete(lambda: list(NORM_NAMES)),
+)
+@click.option("--epsilon", default=None, help="Radius in pixel units of [0, 1], such as 1.0 or 8/255.")
+@click.option(
+    "--data",
+    default=None,
+    help="A name from 'datasets' or npz:FILE.  [default: the model card's]",
+    shell_complete=_a_dataset,
+)
+@click.option(
+    "--split", default="test", type=click.Choice(SPLIT_NAMES), show_default=True, help="all: every image of npz:FILE."
+)
+@click.option("--limit", type=click.IntRange(1, MAX_COUNT), default=256, show_default=True, help="Images.")
+@click.option(
+    "--version",
+    "kind",
+    type=click.Choice(["fast", "standard"]),
+    default="standard",
+    show_default=True,
+    help="fast: the joint stages alone.",
+)
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="New folder for the record.")
+@click.option("--resume", is_flag=True, help="Go on in the folder of --out. Begins where nothing is yet.")
+@click.option("--workers", type=click.IntRange(1, 1024), default=None, help="Shards at a time.  [default: 1; Ray: all]")
+@click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True)
+@click.option("--address", default=None, help="Of a Ray cluster, such as HOST:6379.  [default: one on this machine]")
+@click.option("--device", default=None, help="cpu, cuda or cuda:N.  [default: cuda where a worker sees one]")
+@_json
+def _evaluate() -> None:
+    """The standard evaluation of MODEL: one robust accuracy, by a fixed sequence of attacks, each judged.
+
+    Nothing can be set, so that numbers of one version are comparable. MODEL is as for 'attack'; a file.py:function is
+    run as code, with all your rights.
+    """
+
+
+@_declared("judge", function="judge_file")
+@click.argument("model", shell_complete=_a_model)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--norm",
+    default=None,
+    help="l1, l2 or linf.  [default: the model card's, else l2]",
+    shell_complete=_complete(lambda: list(NORM_NAMES)),
+)
+@click.option("--epsilon", default=None, help="Radius in pixel units of [0, 1], such as 1.0 or 8/255.")
+@click.option(
+    "--data",
+    default=None,
+    help="A name from 'datasets' or npz:FILE.  [default: the model card's]",
+    shell_complete=_a_dataset,
+)
+@click.option(
+    "--split", default="test", type=click.Choice(SPLIT_NAMES), show_default=True, help="all: every image of npz:FILE."
+)
+@click.option(
+    "--limit", type=int, default=None, help="Samples of the record.  [default: at most 1000; all of --split all]"
+)
+@click.option("--batch-size", type=click.IntRange(1, MAX_COUNT), default=128, show_default=True)
+@click.option("--label", default=None, help="Name of the row in reports.  [default: the file's]")
+@click.option("--device", default=None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="New folder for the record.")
+@_json
+def _judge() -> None:
+    """Judge adversarial images that somebody else made, those in FILE, an npz.
+
+    FILE has 'x_adv', images (n, channels, height, width), uint8 or numbers in [0, 1], and says whose they are: by
+    'sample_ids', positions in the data set, as the rows of records have them, or by 'x', the clean images. 'labels'
+    are compared where they are there, and 'attack', a text, is kept in the record. Nothing is unpickled.
+
+    The record is over the first --limit samples of the split, as that of 'attack', and joins it in 'report'. Samples
+    without an image are left as they are, and so are those whose image is outside the ball: it proves nothing.
+
+    MODEL is as for 'attack'; a file.py:function is run as code, with all your rights: name only one that you trust.
+    """
 
 
 @_declared("models")

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -184,22 +184,8 @@ def read_npz(path: Path) -> Raw:
     Raises:
         UsageError: for a file that cannot be read, or anything else in it.
     """
-    where = f"dataset npz:{path}"
-    try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise ValueError("not a regular file")
-        archive = np.load(path, allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            raise ValueError("one array without a name")
-        with archive:
-            images, labels = archive["images"], archive["labels"]
-        if not (isinstance(images, np.ndarray) and isinstance(labels, np.ndarray)):
-            raise ValueError("members that are no arrays")
-    except Exception as error:  # whatever numpy and zipfile raise for damaged files
-        got = "no such file" if isinstance(error, FileNotFoundError) else f"an unusable file ({error})"
-        raise UsageError.of(
-            where, expected="a .npz file with plain arrays 'images' and 'labels'", got=got, fix="write it with np.savez"
-        ) from None
+    where, expected = f"dataset npz:{path}", "a .npz file with plain arrays 'images' and 'labels'"
+    images, labels = read_arrays(path, where, expected, ("images", "labels")).values()
     if images.ndim != 4 or labels.shape != (len(images),) or labels.dtype.kind not in "biu" or not images.size:
         fix = "reshape the images" if images.size else "save some images"
         if images.ndim == 3:
@@ -212,6 +198,42 @@ def read_npz(path: Path) -> Raw:
             got=f"images {images.shape}, labels {labels.dtype} {labels.shape}",
             fix=fix,
         )
+    images = as_pixels(images, where)
+    if labels.min() < 0:
+        raise UsageError.of(where, expected="labels >= 0", got=int(labels.min()), fix="number the classes from 0")
+    return Raw(images, labels.astype(np.int64), 0)
+
+
+def read_arrays(
+    path: Path, where: str, expected: str, needed: Sequence[str], optional: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
+    """The arrays of an npz by name, in the order that they are named in; nothing is unpickled.
+
+    Args:
+        where, expected: for the message.
+        optional: names that may be missing, and then are.
+
+    Raises:
+        UsageError: for a file that cannot be read, or without one of `needed`.
+    """
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("not a regular file")
+        with path.open("rb") as file:  # numpy leaves one that it cannot read open
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
+                raise ValueError("one array without a name")
+            found = {name: archive[name] for name in (*needed, *(name for name in optional if name in archive))}
+        if not all(isinstance(array, np.ndarray) for array in found.values()):
+            raise ValueError("members that are no arrays")
+    except Exception as error:  # whatever numpy and zipfile raise for damaged files
+        got = "no such file" if isinstance(error, FileNotFoundError) else f"an unusable file ({error})"
+        raise UsageError.of(where, expected=expected, got=got, fix="write it with np.savez") from None
+    return found
+
+
+def as_pixels(images: np.ndarray, where: str) -> np.ndarray:
+    """Images as uint8, or as float32 in [0, 1]. Raises `UsageError` for other values."""
     if images.dtype != np.uint8:
         wrong = _wrong_values(images)
         if wrong is not None:
@@ -222,9 +244,7 @@ def read_npz(path: Path) -> Raw:
     elif 0 < images.max() <= DIMMEST:
         words = "%s: uint8 images of 0 to %d are read as of 0 to 255, almost black; if %d is white, save images / %d"
         logger.warning(words, where, *[images.max()] * 3)
-    if labels.min() < 0:
-        raise UsageError.of(where, expected="labels >= 0", got=int(labels.min()), fix="number the classes from 0")
-    return Raw(images, labels.astype(np.int64), 0)
+    return images
 
 
 def _wrong_values(images: np.ndarray) -> tuple[str, str] | None:

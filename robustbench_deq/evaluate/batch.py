@@ -11,9 +11,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from pydantic import ConfigDict, Field
@@ -21,13 +22,14 @@ from torch import Tensor
 
 from robustbench_deq.data import Split
 from robustbench_deq.equilibrium import EquilibriumModel, check_labels
-from robustbench_deq.errors import UsageError
+from robustbench_deq.errors import RunError, UsageError
 from robustbench_deq.evaluate.batch_judge import BatchJudge
 from robustbench_deq.evaluate.clean import CleanBatch, judge_clean
+from robustbench_deq.evaluate.judge import Verdict
 from robustbench_deq.evaluate.panel import probe
 from robustbench_deq.inputs import as_ids, as_labels
-from robustbench_deq.protocol import Attack, RunConfig, frozen
-from robustbench_deq.records.record import CostRecord, CurvePoint
+from robustbench_deq.protocol import Attack, AttackResult, RunConfig, frozen
+from robustbench_deq.records.record import CostRecord, CurvePoint, StageRecord
 from robustbench_deq.shown import briefly_shown
 
 Watch = Callable[[str, float], None]
@@ -45,6 +47,7 @@ class Part:
     curve: list[CurvePoint]
     residuals: list[float]
     diagnostics: dict[str, float]
+    stages: list[StageRecord] = field(default_factory=list)
     probes: dict[str, float] | None = None
 
 
@@ -138,32 +141,70 @@ def evaluate_batch(
         for number, snapshot in enumerate(result.snapshots)
     ]
     perturbation = task.attack.threat.norm.size(result.x_adv - x)
-    is_failed = (result.is_failed | ~task.attack.threat.allows(perturbation)).cpu()
-    is_robust = clean.verdict.is_correct & adversarial.is_correct & ~is_failed
-    samples = pd.DataFrame(
-        {
-            "sample_id": sample_ids.cpu().numpy(),
-            "label": y.cpu().numpy(),
-            "clean_prediction": clean.verdict.prediction.numpy(),
-            "clean_loss": clean.verdict.loss.numpy(),
-            "clean_residual": clean.verdict.residual.numpy(),
-            "adversarial_prediction": adversarial.prediction.numpy(),
-            "adversarial_loss": adversarial.loss.numpy(),
-            "adversarial_residual": adversarial.residual.numpy(),
-            "perturbation": perturbation.cpu().numpy(),
-            "is_clean_correct": clean.verdict.is_correct.numpy(),
-            "is_attacked": result.is_attacked.cpu().numpy(),
-            "is_converged": (clean.verdict.is_converged & adversarial.is_converged).numpy(),
-            "is_readable": (clean.verdict.is_readable & adversarial.is_readable).numpy(),
-            "is_failed": is_failed.numpy(),
-            "is_robust": is_robust.numpy(),
-        }
-    )
+    is_failed = result.is_failed | ~task.attack.threat.allows(perturbation)
+    samples = sample_rows(sample_ids, y, clean.verdict, adversarial, perturbation, result.is_attacked, is_failed)
+    if result.stage_of is not None:
+        names = np.array([*(stage.name for stage in result.stages), ""], dtype=object)
+        samples["broken_by"] = names[result.stage_of.cpu().numpy()]
+    if result.is_certified is not None:
+        is_certified = result.is_certified.cpu() & clean.verdict.is_correct
+        is_broken = is_certified & adversarial.is_converged & ~adversarial.is_correct
+        if bool(is_broken.any()):
+            raise RunError(
+                f"{int(is_broken.sum())} certified samples are broken, the first with id "
+                f"{int(sample_ids[is_broken.to(sample_ids.device)][0])}: the model's certificate does not hold"
+            )
+        samples["is_certified"] = is_certified.numpy()
     judge_seconds = clean.seconds + batch_judge.seconds
     cost = CostRecord(**dataclasses.asdict(result.cost), judge_seconds=judge_seconds)
     probes = None
-    if task.has_panel and rows.start == 0:
+    if (task.has_panel or task.attack.version is not None) and rows.start == 0:
         watch("panel", 0.0)
-        left = None if task.is_targeted else is_robust
+        left = None if task.is_targeted else torch.from_numpy(samples["is_robust"].to_numpy(copy=True))
         probes = probe(model, task.attack.threat, x, y, sample_ids, task.seed, clean, left)
-    return Part(samples, cost, curve, list(result.residuals), result.diagnostics, probes), result.x_adv.cpu()
+    stages, residuals = _stage_records(result), list(result.residuals)
+    return Part(samples, cost, curve, residuals, result.diagnostics, stages, probes), result.x_adv.cpu()
+
+
+def _stage_records(result: AttackResult) -> list[StageRecord]:
+    return [
+        StageRecord(
+            name=stage.name,
+            num_attacked=stage.num_attacked,
+            num_broken=stage.num_broken,
+            cell_evals=stage.cost.cell_evals,
+            cell_vjps=stage.cost.cell_vjps,
+            wall_seconds=stage.cost.wall_seconds,
+        )
+        for stage in result.stages
+    ]
+
+
+def sample_rows(
+    sample_ids: Tensor,
+    y: Tensor,
+    clean: Verdict,
+    adversarial: Verdict,
+    perturbation: Tensor,
+    is_attacked: Tensor,
+    is_failed: Tensor,
+) -> pd.DataFrame:
+    """The rows of a batch, a tensor a column, all `(batch,)`; see `SAMPLE_COLUMNS`."""
+    columns = {
+        "sample_id": sample_ids,
+        "label": y,
+        "clean_prediction": clean.prediction,
+        "clean_loss": clean.loss,
+        "clean_residual": clean.residual,
+        "adversarial_prediction": adversarial.prediction,
+        "adversarial_loss": adversarial.loss,
+        "adversarial_residual": adversarial.residual,
+        "perturbation": perturbation,
+        "is_clean_correct": clean.is_correct,
+        "is_attacked": is_attacked,
+        "is_converged": clean.is_converged & adversarial.is_converged,
+        "is_readable": clean.is_readable & adversarial.is_readable,
+        "is_failed": is_failed,
+        "is_robust": clean.is_correct & adversarial.is_correct & ~is_failed.cpu(),
+    }
+    return pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})

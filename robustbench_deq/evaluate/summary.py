@@ -18,7 +18,15 @@ import pandas as pd
 from robustbench_deq.evaluate.batch import Part, Task
 from robustbench_deq.evaluate.judge import MAX_STEPS
 from robustbench_deq.proportions import wilson_interval
-from robustbench_deq.records.record import SCHEMA_VERSION, CostRecord, CurvePoint, DataRecord, Record, ThreatRecord
+from robustbench_deq.records.record import (
+    SCHEMA_VERSION,
+    CostRecord,
+    CurvePoint,
+    DataRecord,
+    Record,
+    StageRecord,
+    ThreatRecord,
+)
 
 
 def summarise(
@@ -67,6 +75,9 @@ def summarise(
         curve=_curve(parts, count),
         residuals=_mean_residuals(parts),
         diagnostics=diagnostics,
+        protocol=None if attack.version is None else f"{attack.version} {attack.name}",
+        stages=None if attack.version is None else _stages(parts, count),
+        num_certified=int(samples["is_certified"].sum()) if "is_certified" in samples else None,
         probes=next((part.probes for part in parts if part.probes is not None), None),
         seed=task.seed,
         batch_size=task.batch_size,
@@ -89,6 +100,25 @@ def _mean_cost(parts: Sequence[Part], count: int) -> CostRecord:
         peak_memory_mb=max(part.cost.peak_memory_mb for part in parts),
         judge_seconds=sum(part.cost.judge_seconds or 0.0 for part in parts),
     )
+
+
+def _stages(parts: Sequence[Part], count: int) -> list[StageRecord]:
+    """Counts and seconds add up over the parts, which have the same stages; evaluations and VJPs are means."""
+
+    def mean(number: int, name: str) -> float:
+        return sum(getattr(part.stages[number], name) * len(part.samples) for part in parts) / count
+
+    return [
+        StageRecord(
+            name=stage.name,
+            num_attacked=sum(part.stages[number].num_attacked for part in parts),
+            num_broken=sum(part.stages[number].num_broken for part in parts),
+            cell_evals=mean(number, "cell_evals"),
+            cell_vjps=mean(number, "cell_vjps"),
+            wall_seconds=sum(part.stages[number].wall_seconds for part in parts),
+        )
+        for number, stage in enumerate(parts[0].stages)
+    ]
 
 
 def _curve(parts: Sequence[Part], count: int) -> list[CurvePoint]:

@@ -19,11 +19,14 @@ Source: Revay, Wang, Manchester, "Lipschitz bounded equilibrium networks", arXiv
 
 from __future__ import annotations
 
+import math
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from robustbench_deq.models.base import add_family
+from robustbench_deq.models.monotone_bounds import MonotoneBounds
 from robustbench_deq.models.splitting import DenseConfig, DenseDEQ, InverseSplittingConfig
 
 
@@ -55,3 +58,8 @@ class LBEN(DenseDEQ):
     def certificates(self) -> dict[str, float]:
         """The monotonicity as measured, and the bound that the operator is built for."""
         return {"monotonicity": self.monotonicity(), "lipschitz": self.config.lipschitz}
+
+    def _measure_bounds(self) -> MonotoneBounds:
+        """A difference of two logits moves by at most sqrt(2) gamma, too: the smaller of both bounds holds."""
+        bounds = super()._measure_bounds()
+        return bounds._replace(gain=bounds.gain.clamp_max(math.sqrt(2) * self.config.lipschitz))

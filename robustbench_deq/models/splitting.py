@@ -20,8 +20,11 @@ for convolutions by the discrete Fourier transform.
 from __future__ import annotations
 
 import abc
+import copy
 import enum
 import math
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +33,9 @@ from torch import Tensor, nn
 
 from robustbench_deq.configs import validate
 from robustbench_deq.models.base import FamilyModel, ModelConfig
+from robustbench_deq.models.monotone_bounds import MonotoneBounds, measure_bounds
+
+T = TypeVar("T")
 
 
 class Splitting(enum.Enum):
@@ -60,7 +66,7 @@ class SplittingDEQ(FamilyModel):
 
     def __init__(self, config: SplittingConfig) -> None:
         super().__init__(config)
-        self._cached: tuple[object, Tensor] | None = None
+        self._cached: dict[str, tuple[object, Any]] = {}
 
     def choose_splitting(self, splitting: Splitting | str, step: float) -> None:
         """Iterate by another splitting or step; the equilibrium stays. The config says so too, and is saved.
@@ -76,7 +82,7 @@ class SplittingDEQ(FamilyModel):
         """
         values = {**self.config.model_dump(), "splitting": splitting, "splitting_step": step}
         self.config = validate(type(self.config), values, "choose_splitting")
-        self._cached = None
+        self._cached = {}
 
     @abc.abstractmethod
     def operator(self) -> Tensor:
@@ -98,20 +104,25 @@ class SplittingDEQ(FamilyModel):
         return torch.linalg.inv((1.0 + step) * eye - step * operator)
 
     def matrix(self) -> Tensor:
-        """The step's matrix; built again only when a parameter has changed or its gradient is wanted.
+        """The step's matrix; built again only when a parameter has changed or its gradient is wanted."""
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
+            return self._build_matrix()
+        return self._kept("matrix", self._build_matrix)
+
+    def _kept(self, name: str, build: Callable[[], T]) -> T:
+        """What `build` makes of the parameters, built again only when one of them has changed.
 
         A parameter that is written to through `.data`, in place, looks unchanged to torch and so to this. Parameters
         made in inference mode report no change at all; for them nothing is kept.
         """
         parameters = list(self.parameters())
-        wants_gradient = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
-        if wants_gradient or any(parameter.is_inference() for parameter in parameters):
-            return self._build_matrix()
+        if any(parameter.is_inference() for parameter in parameters):
+            return build()
         key = tuple((part.data_ptr(), part._version, part.dtype) for part in parameters)
-        if self._cached is None or self._cached[0] != key:
+        if self._cached.get(name, (None,))[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # what is kept may serve a gradient later
-                self._cached = (key, self._build_matrix())
-        return self._cached[1]
+                self._cached[name] = (key, build())
+        return self._cached[name][1]
 
     def cell(self, z: Tensor, u: Tensor) -> Tensor:
         step = self.config.splitting_step
@@ -142,11 +153,39 @@ class SplittingDEQ(FamilyModel):
         2021, Theorem 1.
         """
         margin = self.monotonicity()
+        return {
+            "monotonicity": margin,
+            "lipschitz": _gain(self._columns().flatten(1)) * _gain(self.readout.weight) / margin,
+        }
+
+    def _columns(self) -> Tensor:
+        """U, the state's change by each pixel, `(pixels, ...)`."""
         weight = self.readout.weight
         impulses = torch.eye(math.prod(self.input_shape), device=weight.device, dtype=weight.dtype)
         images = impulses.unflatten(1, self.input_shape)
-        columns = (self.inject(images) - self.inject(torch.zeros_like(images[:1]))).flatten(1)
-        return {"monotonicity": margin, "lipschitz": _gain(columns) * _gain(weight) / margin}
+        return self.inject(images) - self.inject(torch.zeros_like(images[:1]))
+
+    @torch.no_grad()
+    def certified_radii(self, z: Tensor, y: Tensor) -> Tensor:
+        """By `models.monotone_bounds`, which is measured once for the weights as they are."""
+        bounds, active = self._kept("bounds", self._measure_bounds), z.flatten(1).double()
+        sizes = torch.linalg.vector_norm(active, dim=1)
+        logits = F.linear(active.relu(), self.readout.weight.double(), self.readout.bias.double())
+        return bounds.radii(logits, sizes, y.to(z.device))
+
+    @torch.no_grad()
+    def _measure_bounds(self) -> MonotoneBounds:
+        exact, weight = copy.deepcopy(self).double(), self.readout.weight
+        operator, columns = exact.operator(), exact._columns()
+        return measure_bounds(
+            torch.eye(operator.shape[-1], device=operator.device, dtype=operator.dtype) - operator,
+            exact.multiply,
+            columns,
+            weight.double().unflatten(1, columns.shape[1:]),
+            self.config.splitting_step,
+            self.config.splitting is Splitting.PEACEMAN_RACHFORD,
+            torch.finfo(weight.dtype).eps,
+        )
 
 
 def _gain(matrix: Tensor) -> float:

@@ -4,10 +4,10 @@ from robustbench_deq.optimise.contraction import Contraction, estimate_contracti
 from robustbench_deq.optimise.domains import NORMS, Ball, Box, Domain, Free, Norm
 from robustbench_deq.optimise.keep import HighestLoss, JIIORule, Keep, Last, SmallestNorm
 from robustbench_deq.optimise.loop import Optimum, has_slope, optimise
-from robustbench_deq.optimise.objectives import OBJECTIVES, Objective, Targeted
+from robustbench_deq.optimise.objectives import OBJECTIVES, Objective, Targeted, Toward, TowardDLR
 from robustbench_deq.optimise.pace import AdaptivePace
 from robustbench_deq.optimise.problem import Classification, Losses, Problem, Reconstruction, Shared
-from robustbench_deq.optimise.sources import Intermediate, Joint, Look, Mixing, Settled, Solved, Source
+from robustbench_deq.optimise.sources import Frozen, Intermediate, Joint, Look, Mixing, Settled, Solved, Source
 from robustbench_deq.optimise.steps import APGD, Adam, Langevin, MinimalNorm, ProjectedAscent, Schedule, Step
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Contraction",
     "Domain",
     "Free",
+    "Frozen",
     "HighestLoss",
     "Intermediate",
     "JIIORule",
@@ -47,6 +48,8 @@ __all__ = [
     "Source",
     "Step",
     "Targeted",
+    "Toward",
+    "TowardDLR",
     "estimate_contraction",
     "has_slope",
     "optimise",

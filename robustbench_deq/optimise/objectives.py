@@ -8,6 +8,9 @@
 `DLR`            the margin divided by the spread of the three largest logits (Croce and Hein, 2020, Eq. 6), which
                  does not change when all logits are scaled or shifted; at least three classes.
 `Targeted`       minus any of these at a wanted class.
+`Toward`         the lead of a given class over the true one; any wrong class will do.
+`TowardDLR`      lead of a wanted class over the true one, divided by that of the largest logit over the mean of the
+                 third and the fourth (Croce and Hein, 2020, Eq. 7), or over those of them that there are.
 
 `CrossEntropyThenMargin` ascends the cross-entropy in the first half of a run and the margin in the second; iterates are
 compared by the margin. The first leads away from the true class from anywhere, the margin finishes at the boundary.
@@ -137,3 +140,47 @@ class Targeted(Objective):
     def is_reached(self, logits: Tensor) -> Tensor:
         """Samples of the wanted class."""
         return logits.argmax(1) == self.labels
+
+
+class Toward(Objective):
+    """Logit of the classes `headings` `(batch,)` minus that of the labels; reached by any wrong class."""
+
+    def __init__(self, labels: Tensor, headings: Tensor) -> None:
+        super().__init__(labels)
+        self.headings = headings
+
+    def take(self, rows: Tensor) -> Toward:
+        return Toward(self.labels[rows], self.headings[rows])
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        ends = logits.gather(1, torch.stack([self.headings, self.labels], 1))
+        return ends[:, 0] - ends[:, 1]
+
+
+class TowardDLR(Objective):
+    """Heads for the classes `classes` `(batch,)`.
+
+    Args:
+        is_aimed: whether only that class counts; else any wrong one does.
+    """
+
+    def __init__(self, labels: Tensor, classes: Tensor, is_aimed: bool = False) -> None:
+        super().__init__(labels)
+        self.classes, self.is_aimed = classes, is_aimed
+
+    def take(self, rows: Tensor) -> TowardDLR:
+        return TowardDLR(self.labels[rows], self.classes[rows], self.is_aimed)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        true, wanted = (logits.gather(1, classes[:, None])[:, 0] for classes in (self.labels, self.classes))
+        ordered = logits.topk(min(4, logits.shape[1]), dim=1).values
+        behind = ordered[:, 2:]
+        is_there = ~behind.isneginf()
+        count = is_there.sum(1)
+        mean = torch.where(is_there, behind, 0.0).sum(1) / count.clamp_min(1)
+        spread = (ordered[:, 0] - mean).clamp_min(1e-12)
+        return (wanted - true) / torch.where(count > 0, spread, 1.0)  # of two classes there is only the lead
+
+    def is_reached(self, logits: Tensor) -> Tensor:
+        found = logits.argmax(1)
+        return found == self.classes if self.is_aimed else found != self.labels

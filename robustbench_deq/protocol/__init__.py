@@ -1,9 +1,10 @@
 """The protocol between attacks and who runs them: what they are given, what they return, and what is held to."""
 
-from robustbench_deq.protocol.attack import ATTACKS, Attack, ObjectiveAttack, frozen, make_attack
+from robustbench_deq.protocol.attack import ATTACKS, Attack, ObjectiveAttack, frozen, likely_classes, make_attack
 from robustbench_deq.protocol.batch import Batch, Clean, Proposal
+from robustbench_deq.protocol.cascade import Cascade, Stage
 from robustbench_deq.protocol.recorder import Recorder, Snapshot
-from robustbench_deq.protocol.runs import AttackResult, Confirm
+from robustbench_deq.protocol.runs import AttackResult, Confirm, StageResult
 from robustbench_deq.protocol.settings import AttackConfig, ObjectiveConfig, RunConfig
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "AttackConfig",
     "AttackResult",
     "Batch",
+    "Cascade",
     "Clean",
     "Confirm",
     "ObjectiveAttack",
@@ -20,6 +22,9 @@ __all__ = [
     "Recorder",
     "RunConfig",
     "Snapshot",
+    "Stage",
+    "StageResult",
     "frozen",
+    "likely_classes",
     "make_attack",
 ]

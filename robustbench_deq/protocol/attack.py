@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Generic, Self, TypeVar, final
 
@@ -24,7 +25,7 @@ from robustbench_deq.meter import Meter
 from robustbench_deq.optimise import Classification, Keep, Objective, Optimum, Source, Step, optimise
 from robustbench_deq.protocol.batch import Batch, Clean, Proposal
 from robustbench_deq.protocol.recorder import Recorder
-from robustbench_deq.protocol.runs import AttackResult, Confirm, Runs
+from robustbench_deq.protocol.runs import AttackResult, Confirm, Run, Runs
 from robustbench_deq.protocol.settings import AttackConfig, ObjectiveConfig, RunConfig
 from robustbench_deq.registry import Registry
 from robustbench_deq.threats import Threat
@@ -41,12 +42,14 @@ class Attack(abc.ABC, Generic[A]):
         summary: one line for listings.
         config_type: the typed settings.
         is_gradient_based: False where it never asks for a gradient, and so attacks models that have none.
+        version: of the standard evaluation that it is, see `protocol.cascade`; None: it is none.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     config_type: ClassVar[type[AttackConfig]] = AttackConfig
     is_gradient_based: ClassVar[bool] = True
+    version: ClassVar[str | None] = None
 
     def __init__(self, threat: Threat, config: A | Mapping[str, Any] | None = None, **settings: Any) -> None:
         """An attack within `threat`.
@@ -98,6 +101,17 @@ class Attack(abc.ABC, Generic[A]):
     @abc.abstractmethod
     def run(self, model: EquilibriumModel, batch: Batch, record: Recorder) -> Proposal:
         """Perturb the images of `batch`. Gradients with respect to parameters are off."""
+
+    def runner(self, model: EquilibriumModel) -> Run:
+        """One run on `model`, as a function of what is attacked."""
+        return partial(self.run, model)
+
+    def carry_out(self, model: EquilibriumModel, runs: Runs, rows: Tensor | None, confirm: Confirm | None) -> None:
+        """All runs on the samples `rows` (None: all), and again on those that `confirm` refutes."""
+        run = self.runner(model)
+        runs.attack(run, self.config, rows)
+        if confirm is not None:
+            runs.attack_on(run, self.config, rows, confirm)
 
     @final
     @torch.inference_mode(False)
@@ -167,13 +181,11 @@ class Attack(abc.ABC, Generic[A]):
         settled = None if clean is None else clean.settled
         batch = Batch(x, y, targets, ids, seed, torch.zeros_like(x), settled, self.config.stop_at_success)
         with torch.enable_grad(), frozen(model), self._meter(model, len(x)) as meter:
-            runs = Runs(partial(self.run, model), self.config, self.threat, batch, meter, num_snapshots, progress)
+            runs = Runs(self.threat, batch, meter, num_snapshots, progress)
             rows = None
             if clean is not None and self.config.stop_at_success:
                 rows = clean.is_correct.nonzero()[:, 0]
-            runs.attack(rows)
-            if confirm is not None:
-                runs.attack_on(confirm)
+            self.carry_out(model, runs, rows, confirm)
         return runs.result(rows)
 
     def _meter(self, model: EquilibriumModel, num_rows: int) -> Meter:
@@ -191,6 +203,12 @@ class ObjectiveAttack(Attack[M]):
     def first_objective(self, labels: Tensor, targets: Tensor | None) -> Objective | None:
         return self.config.bind(labels, targets).at(0.0)
 
+    def runner(self, model: EquilibriumModel) -> Run:
+        run, rank = super().runner(model), self.config.heading
+        if rank is None:
+            return run
+        return lambda batch, record: run(replace(batch, headings=likely_classes(model, batch, rank)[:, -1]), record)
+
     def search(
         self,
         model: EquilibriumModel,
@@ -200,14 +218,16 @@ class ObjectiveAttack(Attack[M]):
         keep: Keep,
         num_steps: int,
         record: Recorder | None = None,
+        objective: Objective | None = None,
     ) -> Optimum:
-        """Optimise the perturbation of `batch` within the threat's ball, for the config's objective.
+        """Optimise the perturbation of `batch` within the threat's ball.
 
         Args:
             record: takes the snapshots of this run; None takes none.
+            objective: of the rows of `batch`; None is the config's.
         """
         return optimise(
-            Classification(model, batch.images, self.config.bind(batch.labels, batch.targets)),
+            Classification(model, batch.images, objective or self._objective(batch)),
             source,
             self.threat.ball(batch.images),
             step,
@@ -220,6 +240,19 @@ class ObjectiveAttack(Attack[M]):
             ids=batch.ids,
             watch=None if record is None else record.watch,
         )
+
+    def _objective(self, batch: Batch) -> Objective:
+        return self.config.bind(batch.labels, batch.targets, batch.headings)
+
+
+@torch.no_grad()
+def likely_classes(model: EquilibriumModel, batch: Batch, count: int) -> Tensor:
+    """The wrong classes with the largest logits at the clean images `(rows, count or fewer)`, the first in place of
+    those that are masked."""
+    z = model.equilibrium(batch.images).value if batch.settled is None else batch.settled.z
+    wrong = model.head(z).scatter(1, batch.labels[:, None], -torch.inf)
+    likely = wrong.topk(min(count, wrong.shape[1] - 1), dim=1)
+    return torch.where(likely.values.isneginf(), likely.indices[:, :1], likely.indices)
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ class Batch:
     labels   true classes `(rows,)`
     targets  classes to be reached `(rows,)`; None is untargeted
     ids      what a sample's randomness is keyed by `(rows,)`, with `seed`
+    headings classes to head for `(rows,)`, where any wrong class will do; None: none in particular
     start    perturbation to begin with, like the images
     settled  the equilibrium at the clean images, if it is known
     leaves   whether samples that are done leave the batch
@@ -44,6 +45,7 @@ class Batch:
     settled: Settled | None = None
     leaves: bool = False
     is_again: bool = False
+    headings: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -55,6 +57,7 @@ class Batch:
             images=self.images[rows],
             labels=self.labels[rows],
             targets=None if self.targets is None else self.targets[rows],
+            headings=None if self.headings is None else self.headings[rows],
             ids=self.ids[rows.to(self.ids.device)],
             start=self.start[rows],
             settled=None if self.settled is None else self.settled.take(rows),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,15 @@ from robustbench_deq.protocol.settings import AttackConfig
 from robustbench_deq.rows import per_sample
 from robustbench_deq.shown import briefly_shown
 from robustbench_deq.threats import Threat
+
+
+class StageResult(NamedTuple):
+    """A stage of a cascade on a batch: what it was left, what of that the judge confirmed broken, and what it cost."""
+
+    name: str
+    num_attacked: int
+    num_broken: int
+    cost: Cost
 
 
 @briefly_shown
@@ -30,6 +40,9 @@ class AttackResult:
     z, mu        of the last run, where it was of the whole batch
     diagnostics  summed over all runs
     cost         of all of it
+    stages       of a cascade, in their order
+    stage_of     the stage that broke each sample of a cascade `(batch,)`; -1: none has
+    is_certified samples `(batch,)` of a cascade that a certificate shows robust; None: there is none
     """
 
     x_adv: Tensor
@@ -43,6 +56,9 @@ class AttackResult:
     z: Tensor | None
     mu: Tensor | None
     diagnostics: dict[str, float]
+    stages: tuple[StageResult, ...] = ()
+    stage_of: Tensor | None = None
+    is_certified: Tensor | None = None
 
 
 Confirm = Callable[[Tensor, Tensor], Tensor]
@@ -54,19 +70,17 @@ Run = Callable[[Batch, Recorder], Proposal]
 
 
 class Runs:
-    """All runs of an attack on one batch: restarts, on the rows that are left, and again on rows that were refuted."""
+    """All runs on one batch: restarts, on the rows that are left, and again on rows that were refuted."""
 
     def __init__(
         self,
-        run: Run,
-        config: AttackConfig,
         threat: Threat,
         batch: Batch,
         meter: Meter,
         num_snapshots: int,
         progress: Callable[[float], None] | None = None,
     ) -> None:
-        self.run, self.config, self.threat, self.batch, self.meter = run, config, threat, batch, meter
+        self.threat, self.batch, self.meter = threat, batch, meter
         self.ball = threat.ball(batch.images)
         self.record = Recorder(meter, self.ball, num_snapshots, progress)
         x = batch.images
@@ -75,20 +89,25 @@ class Runs:
         self.marks: dict[str, Tensor] = {}
         self.diagnostics: dict[str, float] = {}
         self.last: Proposal | None = None
+        self.is_certified: Tensor | None = None
+        self.stages: list[StageResult] = []
+        self.stage_of = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
 
-    def attack(self, rows: Tensor | None) -> None:
+    def attack(self, run: Run, config: AttackConfig, rows: Tensor | None) -> None:
         """All restarts on `rows` (None: all), those of samples that are not done by then."""
-        config = self.config
+        self._attack(run, config, self.batch, rows)
+
+    def _attack(self, run: Run, config: AttackConfig, batch: Batch, rows: Tensor | None) -> None:
         for restart in range(config.restarts):
             if (rows is not None and len(rows) == 0) or self.meter.is_spent:
                 return
-            part = self.batch if rows is None else self.batch.take(rows)
+            part = batch if rows is None else batch.take(rows)
             if restart or config.random_start:
                 start = self.threat.ball(part.images).random_start(part.seed, part.ids, restart)
                 part = replace(part, start=start)
             self.record.begin(rows, self.best)
             try:
-                proposal = self.run(part, self.record)
+                proposal = run(part, self.record)
             except BudgetSpent:  # outside of `optimise`, which returns what it has
                 return
             self.record.end(proposal, self.meter.is_spent)
@@ -96,21 +115,50 @@ class Runs:
             if part.leaves and proposal.is_done is not None and config.restarts > 1:
                 rows = self._left(rows, proposal.is_done)
 
-    def attack_on(self, confirm: Confirm) -> None:
-        """Attack those samples again that are called done and are not fooled, to the end and for the highest loss."""
-        claimed = self.is_done.nonzero()[:, 0]
+    def attack_on(self, run: Run, config: AttackConfig, rows: Tensor | None, confirm: Confirm) -> Tensor:
+        """Attack those of `rows` (None: all) again that are called done and are not fooled, to the end and for the
+        highest loss. Returns them."""
+        is_claimed = self.is_done if rows is None else torch.zeros_like(self.is_done).index_fill(0, rows, True)
+        claimed = (is_claimed & self.is_done).nonzero()[:, 0]
+        refuted = self._refuted(confirm, claimed)
+        if len(claimed):
+            self.diagnostics["num_refuted"] = self.diagnostics.get("num_refuted", 0.0) + len(refuted)
+        if len(refuted):
+            self.best = Best(self.best.delta, self.best.loss.index_fill(0, refuted, torch.nan))
+            self._attack(run, config, replace(self.batch, leaves=False, is_again=True), refuted)
+        return refuted
+
+    def _refuted(self, confirm: Confirm, claimed: Tensor) -> Tensor:
+        """Those of the rows `claimed` that are not fooled; they are not done any more."""
         if len(claimed) == 0:
-            return
+            return claimed
         with self.meter.paused(), torch.no_grad():
             delta = self.threat.ball(self.batch.images[claimed]).project(self.best.delta[claimed])
             is_fooled = confirm(claimed, (self.batch.images[claimed] + delta).clamp_(0.0, 1.0))
         refuted = claimed[~is_fooled.to(claimed.device)]
-        self.diagnostics["num_refuted"] = float(len(refuted))
-        if len(refuted):
-            self.batch = replace(self.batch, leaves=False, is_again=True)
-            self.best = Best(self.best.delta, self.best.loss.index_fill(0, refuted, torch.nan))
-            self.is_done = self.is_done.index_fill(0, refuted, False)
-            self.attack(refuted)
+        self.is_done = self.is_done.index_fill(0, refuted, False)
+        return refuted
+
+    def stage(self, name: str, run: Run, config: AttackConfig, rows: Tensor, confirm: Confirm | None) -> Tensor:
+        """A stage of a cascade on `rows`; those that it has not broken, as `confirm` says.
+
+        It is asked of all whose loss is not negative, too: some of these are fooled without the attack's being sure.
+        Losses of different stages are not compared: a sample keeps the perturbation of the last that has attacked it.
+        """
+        before = self.meter.cost(len(self.batch))
+        self.best = Best(self.best.delta, self.best.loss.index_fill(0, rows, torch.nan))
+        self.attack(run, config, rows)
+        if confirm is not None:
+            is_open = ~self.is_done
+            is_open = is_open.index_fill(0, self.attack_on(run, config, rows, confirm), True)
+            likely = rows[is_open[rows] & (self.is_done[rows] | (self.best.loss[rows] >= 0))]
+            self.is_done = self.is_done.index_fill(0, likely, True)
+            self._refuted(confirm, likely)
+        is_broken = self.is_done[rows]
+        self.stage_of = self.stage_of.index_fill(0, rows[is_broken], len(self.stages))
+        cost = self.meter.cost(len(self.batch)).since(before)
+        self.stages.append(StageResult(name, len(rows), int(is_broken.sum()), cost))
+        return rows[~is_broken]
 
     def _note(self, rows: Tensor | None, proposal: Proposal) -> None:
         self.best, self.last = self.best.merged(rows, proposal.delta, proposal.loss, proposal.is_done), proposal
@@ -144,7 +192,7 @@ class Runs:
             is_attacked = torch.zeros_like(is_failed).index_fill(0, rows, True)
         z, mu = (last.z, last.mu) if last is not None and len(last.delta) == len(x) else (None, None)
         self.diagnostics |= {name: float((mark & ~self.is_done).sum()) for name, mark in self.marks.items()}
-        if self.config.has_budget:
+        if self.meter.has_budget:
             self.diagnostics["stopped_by_budget"] = float(self.meter.is_spent)
         return AttackResult(
             x_adv=(x + delta).clamp_(0.0, 1.0),
@@ -158,4 +206,7 @@ class Runs:
             z=z,
             mu=mu,
             diagnostics=self.diagnostics,
+            stages=tuple(self.stages),
+            stage_of=self.stage_of if self.stages else None,
+            is_certified=self.is_certified,
         )

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from robustbench_deq.configs import Config, named_in
-from robustbench_deq.optimise import OBJECTIVES, Objective, Targeted
+from robustbench_deq.optimise import OBJECTIVES, Objective, Targeted, Toward
 
 
 class RunConfig(Config):
@@ -34,10 +34,6 @@ class AttackConfig(Config):
         None, gt=0, description="seconds per sample, likewise; what comes out depends on the machine"
     )
 
-    @property
-    def has_budget(self) -> bool:
-        return self.max_evaluations is not None or self.max_seconds is not None
-
 
 class ObjectiveConfig(AttackConfig):
     """Settings of attacks that maximise a loss."""
@@ -45,8 +41,14 @@ class ObjectiveConfig(AttackConfig):
     objective: Annotated[str, named_in(OBJECTIVES)] = Field(
         "ce-then-margin", description="cross-entropy, margin, dlr or ce-then-margin"
     )
+    heading: int | None = Field(
+        None, ge=1, description="raise the lead of this wrong class, ranked by the clean logits from 1; null: of any"
+    )
 
-    def bind(self, labels: Tensor, targets: Tensor | None) -> Objective:
-        """The objective for the true classes, or for reaching `targets` where they are given."""
+    def bind(self, labels: Tensor, targets: Tensor | None, headings: Tensor | None = None) -> Objective:
+        """The objective for the true classes, or for reaching `targets` where they are given; with `headings` the lead
+        of those classes, whatever the objective."""
+        if headings is not None and targets is None:
+            return Toward(labels, headings)
         kind = OBJECTIVES.get(self.objective)
         return kind(labels) if targets is None else Targeted(kind(targets))

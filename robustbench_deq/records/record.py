@@ -16,6 +16,8 @@ from pydantic import BaseModel, Field, JsonValue, ValidationInfo, field_validato
 from robustbench_deq.configs import Config
 
 SCHEMA_VERSION = 1
+EXTERNAL = "external"
+"""In place of an attack's name: images that somebody else made, see `evaluate.external`."""
 
 # Strict: neither text nor a truth value is taken for a number.
 Number = Annotated[float, Field(strict=True)]
@@ -48,6 +50,12 @@ SAMPLE_COLUMNS = {
     "is_robust": "right without an attack and after it, at equilibria, and the attack did not fail",
 }
 """Columns of the per-sample rows that `evaluate` writes, and their meaning."""
+
+STANDARD_COLUMNS = {
+    "broken_by": "the stage of the standard evaluation that broke it; empty: none",
+    "is_certified": "a certificate shows it robust; where the model has one",
+}
+"""More columns, of standard evaluations."""
 
 
 class ThreatRecord(Fields):
@@ -116,9 +124,11 @@ class Record(Fields):
     model: str = Field(description="name in the registry, folder, or `file.py:function`")
     model_sha256: str | None = Field(description="of the weights; null for a model without a file of them")
     file_sha256: str | None = Field(None, description="of a `file.py:function` and what it imports from beside it")
-    attack: str = Field(description="name in the registry")
+    attack: str = Field(description='name in the registry; "external": images that somebody else made')
     label: str = Field(description="what tables and plots call the attack")
-    attack_config: dict[str, JsonValue] = Field(description="every setting of the attack, and `targeted`")
+    attack_config: dict[str, JsonValue] = Field(
+        description="every setting of the attack, and `targeted`; of external images, what is known of them"
+    )
     threat: ThreatRecord
     data: DataRecord
     clean_accuracy: Fraction = Field(description="share of all samples that are right without an attack")
@@ -147,7 +157,7 @@ class Record(Fields):
         None, description="which source of gradients had the last word on some sample; null: the attack has one only"
     )
     max_perturbation: Amount | None = Field(description="the largest, in the threat's norm")
-    cost: CostRecord
+    cost: CostRecord = Field(description="of external images unknown: zeros, but for the judge")
     curve: list[CurvePoint] = Field(description="accuracy against cost, where snapshots were asked for")
     residuals: list[Amount | None] = Field(description="mean relative residual after each solver step of the attack")
     diagnostics: dict[str, Number | None] = Field(description="counts and means of the attack's own")
@@ -166,6 +176,11 @@ class Record(Fields):
     seed: Annotated[int, Field(strict=True)] = Field(description="of all randomness of the run")
     batch_size: Annotated[int, Field(ge=1, strict=True)] = Field(description="samples attacked at a time")
     environment: dict[str, str | int | float | None] = Field(description="versions, device, threads, commit")
+
+    @property
+    def is_external(self) -> bool:
+        """Whether somebody else made the images, so that what they cost is unknown."""
+        return self.attack == EXTERNAL
 
     @property
     def zero_gradient(self) -> str | None:

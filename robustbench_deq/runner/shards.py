@@ -36,7 +36,7 @@ from robustbench_deq.files import (
     write_json,
     write_sealed,
 )
-from robustbench_deq.records.record import CostRecord, CurvePoint
+from robustbench_deq.records.record import CostRecord, CurvePoint, StageRecord
 from robustbench_deq.records.store import SHARDS_FOLDER
 from robustbench_deq.runner.suite import Shard
 
@@ -105,6 +105,7 @@ class ShardStore:
                 "curve": [point.model_dump(mode="json") for point in part.curve],
                 "residuals": part.residuals,
                 "diagnostics": part.diagnostics,
+                "stages": [stage.model_dump(mode="json") for stage in part.stages],
                 "probes": part.probes,
             }
             for part in parts
@@ -131,8 +132,9 @@ class ShardStore:
                 rows = samples.iloc[begin : begin + part["num_samples"]]
                 begin += part["num_samples"]
                 cost, curve = CostRecord(**part["cost"]), [CurvePoint(**point) for point in part["curve"]]
-                probes = part.get("probes")  # shards of an earlier version have none
-                parts.append(Part(rows, cost, curve, part["residuals"], part["diagnostics"], probes))
+                stages = [StageRecord(**stage) for stage in part.get("stages", ())]
+                probes = part.get("probes")  # shards of an earlier version have none, and no stages
+                parts.append(Part(rows, cost, curve, part["residuals"], part["diagnostics"], stages, probes))
         except (OSError, pyarrow.ArrowException, ValueError, KeyError, TypeError):
             raise self._damaged(shard, path) from None
         return parts, content["environment"]

@@ -18,12 +18,14 @@ from robustbench_deq.errors import UsageError
 from robustbench_deq.models import FAMILIES
 from robustbench_deq.optimise import NORMS, Norm
 from robustbench_deq.optimise.contraction import NUM_PRODUCTS
-from robustbench_deq.protocol import Attack, AttackResult, Batch, ObjectiveConfig, Proposal, Recorder
+from robustbench_deq.protocol import Attack, AttackResult, Batch, Cascade, ObjectiveConfig, Proposal, Recorder
 from robustbench_deq.threats import Threat
 
 EPSILON = {Norm.L1: 1.0, Norm.L2: 0.5, Norm.LINF: 0.06}
 GRADIENT_FREE = {"noise"}
 Y = torch.tensor([0, 1, 2, 1, 0])
+SINGLE = [name for name in ATTACKS if not issubclass(ATTACKS.get(name), Cascade)]
+"""Attacks with runs of their own; for sequences of them see `test_cascade`."""
 
 
 class Case(NamedTuple):
@@ -60,11 +62,11 @@ def accepts(name: str, **settings: Any) -> bool:
     return True
 
 
-CASES = [Case(name, norm) for name in ATTACKS for norm in NORMS.values() if supports(name, norm)]
-FULL_NORM = {name: Norm.L2 if supports(name, Norm.L2) else Norm.LINF for name in ATTACKS}
+CASES = [Case(name, norm) for name in SINGLE for norm in NORMS.values() if supports(name, norm)]
+FULL_NORM = {name: Norm.L2 if supports(name, Norm.L2) else Norm.LINF for name in SINGLE}
 FULL_CASES = [case for case in CASES if case.norm is FULL_NORM[case.name]]
 """Every attack in one norm."""
-ALIKE = {"apgd", "joint-apgd", "joint-fmn"}
+ALIKE = {"apgd", "apgd-t", "fmn", "joint-apgd", "joint-fmn"}
 """Attacks of the same parts as others, but for the step: other norms and families are left to those."""
 EVERYWHERE = [case for case in CASES if case.name not in ALIKE and case.norm is not Norm.L1]
 """What is run on all families; the rest on one."""
@@ -84,13 +86,14 @@ every_family_and_case = pytest.mark.parametrize(
     ("case", "family"), FAMILY_CASES, ids=[f"{case.name}-{case.norm.name}-{family}" for case, family in FAMILY_CASES]
 )
 every_family = pytest.mark.parametrize("family", list(FAMILIES))
-every_attack = pytest.mark.parametrize("name", list(ATTACKS))
+every_attack = pytest.mark.parametrize("name", SINGLE)
 WITH_RESTARTS = [case for case in CASES if accepts(case.name, restarts=2)]
 WITH_RANDOM_START = [case for case in CASES if accepts(case.name, random_start=True)]
 
 
-LOSS_CASES = [(case, family) for case, family in FAMILY_CASES if case.name != "joint-fmn"]
-"""Without the attack that goes for the smallest norm, at the boundary, where the loss is small."""
+LOSS_CASES = [(case, family) for case, family in FAMILY_CASES if case.name not in {"apgd-t", "fmn", "joint-fmn"}]
+"""Without those that go for the smallest norm, at the boundary, where the loss is small, and the one whose loss is of
+classes that it chooses itself."""
 every_family_with_a_loss = pytest.mark.parametrize(
     ("case", "family"), LOSS_CASES, ids=[f"{case.name}-{case.norm.name}-{family}" for case, family in LOSS_CASES]
 )
@@ -122,7 +125,7 @@ def plain_run(make) -> Callable[[Case, str], AttackResult]:
 
 
 def test_every_attack_has_a_norm_and_a_line_for_the_listing() -> None:
-    assert {case.name for case in CASES} == set(ATTACKS)
+    assert {case.name for case in CASES} == set(SINGLE)
     for name in ATTACKS:
         kind = ATTACKS.get(name)
         assert kind.name == name
@@ -131,7 +134,7 @@ def test_every_attack_has_a_norm_and_a_line_for_the_listing() -> None:
 
 
 def test_a_norm_that_an_attack_does_not_have_is_refused_by_name() -> None:
-    missing = [(name, norm) for name in ATTACKS for norm in NORMS.values() if not supports(name, norm)]
+    missing = [(name, norm) for name in SINGLE for norm in NORMS.values() if not supports(name, norm)]
     assert missing
     for name, norm in missing:
         with pytest.raises(UsageError, match=rf"{name}: expected norm .*got {norm.name}"):
@@ -154,7 +157,7 @@ def test_result_and_every_snapshot_are_in_ball_and_box(case: Case, family: str, 
     torch.testing.assert_close(result.x_adv, x + result.delta, rtol=0, atol=1e-12)
     assert not result.x_adv.requires_grad
     has_moved = case.norm.size(result.delta) > 0
-    if case.name == "joint-fmn":  # what is wrong already needs no perturbation
+    if case.name in {"apgd-t", "fmn", "joint-fmn"}:  # what is wrong already needs no perturbation
         has_moved |= model(x).argmax(1) != Y
     assert bool(has_moved.all())
     assert not bool(result.is_failed.any())

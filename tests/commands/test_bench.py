@@ -17,8 +17,8 @@ import yaml
 from click.testing import CliRunner, Result
 
 from benchmarks.kills import contents
-from robustbench_deq.commands import bench as bench_command
 from robustbench_deq.commands import main as cli
+from robustbench_deq.commands import suite_run
 from robustbench_deq.records.missing import read_missing
 from robustbench_deq.records.store import RecordStore, load_records
 from robustbench_deq.report.settings import Setting, group_by_setting, setting_names
@@ -96,7 +96,7 @@ def test_interrupted_suite_says_how_to_go_on(path: Path, tmp_path: Path, monkeyp
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench_command, "run_suite", interrupt)
+    monkeypatch.setattr(suite_run, "run_suite", interrupt)
     result = bench(path, "--out", tmp_path / "new")
     assert result.exit_code == 1
     assert result.stderr.splitlines()[1:] == ["Error: interrupted; finished shards are kept, go on with --resume"]
@@ -158,7 +158,7 @@ def test_a_full_disk_names_resume_and_keeps_what_there_is(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(*(bench_command, "claim_folder") if is_first else (RecordStore, "append"), full)
+        patch.setattr(*(suite_run, "claim_folder") if is_first else (RecordStore, "append"), full)
         result = bench(path, "--out", tmp_path / "new")
     assert result.exit_code == 1 and result.stdout == ""
     said = "Error: no space left on the disk; finished shards are kept: make room, and go on with --resume"

@@ -717,7 +717,9 @@ def test_choices_and_completed_names_are_those_of_the_registries() -> None:
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_what_is_declared_of_a_command_is_what_it_takes(name: str) -> None:
     module = {"attacks": "listings", "datasets": "listings"}.get(name, name)
-    function = getattr(importlib.import_module(f"robustbench_deq.commands.{module}"), name)
+    function = getattr(
+        importlib.import_module(f"robustbench_deq.commands.{module}"), {"judge": "judge_file"}.get(name, name)
+    )
     assert {option.name for option in cli.COMMANDS[name].params} == set(inspect.signature(function).parameters)
 
 

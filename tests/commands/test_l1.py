@@ -17,7 +17,21 @@ from robustbench_deq.specs import ThreatSpec
 from robustbench_deq.threats import Threat
 
 MODEL = "deq-fc.digits-joint-l2"
-OF_ALL_NORMS = ["joint-pgd", "pgd", "apgd", "joint-apgd", "joint-fmn", "noise"]
+OF_ALL_NORMS = [
+    *(
+        "joint-pgd",
+        "pgd",
+        "apgd",
+        "apgd-t",
+        "fgsm",
+        "fmn",
+        "intermediate-pgd",
+        "joint-apgd",
+        "joint-fmn",
+        "noise",
+        "yopo",
+    ),
+]
 OF_ANOTHER = {"torchattacks-pgd": "linf", "torchattacks-pgdl2": "l2"}
 SUITE = f"""
 name: three-norms
@@ -44,7 +58,7 @@ def test_every_attack_is_of_all_norms_or_says_of_which() -> None:
 
 @pytest.mark.parametrize("name", OF_ALL_NORMS)
 def test_attacks_run_in_l1(name: str) -> None:
-    steps = () if name == "noise" else ("--steps", 20)
+    steps = () if name in ("fgsm", "noise") else ("--steps", 20)
     result = invoke(
         "attack", MODEL, "--attack", name, "--norm", "l1", "--epsilon", 2, "--limit", 24, *steps, "--seed", 0, "--json"
     )

@@ -33,7 +33,15 @@ UPDATE = "ROBUSTBENCH_DEQ_UPDATE_GOLDEN"
 NUM_IMAGES = 64
 MODELS = ("deq-conv.digits-joint-l2", "mondeq-fc.digits-joint-l2", "test-linear.tiny")
 NORM_OF = {"torchattacks-pgd": Norm.LINF}
-SETTINGS = {"apgd": {"steps": 20}, "torchattacks-pgd": {"steps": 10}, "torchattacks-pgdl2": {"steps": 10}}
+SETTINGS = {
+    "apgd": {"steps": 20},
+    "apgd-t": {"steps": 8, "num_targets": 3},
+    "fmn": {"steps": 20},
+    "intermediate-pgd": {"steps": 10},
+    "torchattacks-pgd": {"steps": 10},
+    "torchattacks-pgdl2": {"steps": 10},
+    "yopo": {"steps": 5},
+}
 """Fewer steps than the default's, where those take long."""
 EPSILON = {Norm.L2: 0.5, Norm.LINF: 0.06}
 SAMPLES = 1

@@ -36,6 +36,9 @@ class L1(Norm):
     def dual_size(self, gradient: Tensor) -> Tensor:
         return gradient.flatten(1).abs().amax(1)
 
+    def l2_reach(self, count: int) -> float:
+        return 1.0
+
     def project(self, delta: Tensor, radius: Tensor | float, x: Tensor) -> Tensor:
         size, room = delta.flatten(1).abs(), _room(delta, x).flatten(1)
         size = size * (FAR / size.amax(1, keepdim=True).clamp_min(FAR))

@@ -20,6 +20,9 @@ class L2(Norm):
     def dual_size(self, gradient: Tensor) -> Tensor:
         return self.size(gradient)
 
+    def l2_reach(self, count: int) -> float:
+        return 1.0
+
     def project(self, delta: Tensor, radius: Tensor | float, x: Tensor) -> Tensor:
         factor = (radius / _wide_size(delta).clamp_min(TINY)).clamp_max(1.0).to(delta.dtype)
         return into_box(delta * per_sample(factor, delta), x)

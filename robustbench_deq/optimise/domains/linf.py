@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,6 +21,9 @@ class LInf(Norm):
 
     def dual_size(self, gradient: Tensor) -> Tensor:
         return torch.linalg.vector_norm(gradient.flatten(1), ord=1, dim=1)
+
+    def l2_reach(self, count: int) -> float:
+        return math.sqrt(count)
 
     def project(self, delta: Tensor, radius: Tensor | float, x: Tensor) -> Tensor:
         if isinstance(radius, Tensor):

@@ -51,6 +51,11 @@ class Norm(abc.ABC):
     def draw(self, stream: np.random.Generator, count: int) -> np.ndarray:
         """A point of `count` entries drawn uniformly from the unit ball."""
 
+    def l2_reach(self, count: int) -> float | None:
+        """The largest L2 norm of `count` entries of norm 1, or an upper bound; None: unknown, so that no certificate in
+        L2 says anything of this norm."""
+        return None
+
     @classmethod
     def parse(cls, name: str | float | Norm) -> Norm:
         """A norm, or the one of that name, in any case, or of that order, such as 2. Raises `UsageError` for others."""

@@ -12,11 +12,17 @@ from robustbench_deq.records.record import Record
 
 def command_of(record: Record) -> str:
     """The command line that makes the run again; the data digest tells whether it was on the same samples."""
-    words = ["robustbench-deq", "attack", record.model, "--attack", record.attack]
+    config = dict(record.attack_config)
+    if record.is_external:
+        words = ["robustbench-deq", "judge", record.model, str(config.get("file") or "FILE.npz")]
+    else:
+        words = ["robustbench-deq", "attack", record.model, "--attack", record.attack]
     words += ["--norm", record.threat.norm, "--epsilon", repr(record.threat.epsilon)]
     words += ["--data", record.data.name, "--split", record.data.split, "--limit", str(record.data.num_samples)]
-    words += ["--batch-size", str(record.batch_size), "--seed", str(record.seed), "--label", record.label]
-    config = dict(record.attack_config)
+    words += ["--batch-size", str(record.batch_size)]
+    if record.is_external:
+        return shlex.join([*words, "--label", record.label])
+    words += ["--seed", str(record.seed), "--label", record.label]
     if config.pop("targeted", False):
         words.append("--targeted")
     for key, value in flatten(config).items():

@@ -143,19 +143,20 @@ def _figures(
     """Figures by name, each with a note of what had no room in it."""
     ranked, note = choose_ranked(entries)
     figures = {"standings": (draw_standings(ranked), note)}
-    lines, note = overview.choose_drawn(records, overview.MAX_ATTACKS)
+    paid = [record for record in records if not record.is_external] or records  # of the others nobody knows the cost
+    lines, note = overview.choose_drawn(paid, overview.MAX_ATTACKS)
     figures["accuracy_against_solver_steps"] = plots.accuracy_against_solver_steps(lines), note
     figures["accuracy_against_cell_evals"] = plots.accuracy_against_cell_evals(lines), note
     figures["accuracy_against_wall_clock"] = plots.accuracy_against_wall_clock(lines), note
     radii, radii_note = overview.choose_drawn(records, overview.MAX_ATTACKS, overview.by_radius)
     if overview.has_several_epsilons(radii):
         figures["accuracy_against_epsilon"] = overview.accuracy_against_epsilon(radii), radii_note
-    if overview.has_choice(records):
-        points, points_note = overview.choose_drawn(records, overview.MAX_POINTS)
+    if overview.has_choice(paid):
+        points, points_note = overview.choose_drawn(paid, overview.MAX_POINTS)
         figures["pareto_front"] = overview.pareto_plot(points), points_note
     if any(map(plots.has_residuals, lines)):
         figures["residual_against_step"] = plots.residual_against_step(lines), note
-    figures["time_spent"] = time_spent(records), ""
+    figures["time_spent"] = time_spent(paid), ""
     if gallery:
         figures["gallery"] = draw_gallery(gallery), ""
     return figures

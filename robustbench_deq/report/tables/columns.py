@@ -83,7 +83,7 @@ COLUMNS = (
     ),
     Column(
         "Cell evals",
-        "evaluations of the cell per sample, over all attacks of the row",
+        "evaluations of the cell per sample, over all attacks of the row; external images count 0",
         lambda entry: amount(entry.total("cell_evals")),
         lambda entry: entry.total("cell_evals"),
     ),

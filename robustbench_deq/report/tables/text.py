@@ -38,7 +38,9 @@ def count(value: float) -> str:
 
 
 def amount(value: float) -> str:
-    """Three digits or all before the point: 0.0123, 1.70, 41.0, 1,234."""
+    """Three digits or all before the point: 0.0123, 1.70, 41.0, 1,234; or that it is missing."""
+    if not math.isfinite(value):
+        return MISSING
     if value == 0:
         return "0"
     return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f}"

@@ -1,0 +1,78 @@
+"""`standard` and `fast`: the standard evaluation, version 1; see `docs/standard.md`.
+
+    joint-pgd     the default joint attack: cross-entropy, then margin
+    toward-1..9   joint, toward the wrong class of the rank-th largest logit: what the default misses is the class
+    restart       joint, from a random start                                                   (fast ends here)
+    intermediate  PGD along the gradients of states on the way to the equilibrium, which an adjoint cannot hide
+    apgd-ce       APGD with tight full solves and exact adjoints, for the cross-entropy: the floor
+    apgd-t        the same toward the nine most likely wrong classes
+    square-audit  a search without gradients, on a keyed eighth of the survivors
+    square        the same on all, and
+    fab-t         the smallest perturbation toward nine classes, where the audit has broken any (`black_box=all`)
+
+Settings cannot be chosen: a number is comparable with others of the same version because of that.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from robustbench_deq.attacks.apgd import SolvedAPGD
+from robustbench_deq.attacks.apgd_t import TargetedAPGD
+from robustbench_deq.attacks.intermediate import IntermediatePGD
+from robustbench_deq.attacks.joint_pgd import JointPGD
+from robustbench_deq.protocol import ATTACKS, AttackConfig, Cascade, Stage
+
+VERSION = "v1"
+TOLERANCE = 1e-4
+NUM_HEADINGS = 9
+HEADING_STEPS = 16
+"""On validation images, twice as many broke no sample more."""
+
+
+class FastConfig(AttackConfig):
+    """The settings that every attack has, where they can be chosen at all."""
+
+    restarts: Literal[1] = Field(1, description="always 1: restarts are a stage")
+    random_start: Literal[False] = Field(False, description="always false: random starts are a stage")
+    stop_at_success: Literal[True] = Field(True, description="always true: stages attack what is left")
+
+
+@ATTACKS.register("fast")
+class Fast(Cascade[FastConfig]):
+    name = "fast"
+    summary = "the standard evaluation's joint stages: a first answer"
+    config_type = FastConfig
+    version = VERSION
+
+    def stages(self, num_classes: int) -> tuple[Stage, ...]:
+        ranks = range(1, min(NUM_HEADINGS, num_classes - 1) + 1)
+        return (
+            Stage("joint-pgd", JointPGD(self.threat)),
+            *(Stage(f"toward-{rank}", JointPGD(self.threat, heading=rank, steps=HEADING_STEPS)) for rank in ranks),
+            Stage("restart", JointPGD(self.threat, random_start=True)),
+        )
+
+
+class StandardConfig(FastConfig):
+    black_box: Literal["audit", "all"] = Field(
+        "audit", description="audit: a keyed eighth of the survivors; all: all of them, once an audit has broken any"
+    )
+
+
+@ATTACKS.register("standard")
+class Standard(Fast):
+    name = "standard"
+    summary = "the standard evaluation: joint stages, intermediate states, APGD with exact gradients, black box"
+    config_type = StandardConfig
+
+    def stages(self, num_classes: int) -> tuple[Stage, ...]:
+        tight: dict[str, Any] = {"steps": 100, "tolerance": TOLERANCE}
+        white_box = (
+            Stage("intermediate", IntermediatePGD(self.threat)),
+            Stage("apgd-ce", SolvedAPGD(self.threat, objective="cross-entropy", **tight)),
+            Stage("apgd-t", TargetedAPGD(self.threat, **tight)),
+        )
+        return super().stages(num_classes) + white_box

@@ -1,0 +1,128 @@
+"""`evaluate`: the standard evaluation of one model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from robustbench_deq.commands.console import plain_console
+from robustbench_deq.commands.shared import tell_split
+from robustbench_deq.commands.suite_run import Where, check_target, run_in, tell_doubts
+from robustbench_deq.configs import validate
+from robustbench_deq.errors import UsageError
+from robustbench_deq.records.record import Record, to_json
+from robustbench_deq.report.tables.stages import stage_frame
+from robustbench_deq.runner.suite import SuiteConfig, cut, plan
+
+BATCH_SIZE = 128
+NUM_SNAPSHOTS = 8
+
+
+def evaluate_by_standard(
+    model: str,
+    norm: str | None,
+    epsilon: str | None,
+    data: str | None,
+    split: str,
+    limit: int,
+    kind: str,
+    out: Path | None,
+    resume: bool,
+    workers: int | None,
+    executor: str,
+    address: str | None,
+    device: str | None,
+    is_json: bool,
+) -> None:
+    """The standard evaluation of MODEL."""
+    if resume and out is None:
+        raise UsageError.of("--resume", expected="--out", got="none", fix="name the folder to go on in")
+    if (norm is None) != (epsilon is None):
+        given, missing = ("--norm", "--epsilon") if epsilon is None else ("--epsilon", "--norm")
+        raise UsageError.of("threat", expected="norm and radius, or neither", got=given, fix=f"add {missing}")
+    suite = suite_of(model, norm, epsilon, data, split, limit, kind)
+    runs = [(run, cut(run, 1)) for run in plan(suite)]
+    tell_doubts(runs)
+    tell_split(runs[0][0].data, split, "--split all takes all")
+    where = Where(workers, executor, address, device).checked()
+    if out is not None:
+        check_target(suite, runs, out, resume)
+    with _folder(out) as target:
+        run_in(suite, runs, target, resume, where, lambda records: _echo(records, is_json))
+    if out is not None and not is_json:
+        click.echo(f"record            {out}")
+
+
+def suite_of(
+    model: str, norm: str | None, epsilon: str | None, data: str | None, split: str, limit: int, kind: str
+) -> SuiteConfig:
+    """The evaluation as a suite of one run.
+
+    Raises:
+        UsageError: for a wildcard, and what `SuiteConfig` refuses.
+    """
+    if set(model) & set("*?[") and ".py:" not in model:
+        raise UsageError.of("model", expected="one model", got=repr(model), fix="evaluate several by a suite")
+    asked: dict[str, Any] = {
+        "name": kind,
+        "models": [model],
+        "attacks": [{"name": kind}],
+        "data": data,
+        "split": split,
+        "limit": limit,
+        "batch_size": BATCH_SIZE,
+        "num_snapshots": NUM_SNAPSHOTS,
+    }
+    if norm is not None:
+        asked["threats"] = [{"norm": norm, "epsilons": [epsilon]}]
+    return validate(SuiteConfig, asked, "evaluate")
+
+
+@contextlib.contextmanager
+def _folder(out: Path | None) -> Iterator[Path]:
+    """Where the evaluation works: `out`, or a folder that is removed."""
+    if out is not None:
+        yield out
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def _echo(records: list[Record], is_json: bool) -> None:
+    for record in records:
+        if is_json:
+            click.echo(json.dumps(to_json(record)))
+        else:
+            _echo_record(record)
+
+
+def _echo_record(record: Record) -> None:
+    low, high = record.robust_accuracy_ci
+    click.echo(
+        f"{record.model}  {record.protocol}  {record.threat.norm} {record.threat.epsilon:g}  "
+        f"{record.data.name} {record.data.split}, {record.data.num_samples} images"
+    )
+    click.echo(f"clean accuracy    {record.clean_accuracy:.1%}")
+    click.echo(f"robust accuracy   {record.robust_accuracy:.1%}  [{low:.1%}, {high:.1%}]")
+    if record.num_certified is not None:
+        click.echo(f"certified         {record.num_certified / record.data.num_samples:.1%}")
+    lost = f"unconverged       {record.num_unconverged}   failed {record.num_failed}"
+    click.echo(f"{lost}   non-finite logits {record.num_nonfinite}" if record.num_nonfinite else lost)
+    cost = record.cost
+    click.echo(f"cost per image    {cost.cell_evals:.1f} cell evaluations, {cost.cell_vjps:.1f} VJPs")
+    click.echo(f"seconds in all    {cost.wall_seconds:.2f} attack, {cost.judge_seconds or 0.0:.2f} judge")
+    frame = stage_frame(record)
+    table = Table(box=None, pad_edge=False)
+    for number, column in enumerate(frame.columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    for row in frame.itertuples(index=False):
+        table.add_row(*row)
+    click.echo("")
+    plain_console(width=120).print(table)

@@ -1,0 +1,81 @@
+"""Cascades: attacks one after another, each on the samples that those before have left robust.
+
+    a stage   a registered attack on the survivors; the judge confirms what it has broken before the next begins
+    audit     a stage on a keyed share of the survivors, to see whether another kind of attack finds anything
+
+A sample that a certificate shows robust is attacked only if it belongs to a keyed share: there the certificate is put
+to the test.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from robustbench_deq.certificates import certified
+from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.errors import UsageError
+from robustbench_deq.optimise import Objective
+from robustbench_deq.protocol.attack import Attack
+from robustbench_deq.protocol.batch import Batch, Proposal
+from robustbench_deq.protocol.recorder import Recorder
+from robustbench_deq.protocol.runs import Confirm, Runs
+from robustbench_deq.protocol.settings import AttackConfig
+from robustbench_deq.randomness import keyed_uniform
+
+A = TypeVar("A", bound=AttackConfig)
+CERTIFIED_SHARE = 1 / 16
+"""Of the certified samples, those that are attacked nevertheless."""
+CERTIFIED_KEY, SHARE_KEY = 0x0CE27, 0x05A6E
+"""Tell the draws apart from others of the same seed and sample."""
+
+
+class Stage(NamedTuple):
+    """An attack of a cascade.
+
+    name    in records
+    attack  with the cascade's threat
+    share   of the survivors, by a draw for each; 1 is all
+    """
+
+    name: str
+    attack: Attack[Any]
+    share: float = 1.0
+
+
+class Cascade(Attack[A]):
+    """An attack that is a sequence of others."""
+
+    @abc.abstractmethod
+    def stages(self, num_classes: int) -> tuple[Stage, ...]:
+        """The stages, in their order, for a model of that many classes."""
+
+    def first_objective(self, labels: Tensor, targets: Tensor | None) -> Objective | None:
+        return self.stages(2)[0].attack.first_objective(labels, targets)
+
+    def run(self, model: EquilibriumModel, batch: Batch, record: Recorder) -> Proposal:
+        raise NotImplementedError("a cascade has stages, and no run of its own")
+
+    def carry_out(self, model: EquilibriumModel, runs: Runs, rows: Tensor | None, confirm: Confirm | None) -> None:
+        batch, device = runs.batch, runs.batch.images.device
+        if batch.targets is not None:
+            raise UsageError.of(self.name, expected="no targets", got="targets", fix="attack with joint-pgd instead")
+        left = torch.arange(len(batch), device=device) if rows is None else rows
+        if batch.settled is not None:
+            runs.is_certified = certified(model, self.threat, batch.settled.z, batch.labels)
+        if runs.is_certified is not None:
+            is_drawn = keyed_uniform(batch.ids.to(device), batch.seed, CERTIFIED_KEY) < CERTIFIED_SHARE
+            left = left[~runs.is_certified[left] | is_drawn[left]]
+        draws = keyed_uniform(batch.ids.to(device), batch.seed, SHARE_KEY)
+        stages = self.stages(model.num_classes)
+        for number, stage in enumerate(stages):
+            runs.record.within(number, len(stages))
+            part, rest = left, left[:0]
+            if stage.share < 1.0:
+                is_drawn = draws[left] < stage.share
+                part, rest = left[is_drawn], left[~is_drawn]
+            survivors = runs.stage(stage.name, stage.attack.runner(model), stage.attack.config, part, confirm)
+            left = torch.cat([survivors, rest]).sort().values
