@@ -160,8 +160,8 @@ def evaluate_batch(
     probes = None
     if (task.has_panel or task.attack.version is not None) and rows.start == 0:
         watch("panel", 0.0)
-        is_robust = torch.from_numpy(samples["is_robust"].to_numpy(copy=True))
-        probes = probe(model, task.attack.threat, x, y, sample_ids, task.seed, clean, is_robust)
+        left = None if task.is_targeted else torch.from_numpy(samples["is_robust"].to_numpy(copy=True))
+        probes = probe(model, task.attack.threat, x, y, sample_ids, task.seed, clean, left)
     stages, residuals = _stage_records(result), list(result.residuals)
     return Part(samples, cost, curve, residuals, result.diagnostics, stages, probes), result.x_adv.cpu()
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from robustbench_deq.adjoints import Implicit
 from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate.clean import CleanBatch
 from robustbench_deq.evaluate.judge import judge, tight_solve
 from robustbench_deq.evaluate.measures import Case, batch_gap, gradient_gap, repeat_gap
@@ -58,6 +59,8 @@ LEAST_RISE = 1e-2
 """What it has to reach at least, in standard deviations of the logits over the classes."""
 START_SCALES = (1.0, 10.0)
 """Root mean squares of the random states, in that of the equilibrium."""
+MOST = 1e9
+"""What stands for infinity, which records do not hold."""
 SAME_STATE = 0.02
 """Relative difference up to which two states are the same equilibrium: the judge's tolerance on a slow cell."""
 
@@ -71,7 +74,7 @@ def probe(
     ids: Tensor,
     seed: int,
     clean: CleanBatch,
-    is_robust: Tensor,
+    is_robust: Tensor | None,
 ) -> dict[str, float]:
     """The panel's numbers on the first `NUM_IMAGES` images of a batch; the model is left as it was.
 
@@ -79,7 +82,7 @@ def probe(
         x, y: clean images `(batch, channels, height, width)` in [0, 1] and their classes `(batch,)`.
         ids: what randomness is keyed by, with `seed`; `(batch,)`.
         clean: what the judge has found on these images.
-        is_robust: which of them the attack has left robust, `(batch,)`.
+        is_robust: which of them the attack has left robust, `(batch,)`; None: it aimed at something else.
     """
     rows = torch.arange(min(len(x), NUM_IMAGES), device=x.device)
     devices = [x.device] if x.is_cuda else []
@@ -88,7 +91,7 @@ def probe(
         near = Case.near_the_start(model, x[rows], y[rows])
         found = {"num_probed": float(len(rows)), "repeat_gap": repeat_gap(near.at(rows[:NUM_REPEATED])).size}
         if len(rows) > 1:
-            found["batch_gap"] = batch_gap(near)[1]
+            found["batch_gap"] = batch_gap(near).size
         rows = rows[clean.verdict.is_converged[: len(rows)].to(rows.device)]
         if len(rows):
             settled = Case(model, x[rows], y[rows], model.inject(x[rows]), clean.z[rows])
@@ -96,11 +99,22 @@ def probe(
             found["gradient_gap"] = gradient_gap(settled).size
             found |= _second_start(settled.at(few), ids[rows[few].cpu()], seed)
         rows = rows[clean.verdict.is_correct[rows.cpu()].to(rows.device)]
-        if len(rows) and threat.epsilon:
+        if len(rows) and not _has_gradient(model, x):
+            found["zero_gradient"] = 1.0
+        elif len(rows) and threat.epsilon:
             known = clean.known(model, x, CrossEntropy(y)).settled.take(rows)
-            left = is_robust.to(rows.device)[rows]
+            left = None if is_robust is None else is_robust.to(rows.device)[rows]
             found |= _searches(model, threat, x[rows], y[rows], known, ids[rows.cpu()], seed, left)
-    return {name: value for name, value in found.items() if math.isfinite(value)}
+    return {name: min(value, MOST) for name, value in found.items() if not math.isnan(value)}
+
+
+def _has_gradient(model: EquilibriumModel, x: Tensor) -> bool:
+    """Whether autograd leads back to the images; attacks that need a gradient refuse models where it does not."""
+    try:
+        model.check_gradient(x)
+    except UsageError:
+        return False
+    return True
 
 
 def _second_start(case: Case, ids: Tensor, seed: int) -> dict[str, float]:
@@ -132,7 +146,7 @@ def _searches(
     known: Settled,
     ids: Tensor,
     seed: int,
-    is_robust: Tensor,
+    is_robust: Tensor | None,
 ) -> dict[str, float]:
     """On images that are classified correctly."""
     problem, ball = Classification(model, x, CrossEntropy(y)), threat.ball(x)
@@ -143,20 +157,27 @@ def _searches(
     noise = _noise_loss(problem, ball, known, ids, seed) - (one.loss - one.gain)
     least = LEAST_RISE * model.head(known.z).std(1)
     needed = torch.where(many.is_done, torch.inf, WINS_BY * many.gain.clamp_min(0.0) + least)
-    is_missed = is_robust & many.is_done
-    rows = is_missed.nonzero()[:, 0]
-    if len(rows):
-        verdict = judge(model, (x + many.variable)[rows].clamp_(0, 1), y[rows])
-        is_missed = is_missed.index_put((rows,), ~verdict.is_correct.to(rows.device))
     shares = {
         "zero_gradient": one.is_flat,
         "no_rise": ~many.is_done & ~(many.gain > 0),
-        "missed": is_missed,
         "one_step_wins": one.gain > needed,
         "noise_wins": noise > needed,
         "huge_accuracy": ~huge.is_done & (huge.residual <= SEARCH.rtol),
     }
+    if is_robust is not None:
+        shares["missed"] = _missed(problem, many, is_robust)
     return {name: float(share.double().mean()) for name, share in shares.items()}
+
+
+def _missed(problem: Classification, many: Optimum, is_robust: Tensor) -> Tensor:
+    """Rows that the attack has left robust and `many` fools, as the judge confirms."""
+    is_missed = is_robust & many.is_done
+    rows = is_missed.nonzero()[:, 0]
+    if not len(rows):
+        return is_missed
+    images = (problem.x + many.variable)[rows].clamp_(0.0, 1.0)
+    verdict = judge(problem.model, images, problem.objective.labels[rows])
+    return is_missed.index_put((rows,), ~verdict.is_correct.to(rows.device))
 
 
 def _ascend(problem: Classification, ball: Ball, known: Settled, num_steps: int, step: ProjectedAscent) -> Optimum:

@@ -22,6 +22,7 @@ from robustbench_deq.evaluate import panel
 from robustbench_deq.evaluate.batch import batch_of
 from robustbench_deq.evaluate.clean import judge_clean
 from robustbench_deq.evaluate.evaluation import Evaluation, evaluate
+from robustbench_deq.evaluate.measures import Gap
 from robustbench_deq.evaluate.panel import probe
 from robustbench_deq.meter import Meter
 from robustbench_deq.models import describe_model
@@ -189,6 +190,17 @@ def test_an_attack_that_hardly_moves_is_weak(name: str) -> None:
     assert raised(seen(Sound(), attack=weak)) == {"weak attack"}
 
 
+def test_a_targeted_attack_is_not_weak_for_breaking_less() -> None:
+    attack, data = build_attack("joint-pgd", L2, {}), labelled(Sound(), panel.NUM_IMAGES)
+    record = evaluate(Sound(), attack, data, is_targeted=True, has_panel=True).record
+    assert record.probes is not None and "missed" not in record.probes and raised(record) == set()
+
+
+def test_a_model_without_a_gradient_is_told_of_an_attack_that_needs_none() -> None:
+    model = having(inject=lambda self, x: Sound.inject(self, x.detach()))
+    assert raised(seen(model, attack=build_attack("noise", L2, {}))) == {"zero gradient", "wrong gradient"}
+
+
 class Boaster(Attack):
     """Calls every image fooled and leaves it as it is."""
 
@@ -331,6 +343,11 @@ def test_what_cannot_be_measured_is_left_out() -> None:
         "repeat_gap",
         "batch_gap",
     }
+
+
+def test_an_infinite_gap_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(panel, "repeat_gap", lambda case: Gap("head", math.inf))
+    assert raised(seen(Sound())) == {"random output"}
 
 
 def test_only_the_first_batch_is_looked_at_and_only_where_it_is_asked_for() -> None:
