@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "shown": "",
     "files": "errors",
     "registry": "errors",
+    "tensor_files": "files",
     "devices": "errors",
     "inputs": "errors fixes",
     "plain_yaml": "",
@@ -45,15 +46,15 @@ MAY_IMPORT = {
     "threat_spec": "configs norm_names optimise threats",
     "specs": "adjoints configs protocol solvers threat_spec",
     "models": "adjoints callables configs equilibrium errors files lazy optimise registry rows solvers specs "
-    "threat_spec trial",
+    "tensor_files threat_spec trial",
     "data": "configs errors files fixes lazy registry shown",
     "records": "configs errors files shown",
     "evaluate": "adjoints configs data devices equilibrium errors inputs memory meter models optimise proportions "
     "protocol records rows solvers shown trial",
     "runner": "configs data equilibrium errors evaluate files fixes memory models optimise proportions protocol quiet "
-    "records solvers specs threat_spec threats",
+    "records solvers specs tensor_files threat_spec threats",
     "training": "adjoints configs data equilibrium errors evaluate files models protocol registry rows solvers specs "
-    "threats",
+    "tensor_files threats",
     "report": "configs errors files proportions records",
     "attacks": "adjoints configs equilibrium errors optimise protocol randomness rows solvers threats",
     "commands": "*",
