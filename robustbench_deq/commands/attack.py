@@ -64,9 +64,7 @@ def attack(
     samples = load(name, SplitName(split), limit)
     if limit is None and len(samples) > DEFAULT_LIMIT and samples.split is not SplitName.ALL:
         samples = load(name, SplitName(split), DEFAULT_LIMIT)
-    check_data(loaded, samples)
-    if chosen.is_gradient_based:
-        loaded.check_gradient(samples.x)
+    check_data(loaded, samples, chosen.is_gradient_based)
     target = choose_device(device, "--device")
     tell_split(name, split, "--split all takes all")
     with output_folder(out) as folder:

@@ -22,7 +22,7 @@ from robustbench_deq.files import is_file, needing_space, output_folder
 from robustbench_deq.records.store import RECORDS_FILE, load_records
 from robustbench_deq.runner.executors import Executor, Processes, Ray, Serial
 from robustbench_deq.runner.progress import EarlierPaces, SuiteProgress
-from robustbench_deq.runner.run import SUITE_FILE, check_folder, claim_folder, missing_shards, run_suite
+from robustbench_deq.runner.run import SUITE_FILE, check_folder, check_models, claim_folder, missing_shards, run_suite
 from robustbench_deq.runner.suite import Run, Shard, SuiteConfig, cut, plan
 from robustbench_deq.threat_spec import ThreatSpec
 
@@ -55,6 +55,8 @@ def bench(
         raise UsageError.of(
             f"output folder {target}", expected="a new one", got="that of a suite", fix="add --resume, or name another"
         )
+    if address is None:  # what a cluster runs need not run here
+        check_models([run for run, _ in runs])
     if is_dry:
         missing = missing_shards(runs, target) if resume else [shard for _, shards in runs for shard in shards]
         _echo_plan(runs, missing, EarlierPaces(_earlier_records(target), device), workers or 1)
