@@ -2,8 +2,9 @@
 
     search   the joint iteration on all samples
     climb    again, twice as long, from where it ended, on those that are not fooled and have come most of the way
-    lagging  a sample whose state is behind its equilibrium at the end is attacked again with full solves; so is one
-             that was called fooled and is not, as the judge says: its loss was seen at another equilibrium
+    lagging  a sample whose state is behind its equilibrium at the end is attacked again with full solves, unless the
+             smallest norm was looked for and found; so is one that was called fooled and is not, as the judge says:
+             its loss was seen at another equilibrium
     audit    of those that would be called robust, a few steps with full solves from where the search ended: all that
              are hard (`optimise.contraction`), all whose states have gone astray, and a keyed share of the others
     finish   where the audit fools more than `ALARM` of those it has looked at, the others of their kind (suspects, or

@@ -19,7 +19,7 @@ from robustbench_deq.configs import read_yaml, validate
 from robustbench_deq.data import SplitName, load
 from robustbench_deq.files import write_json
 from robustbench_deq.models import MODELS, describe_model, load_model
-from robustbench_deq.models.io import DESCRIPTION_NAME
+from robustbench_deq.models.cards import DESCRIPTION_NAME
 from robustbench_deq.optimise import Norm
 from robustbench_deq.threats import Threat
 from robustbench_deq.training.config import TrainingConfig

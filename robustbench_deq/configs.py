@@ -233,6 +233,12 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def plain_number(value: object, what: str = "number") -> object:
+    """As `as_plain`, and text such as `8/255` as the number that it is. Raises `UsageError` about `what`."""
+    value = as_plain(value)
+    return parse_fraction(value, what) if isinstance(value, str) else value
+
+
 def parse_fraction(text: str, what: str = "number") -> float:
     """A number written as `0.03` or `8/255`. Raises `UsageError` about `what`."""
     above, sign, below = text.partition("/")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from robustbench_deq.configs import Config, as_plain, parse_fraction
+from robustbench_deq.configs import Config, plain_number
 from robustbench_deq.norm_names import NORM_NAMES
 
 if TYPE_CHECKING:
@@ -25,10 +25,10 @@ def _norm_name(norm: Norm | str | float) -> str:
 
 
 def _read_radius(value: object) -> object:
-    value = as_plain(value)
+    value = plain_number(value)
     if isinstance(value, bool):
         raise ValueError("a valid number")
-    return parse_fraction(value) if isinstance(value, str) else value
+    return value
 
 
 NormName = Annotated[str, BeforeValidator(_norm_name)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustbench_deq.configs import as_plain, parse_fraction
+from robustbench_deq.configs import plain_number
 from robustbench_deq.errors import UsageError
 from robustbench_deq.optimise.domains import Ball, Norm
 
@@ -37,8 +37,7 @@ class Threat:
 
     def __init__(self, norm: Norm | str | float, epsilon: float | str) -> None:
         object.__setattr__(self, "norm", Norm.parse(norm))
-        radius = as_plain(epsilon)
-        radius = parse_fraction(radius, "epsilon") if isinstance(radius, str) else radius
+        radius = plain_number(epsilon, "epsilon")
         is_number = isinstance(radius, numbers.Real) and not isinstance(radius, bool)
         try:
             number = float(radius) if is_number else math.nan  # type: ignore[arg-type]  # it is one

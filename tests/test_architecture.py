@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "shown": "",
     "files": "errors",
     "registry": "errors",
+    "tensor_files": "files",
     "devices": "errors",
     "inputs": "errors fixes",
     "plain_yaml": "",
@@ -46,15 +47,15 @@ MAY_IMPORT = {
     "protocol": "certificates configs equilibrium errors inputs meter optimise randomness registry rows threats shown",
     "specs": "adjoints configs protocol solvers threat_spec",
     "models": "adjoints callables configs equilibrium errors files lazy optimise registry rows solvers specs "
-    "threat_spec trial",
+    "tensor_files threat_spec trial",
     "data": "configs errors files fixes lazy registry shown",
     "records": "configs errors files shown",
     "evaluate": "adjoints configs data devices equilibrium errors files fixes inputs memory meter models optimise "
     "proportions protocol randomness records rows solvers shown threats trial",
     "runner": "configs data equilibrium errors evaluate files fixes memory models optimise proportions protocol quiet "
-    "records solvers specs threat_spec threats",
+    "records solvers specs tensor_files threat_spec threats",
     "training": "adjoints configs data equilibrium errors evaluate files models protocol registry rows solvers specs "
-    "threats",
+    "tensor_files threats",
     "report": "configs errors files proportions records",
     "attacks": "adjoints configs equilibrium errors optimise protocol randomness rows solvers threats",
     "benchmark": "attacks data equilibrium errors evaluate models optimise registry threats",

@@ -56,9 +56,7 @@ def attack(
         settings["steps"] = steps
     loaded, threat, name, samples = read_setting(model, norm, epsilon, data, split, limit)
     chosen = build_attack(attack_name, threat, settings)
-    check_data(loaded, samples)
-    if chosen.is_gradient_based:
-        loaded.check_gradient(samples.x)
+    check_data(loaded, samples, chosen.is_gradient_based)
     target = choose_device(device, "--device")
     tell_split(name, split, "--split all takes all")
     with output_folder(out) as folder:

@@ -17,7 +17,7 @@ from robustbench_deq.files import is_file
 from robustbench_deq.records.record import Record
 from robustbench_deq.records.store import RECORDS_FILE
 from robustbench_deq.runner.progress import EarlierPaces
-from robustbench_deq.runner.run import missing_shards
+from robustbench_deq.runner.run import check_models, missing_shards
 from robustbench_deq.runner.suite import Run, Shard, SuiteConfig, cut, plan
 
 
@@ -42,6 +42,8 @@ def bench(
     where = Where(workers, kind, address, device).checked()
     if resume or not is_dry:
         check_target(parsed, runs, target, resume)
+    if address is None:  # what a cluster runs need not run here
+        check_models([run for run, _ in runs])
     if is_dry:
         missing = missing_shards(runs, target) if resume else [shard for _, shards in runs for shard in shards]
         _echo_plan(runs, missing, EarlierPaces(_earlier_records(target), where.device), workers or 1)

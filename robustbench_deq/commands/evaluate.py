@@ -20,6 +20,7 @@ from robustbench_deq.configs import validate
 from robustbench_deq.errors import UsageError
 from robustbench_deq.records.record import Record, to_json
 from robustbench_deq.report.tables.stages import stage_frame
+from robustbench_deq.runner.run import check_models
 from robustbench_deq.runner.suite import SuiteConfig, cut, plan
 
 BATCH_SIZE = 128
@@ -55,6 +56,8 @@ def evaluate_by_standard(
     where = Where(workers, executor, address, device).checked()
     if out is not None:
         check_target(suite, runs, out, resume)
+    if address is None:  # what a cluster runs need not run here
+        check_models([run for run, _ in runs])
     with _folder(out) as target:
         run_in(suite, runs, target, resume, where, lambda records: _echo(records, is_json))
     if out is not None and not is_json:

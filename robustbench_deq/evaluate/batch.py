@@ -22,7 +22,7 @@ from torch import Tensor
 
 from robustbench_deq.data import Split
 from robustbench_deq.equilibrium import EquilibriumModel, check_labels
-from robustbench_deq.errors import RunError, UsageError
+from robustbench_deq.errors import RunError, UsageError, kind_of
 from robustbench_deq.evaluate.batch_judge import BatchJudge
 from robustbench_deq.evaluate.clean import CleanBatch, judge_clean
 from robustbench_deq.evaluate.judge import Verdict
@@ -66,14 +66,21 @@ class Task(RunConfig):
     file_sha256: str | None = None
 
 
-def check_data(model: EquilibriumModel, data: Split) -> None:
+def check_split(data: object) -> None:
+    """Raise `UsageError` for anything but a `Split`."""
+    if not isinstance(data, Split):
+        fix = 'pass for example load("digits", limit=256)'
+        raise UsageError.of("data", expected="a Split", got=kind_of(data), fix=fix)
+
+
+def check_data(model: EquilibriumModel, data: Split, needs_gradient: bool = False) -> None:
     """Raise `UsageError` unless `data` fits the model, the labels of its source that were not chosen too, and the model
-    returns what it should on it (`EquilibriumModel.check_parts`)."""
+    returns what it should on it (`EquilibriumModel.check_parts`) and, where that is needed, gives a gradient."""
     model.check_images(data.x)
     check_labels(data.y, len(data), model.num_classes)
     as_ids(data.sample_ids, len(data))
     place = next(itertools.chain(model.parameters(), model.buffers()), data.x)
-    model.check_parts(data.x[:2].to(place.device))
+    (model.check_gradient if needs_gradient else model.check_parts)(data.x[:2].to(place.device))
     if data.largest_label >= model.num_classes:
         raise UsageError.of(
             f"labels of {data.name}",

@@ -35,6 +35,7 @@ from torch import Tensor
 from robustbench_deq.data import Split
 from robustbench_deq.equilibrium import EquilibriumModel, check_labels
 from robustbench_deq.errors import told
+from robustbench_deq.evaluate.batch import check_split
 from robustbench_deq.evaluate.judge import JUDGE_RTOL, LADDER, is_readable, tight_solve
 from robustbench_deq.evaluate.measures import (
     FINE,
@@ -98,8 +99,9 @@ def examine(model: EquilibriumModel, data: Split) -> list[Finding]:
     Every check has one; what rests on one that is bad is a note that says which to fix first.
 
     Raises:
-        UsageError: for images or labels that do not fit the model.
+        UsageError: for data that are no `Split`, and images or labels that do not fit the model.
     """
+    check_split(data)
     rest = (*NEAR_THE_START, "equilibrium", *AT_EQUILIBRIA)
     missing = [name for name in ("input_shape", "num_classes") if not hasattr(model, name)]
     if missing:

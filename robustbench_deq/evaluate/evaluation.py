@@ -16,7 +16,7 @@ from robustbench_deq.data import Split
 from robustbench_deq.devices import choose_device
 from robustbench_deq.equilibrium import EquilibriumModel, check_model
 from robustbench_deq.errors import UsageError, kind_of
-from robustbench_deq.evaluate.batch import Part, Task, Watch, check_data, evaluate_batch
+from robustbench_deq.evaluate.batch import Part, Task, Watch, check_data, check_split, evaluate_batch
 from robustbench_deq.evaluate.summary import summarise
 from robustbench_deq.memory import release_freed_memory
 from robustbench_deq.models import Origin, origin_of
@@ -99,9 +99,7 @@ def evaluate(
     if not isinstance(attack, Attack):
         fix = 'pass for example JointPGD(Threat("l2", 0.5))'
         raise UsageError.of("attack", expected="an attack", got=kind_of(attack), fix=fix)
-    if not isinstance(data, Split):
-        fix = 'pass for example load("digits", limit=256)'
-        raise UsageError.of("data", expected="a Split", got=kind_of(data), fix=fix)
+    check_split(data)
     if progress is not None and not callable(progress):
         fix = "pass what is called with a Progress"
         raise UsageError.of("progress", expected="a function", got=kind_of(progress), fix=fix)
@@ -130,7 +128,7 @@ def _evaluate(
     device: torch.device,
     progress: Callable[[Progress], None] | None,
 ) -> Evaluation:
-    check_data(model, data)
+    check_data(model, data, task.attack.is_gradient_based)
     if doubt := task.attack.threat.doubt(data.x[0].numel()):
         logger.warning(doubt)
     source = {"name": data.name, "split": getattr(data.split, "value", data.split), "digest": data.digest}

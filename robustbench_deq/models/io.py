@@ -18,11 +18,11 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError, kind_of
-from robustbench_deq.files import is_folder, replacing, sha256_of, write_json
+from robustbench_deq.files import is_folder, sha256_of, write_json
 from robustbench_deq.models.base import Family, FamilyModel
 from robustbench_deq.models.cards import (
     DESCRIPTION_NAME,
@@ -38,6 +38,7 @@ from robustbench_deq.models.origin import Origin, with_origin
 from robustbench_deq.models.user_file import digest_of_file, model_from_file
 from robustbench_deq.models.zoo import MODELS
 from robustbench_deq.optimise import NORMS, Norm
+from robustbench_deq.tensor_files import write_tensors
 
 WEIGHTS_NAME = "model.safetensors"
 NEXT_WEIGHTS_NAME = "model.next.safetensors"
@@ -74,14 +75,12 @@ def save_model(model: EquilibriumModel, folder: str | Path, name: str, card: Car
     if waiting.exists():  # an earlier save was interrupted; if its weights are the model's, take its last step
         with contextlib.suppress(UsageError):
             os.replace(_weights_of(folder, describe(folder).sha256), weights)
-    with replacing(waiting) as temporary:
-        tensors = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
-        temporary.write_bytes(save(tensors))
+    digest = write_tensors(waiting, model.state_dict())
     description = ModelDescription(
         name=name,
         family=model.family,
         config=model.config.model_dump(mode="json"),
-        sha256=sha256_of(waiting),
+        sha256=digest,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         card=card or Card(),
     )

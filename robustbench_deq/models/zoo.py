@@ -13,14 +13,16 @@ WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 
 
 class ModelEntry(NamedTuple):
-    """A registered model: either saved in `folder`, or built from `config` alone, which says all of it."""
+    """A registered model: either saved in `folder`, or built from `config` alone.
+
+    num_parameters    of one without a folder, where nothing else says it
+    """
 
     name: str
     family: str
     folder: Path | None
     config: dict[str, Any]
     num_parameters: int = 0
-    """Of a model without a folder, whose description says it."""
 
 
 MODELS: Registry[ModelEntry] = Registry("model")

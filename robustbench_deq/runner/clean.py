@@ -20,13 +20,14 @@ from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
 from robustbench_deq.evaluate.clean import CleanBatch
 from robustbench_deq.evaluate.judge import Verdict
-from robustbench_deq.files import lock, open_own, replacing, sha256_of, write_text
+from robustbench_deq.files import lock, open_own, sha256_of, write_text
 from robustbench_deq.optimise import Contraction
 from robustbench_deq.runner.suite import Run
+from robustbench_deq.tensor_files import write_tensors
 
 FOLDER = "clean"
 
@@ -82,10 +83,7 @@ def _write(path: Path, clean: CleanBatch) -> None:
         tensors |= {f"contraction.{name}": part for name, part in clean.contraction._asdict().items()}
     tensors |= {f"verdict.{field.name}": getattr(clean.verdict, field.name) for field in fields(Verdict)}
     tensors |= {f"adjoint.{name}": mu for name, mu in clean.adjoints.items()}
-    with replacing(path) as temporary:
-        temporary.write_bytes(save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}))
-        digest = sha256_of(temporary)
-    write_text(path.with_suffix(".sha256"), digest)
+    write_text(path.with_suffix(".sha256"), write_tensors(path, tensors))
 
 
 def _read(path: Path, device: torch.device) -> CleanBatch | None:

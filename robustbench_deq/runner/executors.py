@@ -24,13 +24,14 @@ from pathlib import Path
 import torch
 
 from robustbench_deq.errors import RunError, UsageError
+from robustbench_deq.files import is_disk_full
 from robustbench_deq.memory import keep_freed_memory
 from robustbench_deq.quiet import ignore_torch_deprecations
 from robustbench_deq.records.environment import num_cpus
 from robustbench_deq.runner.suite import Resources, Shard
 
 Work = Callable[[Shard], str | None]
-"""Does a shard; the reason when it failed."""
+"""Does a shard; the reason when it failed. Raises `OSError` when the disk is full, which ends all."""
 MAX_ATTEMPTS = 3
 WORKER_DIED = "the worker died (out of memory, or killed)"
 
@@ -193,6 +194,10 @@ class Ray(Executor):
                 except ray.exceptions.WorkerCrashedError:
                     reason = WORKER_DIED
                 except ray.exceptions.RayError as error:
+                    if is_disk_full(cause := getattr(error, "cause", error)):
+                        for other in futures:
+                            ray.cancel(other)
+                        raise cause from None
                     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 yield shard, reason
 

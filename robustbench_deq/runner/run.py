@@ -26,9 +26,10 @@ from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate.batch import Part, Task, batch_of, check_data, evaluate_batch
 from robustbench_deq.evaluate.clean import judge_clean
 from robustbench_deq.evaluate.summary import summarise
-from robustbench_deq.files import check_json, is_blank, refuse_links, remove_temporaries, write_json
+from robustbench_deq.files import check_json, is_blank, is_disk_full, refuse_links, remove_temporaries, write_json
 from robustbench_deq.models import load_model
-from robustbench_deq.protocol import Attack
+from robustbench_deq.models.cards import names_function
+from robustbench_deq.protocol import ATTACKS, Attack
 from robustbench_deq.records.environment import describe_environment, merge_environments
 from robustbench_deq.records.images import choose_images, save_images
 from robustbench_deq.records.missing import write_plan
@@ -88,6 +89,9 @@ def run_shard(shard: Shard, folder: Path, build_attack: BuildAttack, device: str
 
     Args:
         device: None: a GPU where this process sees one, else the CPU.
+
+    Raises:
+        OSError: when the disk is full, where no other shard would find room.
     """
     store, device = ShardStore(folder), device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -100,6 +104,8 @@ def run_shard(shard: Shard, folder: Path, build_attack: BuildAttack, device: str
     except Exception as error:
         if store.is_done(shard):  # by another runner, which had no use for what was in progress here
             return None
+        if is_disk_full(error):
+            raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         store.fail(shard, reason, traceback.format_exc())
         return reason
@@ -130,6 +136,21 @@ def _attack(shard: Shard, folder: Path, build_attack: BuildAttack, device: str, 
         if rows.start == 0:
             save_images(folder, run.key, choose_images(part.samples, data.x[rows].numpy(), x_adv.numpy()))
     return parts
+
+
+def check_models(runs: Sequence[Run]) -> None:
+    """Build the models of files, and see that they fit the data and have a gradient where an attack needs one. Of the
+    others the plan has read as much in their descriptions.
+
+    Raises:
+        UsageError: for the first one that does not.
+    """
+    needs: dict[tuple[str, str, tuple[str, str, int, str]], bool] = {}
+    for run in filter(lambda run: names_function(run.model), runs):
+        key = run.model, run.model_digest, (run.data, run.split, run.num_samples, run.digest)
+        needs[key] = needs.get(key, False) or ATTACKS.get(run.attack).is_gradient_based
+    for (name, digest, named), needs_gradient in needs.items():
+        check_data(_model(name, digest, "cpu"), _data(*named), needs_gradient)
 
 
 class _Stages:
@@ -213,6 +234,9 @@ def run_suite(
         executor: where shards are done.
         device: None: a GPU where the process that does a shard sees one, else the CPU.
         watch: called after each shard, with the reason if it failed.
+
+    Raises:
+        OSError: when the disk is full; what is done is kept.
     """
     folder = folder.resolve()  # workers may have another current folder
     remove_temporaries(folder)

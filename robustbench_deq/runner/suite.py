@@ -346,7 +346,7 @@ def _load(name: str, suite: SuiteConfig) -> Split:
 
 
 def _check_shape(model: str, described: ModelDescription | None, split: Split) -> None:
-    """A model of a file is not built for this; its shards fail with a reason of their own."""
+    """Of a model that has a description; one of a file is looked at once it is built."""
     expected, got = described and described.config.get("input_shape"), list(split.x.shape[1:])
     if expected and list(expected) != got:
         raise UsageError.of(

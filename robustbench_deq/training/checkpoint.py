@@ -12,12 +12,13 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import UsageError
-from robustbench_deq.files import read_sealed, replacing, sha256_of, write_sealed
+from robustbench_deq.files import read_sealed, sha256_of, write_sealed
+from robustbench_deq.tensor_files import write_tensors
 
 
 class Checkpoint:
@@ -34,16 +35,14 @@ class Checkpoint:
         optimizer: torch.optim.Optimizer,
         meta: dict[str, Any],
     ) -> None:
-        tensors = {f"model.{name}": value.detach() for name, value in model.state_dict().items()}
+        tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
         tensors |= {f"average.{name}": value for name, value in average.items()}
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
         # Two names in turn: the old pair stays whole until the new JSON file points at the new tensors.
         old = self._meta().get("tensors") if self.meta_path.exists() else None
         name = "checkpoint-b.safetensors" if old == "checkpoint-a.safetensors" else "checkpoint-a.safetensors"
-        with replacing(self.folder / name) as temporary:
-            temporary.write_bytes(save({key: value.contiguous().cpu().clone() for key, value in tensors.items()}))
-        digest = sha256_of(self.folder / name)
+        digest = write_tensors(self.folder / name, tensors)
         write_sealed(self.meta_path, {**meta, "tensors": name, "tensors_sha256": digest})
         if old is not None:
             (self.folder / old).unlink(missing_ok=True)

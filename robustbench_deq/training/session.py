@@ -19,8 +19,9 @@ import torch
 
 from robustbench_deq.configs import merge
 from robustbench_deq.data import DATASETS, Split, SplitName, load
-from robustbench_deq.equilibrium import EquilibriumModel, check_labels
+from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.errors import RunError, UsageError
+from robustbench_deq.evaluate.batch import check_data
 from robustbench_deq.evaluate.evaluation import evaluate
 from robustbench_deq.evaluate.judge import judge, tight_solve
 from robustbench_deq.files import check_json, is_blank, refuse_links, remove_temporaries, replacing, write_json
@@ -104,9 +105,7 @@ class TrainingSession:
         validation = load(self.config.data, SplitName.VALIDATION, self.config.validation.limit)
         model = self.build_model()
         for split in (self._train, validation, load(self.config.data, SplitName.TEST)):
-            model.check_images(split.x)
-            check_labels(split.y, len(split), model.num_classes)
-        model.check_parts(self._train.x)
+            check_data(model, split)
         self.trainer = Trainer(
             self.config,
             model,

@@ -189,8 +189,21 @@ def test_records_without_a_gradient_are_told_of(tmp_path: Path) -> None:
     assert told in result.stderr
 
 
+IN_BATCHES = """
+    model = load_model("test-linear.tiny")
+    cell = model.cell
+    def failing(z, u):
+        if len(z) > 2:
+            raise RuntimeError('no luck')
+        return cell(z, u)
+    model.cell = failing
+    return model
+"""
+"""Code of a model that is well on the two images that are tried beforehand."""
+
+
 def test_failed_shards_are_named_the_rest_is_done_and_the_exit_code_is_one(tmp_path: Path) -> None:
-    (tmp_path / "model.py").write_text(FAILING_MODEL.format(line="raise RuntimeError('no luck')"))
+    (tmp_path / "model.py").write_text(FAILING_MODEL.format(line=IN_BATCHES))
     models = ["test-linear.tiny", f"{tmp_path / 'model.py'}:build"]
     path = write(tmp_path / "small.yaml", models=models, attacks=[{"name": "noise"}], limit=8)
     result = bench(path, "--out", tmp_path / "new")
@@ -205,6 +218,31 @@ def test_failed_shards_are_named_the_rest_is_done_and_the_exit_code_is_one(tmp_p
     assert bench(path, "--out", tmp_path / "new", "--resume").exit_code == 0
     assert len(load_records(tmp_path / "new")) == 4  # of a model that is another one, so the old failures tell of none
     assert not read_missing(tmp_path / "new", known(tmp_path / "new"))
+
+
+@pytest.mark.parametrize("words", [[], ["--dry-run"]], ids=["run", "dry"])
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("raise RuntimeError('no luck')", "expected a model, got RuntimeError: no luck, in "),
+        ("return 5", "got int"),
+        ("return load_model('deq-conv.fashion-standard')", "images"),
+        (
+            "m = load_model('test-linear.tiny'); m.inject = lambda x: type(m).inject(m, x.detach()); return m",
+            "a gradient",
+        ),
+    ],
+    ids=["raises", "no-model", "shape", "no-gradient"],
+)
+def test_a_bad_model_of_a_file_is_refused_before_any_work(
+    line: str, said: str, words: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "model.py").write_text(FAILING_MODEL.format(line=line))
+    models = ["test-linear.tiny", f"{tmp_path / 'model.py'}:build"]
+    path = write(tmp_path / "small.yaml", models=models, attacks=[{"name": "pgd"}], limit=8)
+    result = bench(path, "--out", tmp_path / "new", *words)
+    assert result.exit_code == 2 and result.stdout == "" and not (tmp_path / "new").exists()
+    assert said in result.stderr.splitlines()[-1]
 
 
 def known(folder: Path) -> set[str]:

@@ -930,7 +930,7 @@ def test_an_interrupted_checkpoint_leaves_the_last_one(tmp_path: Path, monkeypat
     assert pd.read_csv(tmp_path / "cut" / "history.csv")["epoch"].tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("name", ["write_sealed", "save"])
+@pytest.mark.parametrize("name", ["write_sealed", "write_tensors"])
 def test_a_full_disk_during_training_names_resume(name: str, tmp_path: Path, monkeypatch) -> None:
     args, write, calls = ("train", CONFIG, *TINY, "--set", "epochs=2"), getattr(checkpoint, name), []
 

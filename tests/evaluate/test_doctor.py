@@ -588,3 +588,8 @@ def test_the_models_own_solver_and_adjoint_are_not_needed_for_the_gradient_of_th
     model = Sound()
     model.adjoint = Implicit(Solve(Anderson(), rtol=1.0, max_steps=1))
     assert found_in(model)["gradient"].grade is GOOD
+
+
+def test_data_that_are_no_split_are_one_line(make_model) -> None:
+    with pytest.raises(UsageError, match=r"^data: expected a Split, got 'digits'; pass for example load\("):
+        examine(make_model("test-linear"), "digits")

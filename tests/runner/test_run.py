@@ -342,7 +342,7 @@ def test_a_model_without_a_gradient_fails_the_shards_that_need_one(tmp_path: Pat
     assert {record.attack for record in load_records(tmp_path / "suite")} == {"noise"}
 
 
-def test_full_disk_is_the_reason_of_its_shard_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_ends_the_suite_and_what_is_done_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lost = runs_of(suite())[0][1][1]
 
     def full(write: Callable[[Path, Any], None], path: Path, content: Any) -> None:
@@ -352,11 +352,12 @@ def test_full_disk_is_the_reason_of_its_shard_alone(tmp_path: Path, monkeypatch:
 
     for name in ("write_json", "write_sealed"):
         monkeypatch.setattr(shards_module, name, functools.partial(full, getattr(shards_module, name)))
-    outcome = do(tmp_path)
-    assert outcome.failures == {lost.key: "OSError: [Errno 28] No space left on device"}
-    assert (outcome.num_done, outcome.num_records) == (11, 3)
+    with pytest.raises(OSError, match="No space left"):
+        do(tmp_path)
+    shards, store = [shard for _, cut in runs_of(suite()) for shard in cut], ShardStore(tmp_path)
+    assert [shard for shard in shards if store.is_done(shard)] == shards[:1]
     monkeypatch.undo()
-    assert do(tmp_path).num_records == 1
+    assert do(tmp_path).num_records == 4
 
 
 def test_work_done_twice_where_there_are_no_locks(undisturbed: Path, tmp_path: Path, monkeypatch) -> None:
