@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import robustbench_deq.attacks.advlib_bridge
+import robustbench_deq.attacks.foolbox_bridge  # noqa: F401  # both register a prefix
 from robustbench_deq.attacks.apgd import SolvedAPGD, SolvedAPGDConfig
 from robustbench_deq.attacks.apgd_t import TargetedAPGD, TargetedAPGDConfig
 from robustbench_deq.attacks.fgsm import FGSM, FGSMConfig

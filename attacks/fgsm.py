@@ -1,7 +1,8 @@
 """`fgsm`: one step of length epsilon along the gradient at the clean equilibrium.
 
-Where an evaluation knows that equilibrium and its adjoint, the solves start there and the step costs an evaluation or
-two and a product or two. There is no joint form: at an equilibrium the joint iteration has this gradient.
+Where an evaluation knows that equilibrium and its adjoint, the gradient costs an evaluation or two and as many
+products; what is left is the solve at the moved image. There is no joint form: at an equilibrium the joint iteration
+has this gradient too.
 
 Source: Goodfellow, Shlens, Szegedy, "Explaining and harnessing adversarial examples", ICLR 2015, section 4.
 """

@@ -1,113 +1,154 @@
-"""torchattacks' `PGD` and `PGDL2` on equilibrium models, through the attack protocol.
+"""torchattacks on equilibrium models: `torchattacks:NAME` for every attack that takes one model and labels.
 
-The library sees an ordinary network: it calls `forward` in evaluation mode and differentiates it, so every gradient
-step costs a cold forward and a cold adjoint solve with the model's own settings. Its random start draws from the global
-generator, which would make a sample depend on its batch, so it is off. It takes the mean of the cross-entropy over the
-batch; the logits' gradient is scaled back to that of a sum, so that neither the adjoint's tolerance nor the library's
-own `1e-10` in the gradient's norm sees the batch size.
+`torchattacks-pgd` and `torchattacks-pgdl2` are its `PGD` and `PGDL2` with the settings of this package: a step as a
+fraction of epsilon, and no random start, so that no sample depends on its batch.
+
+A step size of the library's (`alpha`) that nobody sets is its default's share of its default radius. Its losses are the
+mean of the cross-entropy over the batch, but for those of `SUMMED`.
 
 Source: Kim, "Torchattacks: a PyTorch repository for adversarial attacks", arXiv 2010.01950.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+import functools
+import inspect
+from typing import Any, ClassVar, cast
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from robustbench_deq.equilibrium import EquilibriumModel
+from robustbench_deq.attacks.bridge import BridgeConfig, BridgedAttack, C, Foreign, NamedConfig, Network, unknown
 from robustbench_deq.errors import UsageError
-from robustbench_deq.optimise import Norm, has_slope
-from robustbench_deq.protocol import ATTACKS, Attack, AttackConfig, Batch, Proposal, Recorder
-from robustbench_deq.threats import Threat
+from robustbench_deq.optimise import Norm
+from robustbench_deq.protocol import ATTACKS, Attack, Batch
+
+LIBRARY = "torchattacks"
+NORMS = {
+    **dict.fromkeys(("APGD", "APGDT", "AutoAttack", "Square"), ("linf", "l2")),
+    **dict.fromkeys(("CW", "DeepFool", "PGDL2", "PGDRSL2"), ("l2",)),
+    **dict.fromkeys(("EADL1", "EADEN"), ("l1",)),
+    "FAB": ("linf", "l2"),
+}
+"""Of all others it is the maximum norm. FAB names L1, and fails there."""
+REFUSED = {
+    **dict.fromkeys(("JSMA", "OnePixel", "Pixle", "SparseFool"), "one that counts pixels, which has no ball here"),
+    "GN": "Gaussian noise, which has no radius",
+    "LGV": "one that trains models on data",
+    "MultiAttack": "one that takes attacks in place of a model",
+    "VANILA": "one that leaves the images as they are",
+}
+SUMMED = {"APGD", "APGDT", "AutoAttack", "CW", "DeepFool", "EADEN", "EADL1", "FAB", "SPSA", "Square"}
+WITHOUT_GRADIENT = {"SPSA", "Square"}
+OF_COLOURS = {"PIFGSM", "PIFGSMPP", "TIFGSM"}
+SET_HERE = {"model", "eps", "max_epsilon", "norm", "n_classes", "seed", "verbose"}
+SPELLED = {"l1": "L1", "l2": "L2", "linf": "Linf"}
 
 
-class TorchattacksConfig(AttackConfig):
-    restarts: int = Field(1, ge=1, le=1, description="always 1: the library has no keyed random start")
-    random_start: Literal[False] = Field(False, description="always false: see the module's docstring")
-    max_evaluations: None = Field(None, description="always null: the library shows no iterate before its end")
-    max_seconds: None = Field(None, description="always null, for the same reason")
+class _Torchattacks(BridgedAttack[C]):
+    """member: the library's class. The library brings SciPy's statistics and half a second of imports along, and is
+    imported when an attack of it is asked for."""
+
+    member: ClassVar[str]
+
+    def perturbed(self, network: Network, batch: Batch, settings: dict[str, Any], epsilon: float) -> Tensor:
+        import torchattacks  # type: ignore[import-untyped]  # the library ships no types
+
+        channels = network.model.input_shape[0]
+        if self.member in OF_COLOURS and channels != 3:
+            raise UsageError.of(
+                self.name, expected="images of three colours", got=channels, fix="choose another attack or model"
+            )
+        kind = getattr(torchattacks, self.member)
+        parameters = inspect.signature(kind).parameters
+        radius = "max_epsilon" if "max_epsilon" in parameters else "eps"
+        own: dict[str, Any] = {
+            radius: epsilon,
+            "norm": SPELLED[self.threat.norm.name],
+            "n_classes": network.model.num_classes,
+        }
+        own["seed"] = batch.seed
+        if "alpha" in parameters:
+            own["alpha"] = parameters["alpha"].default / parameters[radius].default * epsilon
+        library = kind(network, **{key: value for key, value in own.items() if key in parameters} | settings)
+        library.set_device(batch.images.device)
+        if batch.targets is None:
+            return cast(Tensor, library(batch.images, batch.labels))
+        if "targeted" not in library.supported_mode:
+            raise UsageError.of(self.name, expected="an untargeted run", got="targets", fix="drop --targeted")
+        library.set_mode_targeted_by_label(quiet=True)
+        return cast(Tensor, library(batch.images, batch.targets))
+
+
+class TorchattacksConfig(BridgeConfig):
     steps: int = Field(20, ge=1, description="gradient steps")
     step_size: float = Field(0.25, gt=0, le=1e6, description="step as a fraction of epsilon")
 
 
-class _Summed(nn.Module):
-    """The model, but its logits' gradient is multiplied by the batch size; `is_flat`: samples whose image has had a
-    gradient of zero or NaN at every step, `(batch,)`."""
-
-    def __init__(self, model: EquilibriumModel) -> None:
-        super().__init__()
-        self.model = model
-        self.is_flat: Tensor | None = None
-        self.train(model.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad:
-            x.register_hook(self._note)  # type: ignore[no-untyped-call]  # torch has no type for it
-        logits = self.model(x)
-        if logits.requires_grad:
-            logits.register_hook(lambda gradient: gradient * len(gradient))
-        return logits
-
-    def _note(self, gradient: Tensor) -> Tensor:
-        """Of a model in another layout the gradient is too, and the library would fail to view it."""
-        is_flat = ~has_slope(gradient)
-        self.is_flat = is_flat if self.is_flat is None else self.is_flat & is_flat
-        return gradient.contiguous()
-
-
-class _TorchattacksPGD(Attack[TorchattacksConfig]):
-    """What both have in common; subclasses name the library's class and the norm it is for. The library brings SciPy's
-    statistics and half a second of imports along, and is imported when an attack runs."""
+class _TorchattacksPGD(_Torchattacks[TorchattacksConfig]):
+    """What both have in common."""
 
     config_type = TorchattacksConfig
-    norm: Norm
-    library_name: ClassVar[str]
 
-    def __init__(
-        self, threat: Threat, config: TorchattacksConfig | Mapping[str, Any] | None = None, **settings: Any
-    ) -> None:
-        super().__init__(threat, config, **settings)
-        if threat.norm is not self.norm:
-            raise UsageError.of(
-                self.name,
-                expected=f"norm {self.norm.name}",
-                got=threat.norm.name,
-                fix=f"pass --norm {self.norm.name}",
-            )
+    def own_settings(self, epsilon: float) -> dict[str, Any]:
+        return {"alpha": self.config.step_size * epsilon, "steps": self.config.steps, "random_start": False}
 
-    def run(self, model: EquilibriumModel, batch: Batch, record: Recorder) -> Proposal:
-        config, epsilon, x = self.config, self.threat.ball(batch.images).radius, batch.images
-        record.plan(config.steps)
-        if epsilon == 0.0:  # the library would divide zero by zero
-            return Proposal(torch.zeros_like(x), x.new_full((len(x),), -torch.inf))
-        import torchattacks  # type: ignore[import-untyped]  # the library ships no types
 
-        summed = _Summed(model)
-        library = getattr(torchattacks, self.library_name)(
-            summed, eps=epsilon, alpha=config.step_size * epsilon, steps=config.steps, random_start=False
-        )
-        if batch.targets is not None:
-            library.set_mode_targeted_by_label(quiet=True)
-        x_adv = library(x, batch.labels if batch.targets is None else batch.targets)
-        # The loss chooses between restarts; there is one.
-        return Proposal((x_adv - x).detach(), x.new_zeros(len(x)), is_flat=summed.is_flat)
+def _foreign(norm: Norm) -> Foreign:
+    return Foreign((norm.name,), ("alpha", "steps", "random_start"), takes_mean=True)
 
 
 @ATTACKS.register("torchattacks-pgd")
 class TorchattacksPGD(_TorchattacksPGD):
     name = "torchattacks-pgd"
     summary = "torchattacks' PGD (Linf) through forward and autograd"
-    norm = Norm.LINF
-    library_name = "PGD"
+    foreign, member = _foreign(Norm.LINF), "PGD"
 
 
 @ATTACKS.register("torchattacks-pgdl2")
 class TorchattacksPGDL2(_TorchattacksPGD):
     name = "torchattacks-pgdl2"
     summary = "torchattacks' PGDL2 (L2) through forward and autograd"
-    norm = Norm.L2
-    library_name = "PGDL2"
+    foreign, member = _foreign(Norm.L2), "PGDL2"
+
+
+def _members() -> dict[str, Any]:
+    """The library's classes of attacks."""
+    import torchattacks
+    from torchattacks.attack import Attack as Base  # type: ignore[import-untyped]  # the library ships no types
+
+    return {
+        name: kind for name, kind in vars(torchattacks).items() if isinstance(kind, type) and issubclass(kind, Base)
+    }
+
+
+def _names() -> list[str]:
+    """Of those that can run here."""
+    return sorted(_members().keys() - REFUSED.keys())
+
+
+@functools.cache
+def _named(member: str) -> type[Attack[Any]]:
+    """The attack `torchattacks:MEMBER`. Raises `UsageError` for one that the library has not, or that cannot run."""
+    kind = _members().get(member)
+    if kind is None or member in REFUSED:
+        raise unknown(LIBRARY, member, _names(), REFUSED.get(member))
+    foreign = Foreign(
+        norms=NORMS.get(member, ("linf",)),
+        settings=tuple(name for name in inspect.signature(kind).parameters if name not in SET_HERE),
+        is_gradient_based=member not in WITHOUT_GRADIENT,
+        takes_mean=member not in SUMMED,
+    )
+    values = {
+        "__module__": __name__,
+        "name": f"{LIBRARY}:{member}",
+        "summary": f"torchattacks' {member} through forward and autograd",
+        "config_type": NamedConfig,
+        "is_gradient_based": foreign.is_gradient_based,
+        "foreign": foreign,
+        "member": member,
+    }
+    return type(f"Torchattacks{member}", (_Torchattacks,), values)
+
+
+ATTACKS.register_prefix(LIBRARY, _named, _names)

@@ -44,6 +44,7 @@ class Registry(Generic[T]):
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._entries: dict[str, T] = {}
+        self._prefixes: dict[str, tuple[Callable[[str], T], Callable[[], Collection[str]]]] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator that stores the decorated object under `name`. Raises `KeyError` when the name is taken."""
@@ -56,10 +57,26 @@ class Registry(Generic[T]):
 
         return add
 
+    def register_prefix(self, prefix: str, get: Callable[[str], T], names: Callable[[], Collection[str]]) -> None:
+        """What is named `prefix:NAME` is `get(NAME)`, made when it is asked for; it is in no listing but `prefixed`.
+
+        Args:
+            get: raises `UsageError` for names that it does not know.
+            names: those that it knows.
+        """
+        self._prefixes[prefix] = get, names
+
+    def prefixed(self) -> dict[str, Collection[str]]:
+        """The names behind every prefix."""
+        return {prefix: names() for prefix, (_, names) in self._prefixes.items()}
+
     def get(self, name: str) -> T:
         """The value stored under `name`. Raises `UsageError` with the names that there are, or the closest of many."""
         if name in self._entries:
             return self._entries[name]
+        prefix, _, rest = name.partition(":")
+        if prefix in self._prefixes and rest:
+            return self._prefixes[prefix][0](rest)
         listed = _LISTED_BY.get(self.kind)
         raise UsageError.of(
             f"unknown {self.kind}",

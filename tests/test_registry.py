@@ -73,3 +73,22 @@ def test_empty_registry_still_gives_a_usage_error() -> None:
 def test_error_names_the_command_that_lists_public_kinds(kind: str) -> None:
     with pytest.raises(UsageError, match=f"robustbench-deq {kind}s"):
         Registry(kind).get("x")
+
+
+def test_a_prefix_resolves_what_no_listing_holds() -> None:
+    registry: Registry[str] = Registry("thing")
+    registry.register("plain")("plain")
+
+    def get(name: str) -> str:
+        if name not in ("a", "b"):
+            raise UsageError(f"no {name}")
+        return name.upper()
+
+    registry.register_prefix("far", get, lambda: ["a", "b"])
+    assert registry.get("far:a") == "A" and registry.prefixed() == {"far": ["a", "b"]}
+    assert list(registry) == registry.list() == ["plain"] and "far:a" not in registry
+    with pytest.raises(UsageError, match="no c"):
+        registry.get("far:c")
+    for name in ("far:", "far", "near:a"):
+        with pytest.raises(UsageError, match="unknown thing: expected one of plain"):
+            registry.get(name)

@@ -82,7 +82,7 @@ def test_every_attack_is_built_by_name(name: str) -> None:
 
 
 def test_attacks_that_are_none_are_refused() -> None:
-    with pytest.raises(UsageError, match="unknown attack: expected one of joint-pgd"):
+    with pytest.raises(UsageError, match="unknown attack: expected a registered attack, closest joint-pgd"):
         AttackSpec(name="joint-pdg").build()
     with pytest.raises(UsageError, match="unknown key 'stepz'"):
         AttackSpec(config={"stepz": 3}).build()

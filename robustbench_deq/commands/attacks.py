@@ -27,7 +27,10 @@ def attacks(is_json: bool) -> None:
         else:
             rows.append({"name": name, "summary": kind.summary, "settings": len(fields)})
     named = {"solvers": SOLVERS, "adjoints": ADJOINTS, "objectives": OBJECTIVES}
-    echo_listing(rows, "attacks", is_json, {kind: list(registry) for kind, registry in named.items()})
+    others = {kind: list(registry) for kind, registry in named.items()}
+    # Of other libraries, none where they are not installed.
+    others |= {f"{prefix}:NAME": list(names) for prefix, names in ATTACKS.prefixed().items()}
+    echo_listing(rows, "attacks", is_json, others)
     if not is_json:
         click.echo("\nSettings with their defaults, for --set key=value:")
         for name in ATTACKS:

@@ -24,6 +24,7 @@ ATTACK_NAMES = (
     "pgd", "apgd", "apgd-t", "fgsm", "fmn", "intermediate-pgd", "joint-apgd", "joint-fmn", "joint-pgd", "noise", "fast",
     "standard", "torchattacks-pgd", "torchattacks-pgdl2", "yopo",
 )  # fmt: skip
+ATTACK_PREFIXES = ("advlib:", "foolbox:", "torchattacks:")
 DATASET_NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "svhn")
 FAMILY_NAMES = (
     "deq-conv", "deq-fc", "unrolled", "resnet", "lben", "test-linear", "mdeq", "mondeq-conv", "mondeq-fc",
@@ -54,7 +55,7 @@ def _complete(names: Callable[[], list[str]], takes_paths: bool = False) -> Comp
 
 
 _a_model = _complete(model_names, takes_paths=True)
-_an_attack = _complete(lambda: list(ATTACK_NAMES))
+_an_attack = _complete(lambda: [*ATTACK_NAMES, *ATTACK_PREFIXES])
 _a_dataset = _complete(lambda: [*DATASET_NAMES, "npz:"])
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 PACKAGES = ("torch", "torchvision", "torchattacks", "numpy")
+PEERS = ("foolbox", "adv-lib")
+"""Named where they are installed."""
 
 
 def describe_environment(device: torch.device) -> dict[str, str | int | None]:
@@ -27,7 +29,8 @@ def describe_environment(device: torch.device) -> dict[str, str | int | None]:
         "num_threads": torch.get_num_threads(),
         "commit": _commit(),
     }
-    return environment | {package: _version(package) for package in PACKAGES}
+    environment |= {package: _version(package) for package in PACKAGES}
+    return environment | {package: version for package in PEERS if (version := _version(package)) is not None}
 
 
 def merge_environments(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

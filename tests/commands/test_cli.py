@@ -680,7 +680,7 @@ COMPLETED = {
     "robustbench-deq attack deq-conv.digits-": MODELS.list("deq-conv.digits-*"),
     "robustbench-deq attack no-such-": ["no-such-"],  # left to the shell's completion of paths
     "robustbench-deq models test-": ["test-linear.tiny"],
-    "robustbench-deq attack own --attack ": ATTACKS.list(),
+    "robustbench-deq attack own --attack ": [*ATTACKS.list(), *(f"{prefix}:" for prefix in ATTACKS.prefixed())],
     "robustbench-deq attack own --norm ": NORMS.list(),
     "robustbench-deq attack own --data ": [*DATASETS.list(), "npz:"],
     "robustbench-deq models own --check ": [*DATASETS.list(), "npz:"],
@@ -709,6 +709,7 @@ def test_help_version_and_completion_do_without_torch() -> None:
 
 def test_choices_and_completed_names_are_those_of_the_registries() -> None:
     assert options.model_names() == MODELS.list()
+    assert [*options.ATTACK_PREFIXES] == [f"{prefix}:" for prefix in ATTACKS.prefixed()]
     assert [*options.ATTACK_NAMES] == ATTACKS.list() and [*options.DATASET_NAMES] == DATASETS.list()
     assert [*options.FAMILY_NAMES] == FAMILIES.list()
     assert [*options.NORM_NAMES] == NORMS.list() and [*options.SPLIT_NAMES] == [name.value for name in SplitName]

@@ -12,6 +12,7 @@ from robustbench_deq.models import Linear
 from robustbench_deq.optimise import (
     Classification,
     Domain,
+    Frozen,
     HighestLoss,
     Intermediate,
     Joint,
@@ -48,6 +49,8 @@ SOURCES = {
     "solved, warm": TIGHTLY,
     "solved, cold": Solved(TIGHT, Implicit(TIGHT), is_warm=False),
     "intermediate": Intermediate(60),
+    "intermediate, solved": Intermediate(40, (5, 20), forward=TIGHT),
+    "frozen": Frozen(TIGHT, TIGHT, 3),
 }
 
 

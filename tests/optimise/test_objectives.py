@@ -17,6 +17,7 @@ from robustbench_deq.optimise.objectives import (
     CrossEntropyThenMargin,
     Margin,
     Targeted,
+    TowardDLR,
 )
 from tests.optimise.cases import log_odds
 
@@ -197,3 +198,43 @@ def test_ascent_on_every_registered_objective_lowers_the_true_class() -> None:
         assert bool((gradient[torch.arange(5), LABELS] < 0).all()), name
         better = F.cross_entropy(logits.detach() + 0.1 * gradient, LABELS)
         assert float(better) > float(F.cross_entropy(logits.detach(), LABELS)), name
+
+
+CLASSES = torch.tensor([1, 0, 3, 2, 0])
+
+
+@given(seeds, st.floats(0.01, 100.0), st.floats(-50.0, 50.0))
+def test_toward_a_class_dlr_follows_its_definition_whatever_the_scale(seed: int, scale: float, shift: float) -> None:
+    logits, objective = logits_of(seed, classes=6), TowardDLR(LABELS, CLASSES)
+    found = objective(logits)
+    for row, (label, wanted) in enumerate(zip(LABELS.tolist(), CLASSES.tolist(), strict=True)):
+        ordered = sorted(logits[row].tolist(), reverse=True)
+        # Croce and Hein 2020, Eq. 7
+        lead = float(logits[row, wanted] - logits[row, label])
+        assert float(found[row]) == pytest.approx(lead / (ordered[0] - (ordered[2] + ordered[3]) / 2), rel=1e-9)
+    torch.testing.assert_close(objective(scale * logits + shift), found, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize(("logits", "expected"), [
+    ([3.0, 1.0, 0.0], -2.0 / 3.0),
+    ([3.0, 1.0], -2.0),
+    ([3.0, 1.0, 0.0, -torch.inf], -2.0 / 3.0),
+    ([3.0, 1.0, -torch.inf, -torch.inf], -2.0),
+])  # fmt: skip
+def test_toward_a_class_dlr_of_few_classes_takes_those_that_there_are(logits: list[float], expected: float) -> None:
+    leaf = torch.tensor([logits], requires_grad=True)
+    loss = TowardDLR(torch.tensor([0]), torch.tensor([1]))(leaf)
+    assert float(loss.detach()) == pytest.approx(expected)
+    gradient = torch.autograd.grad(loss.sum(), leaf)[0]
+    assert bool(torch.isfinite(gradient).all()) and float(gradient[0, 1]) > 0 > float(gradient[0, 0])
+
+
+def test_toward_a_class_any_wrong_one_counts_unless_it_is_aimed_at() -> None:
+    logits = torch.eye(4)[torch.tensor([0, 1, 3, 3, 2])]  # right, another, the wanted one, right, another
+    wanted = torch.tensor([1, 0, 3, 2, 0])
+    labels = torch.tensor([0, 2, 1, 3, 3])
+    rows = torch.tensor([2, 4])
+    for is_aimed, reached in ((False, [False, True, True, False, True]), (True, [False, False, True, False, False])):
+        objective = TowardDLR(labels, wanted, is_aimed)
+        assert objective.is_reached(logits).tolist() == reached
+        assert objective.take(rows).is_reached(logits[rows]).tolist() == [reached[2], reached[4]]
