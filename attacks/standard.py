@@ -6,16 +6,19 @@
     intermediate  PGD along the gradients of states on the way to the equilibrium, which an adjoint cannot hide
     apgd-ce       APGD with tight full solves and exact adjoints, for the cross-entropy: the floor
     apgd-t        the same toward the nine most likely wrong classes
-    square-audit  a search without gradients, on a keyed eighth of the survivors
-    square        the same on all, and
-    fab-t         the smallest perturbation toward nine classes, where the audit has broken any (`black_box=all`)
+    square-audit  torchattacks' Square, a search without gradients, on a keyed eighth of the survivors
+    square        the same on all of them, and
+    fab-t         torchattacks' FAB, the smallest perturbation toward each class (both with `black_box=all`)
+
+The last three draw from a generator of the batch, so that what they find depends on the batch, which is therefore of a
+fixed size. They are not there for L1, which the library has not.
 
 Settings cannot be chosen: a number is comparable with others of the same version because of that.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import Field
 
@@ -23,13 +26,18 @@ from robustbench_deq.attacks.apgd import SolvedAPGD
 from robustbench_deq.attacks.apgd_t import TargetedAPGD
 from robustbench_deq.attacks.intermediate import IntermediatePGD
 from robustbench_deq.attacks.joint_pgd import JointPGD
-from robustbench_deq.protocol import ATTACKS, AttackConfig, Cascade, Stage
+from robustbench_deq.optimise import Norm
+from robustbench_deq.protocol import ATTACKS, AttackConfig, Cascade, Stage, make_attack
 
 VERSION = "v1"
 TOLERANCE = 1e-4
 NUM_HEADINGS = 9
 HEADING_STEPS = 16
 """On validation images, twice as many broke no sample more."""
+AUDIT = "square-audit"
+"""The stage whose success has the evaluation done again with `black_box=all`."""
+AUDITED_SHARE = 1 / 8
+NUM_QUERIES = 1000
 
 
 class FastConfig(AttackConfig):
@@ -58,7 +66,7 @@ class Fast(Cascade[FastConfig]):
 
 class StandardConfig(FastConfig):
     black_box: Literal["audit", "all"] = Field(
-        "audit", description="audit: a keyed eighth of the survivors; all: all of them, once an audit has broken any"
+        "audit", description="audit: an eighth of the survivors; all: all of them, once an audit has broken any"
     )
 
 
@@ -75,4 +83,13 @@ class Standard(Fast):
             Stage("apgd-ce", SolvedAPGD(self.threat, objective="cross-entropy", **tight)),
             Stage("apgd-t", TargetedAPGD(self.threat, **tight)),
         )
-        return super().stages(num_classes) + white_box
+        return super().stages(num_classes) + white_box + self._black_box()
+
+    def _black_box(self) -> tuple[Stage, ...]:
+        if self.threat.norm is Norm.L1:  # for which the library has none
+            return ()
+        square = make_attack("torchattacks:Square", self.threat, {"settings": {"n_queries": NUM_QUERIES}})
+        if cast(StandardConfig, self.config).black_box == "audit":
+            return (Stage(AUDIT, square, AUDITED_SHARE),)
+        fab = make_attack("torchattacks:FAB", self.threat, {"settings": {"multi_targeted": True, "steps": 100}})
+        return Stage("square", square), Stage("fab-t", fab)

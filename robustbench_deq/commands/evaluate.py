@@ -12,6 +12,7 @@ from typing import Any
 import click
 from rich.table import Table
 
+from robustbench_deq.benchmark import BATCH_SIZE, needs_black_box
 from robustbench_deq.commands.console import plain_console
 from robustbench_deq.commands.shared import tell_split
 from robustbench_deq.commands.suite_run import Where, check_target, run_in, tell_doubts
@@ -23,7 +24,6 @@ from robustbench_deq.report.tables.stages import stage_frame
 from robustbench_deq.runner.run import check_models
 from robustbench_deq.runner.suite import SuiteConfig, cut, plan
 
-BATCH_SIZE = 128
 NUM_SNAPSHOTS = 8
 
 
@@ -58,8 +58,13 @@ def evaluate_by_standard(
         check_target(suite, runs, out, resume)
     if address is None:  # what a cluster runs need not run here
         check_models([run for run, _ in runs])
+    found: list[Record] = []
     with _folder(out) as target:
-        run_in(suite, runs, target, resume, where, lambda records: _echo(records, is_json))
+        run_in(suite, runs[:1], target, resume, where, found.extend)
+        if len(runs) > 1 and needs_black_box(found[0]):
+            click.echo("the audit without gradients broke what gradients had left: now on all survivors", err=True)
+            run_in(suite, runs, target, True, where, found.extend)
+    _echo(found[-1], is_json)
     if out is not None and not is_json:
         click.echo(f"record            {out}")
 
@@ -67,17 +72,19 @@ def evaluate_by_standard(
 def suite_of(
     model: str, norm: str | None, epsilon: str | None, data: str | None, split: str, limit: int, kind: str
 ) -> SuiteConfig:
-    """The evaluation as a suite of one run.
+    """The evaluation as a suite of a run and, for `standard`, of what follows if its audit breaks anything.
 
     Raises:
         UsageError: for a wildcard, and what `SuiteConfig` refuses.
     """
     if set(model) & set("*?[") and ".py:" not in model:
         raise UsageError.of("model", expected="one model", got=repr(model), fix="evaluate several by a suite")
+    further = [{"name": kind, "label": f"{kind}, black box on all", "config": {"black_box": "all"}}]
+    further = further if kind == "standard" else []
     asked: dict[str, Any] = {
         "name": kind,
         "models": [model],
-        "attacks": [{"name": kind}],
+        "attacks": [{"name": kind}, *further],
         "data": data,
         "split": split,
         "limit": limit,
@@ -99,15 +106,10 @@ def _folder(out: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _echo(records: list[Record], is_json: bool) -> None:
-    for record in records:
-        if is_json:
-            click.echo(json.dumps(to_json(record)))
-        else:
-            _echo_record(record)
-
-
-def _echo_record(record: Record) -> None:
+def _echo(record: Record, is_json: bool) -> None:
+    if is_json:
+        click.echo(json.dumps(to_json(record)))
+        return
     low, high = record.robust_accuracy_ci
     click.echo(
         f"{record.model}  {record.protocol}  {record.threat.norm} {record.threat.epsilon:g}  "
