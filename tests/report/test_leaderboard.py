@@ -22,6 +22,7 @@ from robustbench_deq.report.pages.leaderboard import leaderboard_html
 from robustbench_deq.report.supplements import Supplements, read_supplements
 from robustbench_deq.report.tables.columns import COLUMNS
 from robustbench_deq.report.tables.leaderboard import make_leaderboard
+from robustbench_deq.report.tables.standings import standings_markdown
 
 Run = tuple[Record, pd.DataFrame]
 NASTY = "<script>alert(1)</script>'\"><img src=x onerror=alert(2)>"
@@ -106,6 +107,49 @@ def test_a_red_flag_takes_a_row_out_of_the_ranking(make_record) -> None:
     page = leaderboard_html(entries)
     assert page.count('class="row unreliable"') == 2 and "random output (unreliable)" in page
     assert "draws at random" in page
+
+
+STAGES = [
+    {
+        "name": name,
+        "num_attacked": left,
+        "num_broken": broken,
+        "cell_evals": 10.0,
+        "cell_vjps": 5.0,
+        "wall_seconds": 0.4,
+    }
+    for name, left, broken in (("joint-pgd", 224, 40), ("toward-1", 184, 8))
+]
+
+
+def test_versions_of_the_standard_evaluation_are_not_ranked_together(make_record) -> None:
+    records = [
+        make_record("a", "m", robust=0.5, protocol="v1 standard", stages=STAGES),
+        make_record("a", "n", robust=0.6, protocol="v1 standard", stages=STAGES),
+        make_record("b", "m", robust=0.7),
+        make_record("a", "o", robust=0.55, protocol="v1 fast", stages=STAGES),
+        make_record("a", "p", robust=0.1),
+    ]
+    entries = make_leaderboard(records, Supplements())
+    found = {entry.setting.model: (entry.protocol, entry.rank) for entry in entries}
+    assert found == {
+        "n": ("v1 standard", 1),
+        "m": ("v1 standard", 2),
+        "o": ("v1 fast", 1),
+        "p": ("", 1),
+    }
+    text = standings_markdown(entries)
+    assert "## digits test, L2, ε = 1, v1 standard" in text and "## digits test, L2, ε = 1, v1 fast" in text
+    both = make_leaderboard([records[0], make_record("c", "m", protocol="v1 fast", stages=STAGES)], Supplements())
+    assert both[0].protocol == "v1 standard"
+
+
+def test_page_shows_what_each_stage_broke(make_record) -> None:
+    records = [make_record("a", "m", robust=0.6875, protocol="v1 fast", stages=STAGES), make_record("b", "n")]
+    text = leaderboard_html(make_leaderboard(records, Supplements()))
+    assert text.count("Stages of a<") == 1 and "Stages of b" not in text
+    row = re.sub(r"\s+", " ", text[text.index('<th scope="row">toward-1</th>') :]).partition("</tr>")[0]
+    assert re.findall(r"<td>(.*?)</td>", row) == ["184", "8", "68.8", "13.9", "6.96", "0.400"]
 
 
 def test_without_verdicts_the_strongest_attack_bounds_the_union(make_run, tmp_path: Path) -> None:
@@ -433,7 +477,7 @@ def test_the_tab_key_reaches_all_that_can_be_used_and_shows_where_it_is(chromium
     chromium.open(page)
     here = "((e) => [e.id || e.name || e.innerText.trim(), getComputedStyle(e).outlineStyle])(document.activeElement)"
     seen = []
-    for _ in range(25):
+    for _ in range(9 + len(COLUMNS)):
         chromium.press("Tab", 9)
         seen.append(chromium.evaluate(here))
     names = [name for name, _ in seen]

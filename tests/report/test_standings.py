@@ -85,8 +85,8 @@ def test_figure_keeps_the_best_of_each_board_where_room_ends(make_record) -> Non
 def test_markdown_says_once_what_is_the_same_in_a_board(entries: list[Entry]) -> None:
     text = standings.standings_markdown(entries)
     shared = (
-        "The same in all 3 rows: Clean % 87.5; Flags –; Data digits test; Threat L2, ε = 1; n 256; Attacks 1; "
-        "Cell evals 41.0"
+        "The same in all 3 rows: Clean % 87.5; Flags –; Data digits test; Threat L2, ε = 1; n 256; Evaluation –; "
+        "Attacks 1; Cell evals 41.0"
     )
     assert shared in text
     boards = [part for part in text.split("## ")[1:]]

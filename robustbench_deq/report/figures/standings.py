@@ -76,7 +76,9 @@ def _draw_board(axes: Axes, group: Sequence[Entry]) -> None:
     axes.set_ylim(len(group) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     first = group[0]
-    axes.set_title(plain(f"{first.names.threat} · {first.names.data}, n = {first.setting.num_samples:,}"), loc="left")
+    by = f" · {first.protocol}" if first.protocol else ""
+    title = f"{first.names.threat} · {first.names.data}, n = {first.setting.num_samples:,}{by}"
+    axes.set_title(plain(title), loc="left")
 
 
 def _name(entry: Entry) -> str:

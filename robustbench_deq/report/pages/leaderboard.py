@@ -23,6 +23,7 @@ from robustbench_deq.report.supplements import GalleryRow, ModelFacts
 from robustbench_deq.report.tables.columns import COLUMNS
 from robustbench_deq.report.tables.doubts import find_doubts
 from robustbench_deq.report.tables.leaderboard import UNKNOWN, Entry
+from robustbench_deq.report.tables.stages import stage_frame
 from robustbench_deq.report.tables.text import MISSING, amount, decimals, percent, percent_interval
 
 TITLE = "Leaderboard: adversarial robustness of deep equilibrium models"
@@ -119,6 +120,7 @@ def _attack(record: Record, sole_breaks: int | None) -> dict[str, Any]:
             "Seed": str(record.seed),
         },
         "command": command_of(record),
+        "stages": stage_frame(record).to_dict("records"),
     }
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from robustbench_deq.report.tables import doubts
 from robustbench_deq.report.tables.leaderboard import Entry
 from robustbench_deq.report.tables.summary import COLUMN_MEANINGS
-from robustbench_deq.report.tables.text import amount, percent, percent_interval
+from robustbench_deq.report.tables.text import MISSING, amount, percent, percent_interval
 
 UNRANKED = 1e9
 """What rows without a rank sort by: the end."""
@@ -73,6 +73,11 @@ COLUMNS = (
         lambda entry: f"{entry.setting.num_samples:,}",
         lambda entry: entry.setting.num_samples,
         is_descending=True,
+    ),
+    Column(
+        "Evaluation",
+        "the standard evaluation among the row's records; only rows of the same one, and version, are ranked together",
+        lambda entry: entry.protocol or MISSING,
     ),
     Column(
         "Attacks",

@@ -1,6 +1,7 @@
 """Leaderboard: models ranked by what is left of their accuracy after all attacks of a setting together.
 
-    a board    one threat and one set of samples: the models on it are comparable
+    a board    one threat, one set of samples and one version of the standard evaluation, or none: the models on it are
+               comparable
     an entry   one model on a board, with all its records; its robust accuracy counts the samples that no attack broke,
                the union of the attacks taken sample by sample
 
@@ -38,10 +39,15 @@ class Board(NamedTuple):
     digest: str
     norm: str
     epsilon: float
+    protocol: str
 
     @classmethod
-    def of(cls, setting: Setting) -> Board:
-        return cls(*(getattr(setting, name) for name in cls._fields))
+    def of(cls, setting: Setting, protocol: str = "") -> Board:
+        """
+        Args:
+            protocol: of the standard evaluations on it, such as "v1 standard"; empty: of other attacks.
+        """
+        return cls(*(getattr(setting, name) for name in cls._fields[:-1]), protocol)
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,15 @@ class Entry:
     num_failed: int
     card: ModelFacts | None
     gallery: Sequence[GalleryRow]
+
+    @property
+    def protocol(self) -> str:
+        """Of its standard evaluation, the fullest and newest of several; empty: it has none."""
+        return max((record.protocol or "" for record in self.records), key=lambda name: (name.split()[-1:], name))
+
+    @property
+    def board(self) -> Board:
+        return Board.of(self.setting, self.protocol)
 
     @property
     def is_unreliable(self) -> bool:
@@ -127,14 +142,11 @@ def make_leaderboard(records: Sequence[Record], supplements: Supplements) -> lis
     names = setting_names(groups)
     entries = [_entry(setting, names[setting], group, supplements) for setting, group in groups.items()]
 
-    def board_of(entry: Entry) -> Board:
-        return Board.of(entry.setting)
-
     def order(entry: Entry) -> tuple[Any, ...]:
-        return board_of(entry), entry.is_unreliable, -entry.num_robust, -entry.clean_accuracy, entry.setting
+        return entry.board, entry.is_unreliable, -entry.num_robust, -entry.clean_accuracy, entry.setting
 
     ranked: list[Entry] = []
-    for _, group in itertools.groupby(sorted(entries, key=order), key=board_of):
+    for _, group in itertools.groupby(sorted(entries, key=order), key=lambda entry: entry.board):
         together = list(group)
         reliable = [entry for entry in together if not entry.is_unreliable]
         ranks = rankdata([-entry.num_robust for entry in reliable], method="min")

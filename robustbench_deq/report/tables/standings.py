@@ -23,7 +23,7 @@ _TEXTS = [column.title for column in COLUMNS if column.number is None]
 
 def by_board(entries: Sequence[Entry]) -> dict[Board, list[Entry]]:
     """Entries of `make_leaderboard` by board, in its order."""
-    groups = itertools.groupby(entries, key=lambda entry: Board.of(entry.setting))
+    groups = itertools.groupby(entries, key=lambda entry: entry.board)
     return {board: list(group) for board, group in groups}
 
 
@@ -38,7 +38,8 @@ def standings_markdown(entries: Sequence[Entry], warning: str = "") -> str:
         names = group[0].names
         table = _texts(group)
         shared = [name for name in table if len(group) > 1 and table[name].nunique() == 1]
-        parts.append(f"## {markdown_text(f'{names.data}, {names.threat}')}")
+        evaluation = f", {group[0].protocol}" if group[0].protocol else ""
+        parts.append(f"## {markdown_text(f'{names.data}, {names.threat}{evaluation}')}")
         if shared:
             facts = (f"{name} {markdown_text(table[name].iloc[0])}" for name in shared)
             parts.append(f"The same in all {len(group)} rows: {'; '.join(facts)}.")
