@@ -38,6 +38,7 @@ AUDIT = "square-audit"
 """The stage whose success has the evaluation done again with `black_box=all`."""
 AUDITED_SHARE = 1 / 8
 NUM_QUERIES = 1000
+FAB_STEPS = 100
 
 
 class FastConfig(AttackConfig):
@@ -91,5 +92,5 @@ class Standard(Fast):
         square = make_attack("torchattacks:Square", self.threat, {"settings": {"n_queries": NUM_QUERIES}})
         if cast(StandardConfig, self.config).black_box == "audit":
             return (Stage(AUDIT, square, AUDITED_SHARE),)
-        fab = make_attack("torchattacks:FAB", self.threat, {"settings": {"multi_targeted": True, "steps": 100}})
+        fab = make_attack("torchattacks:FAB", self.threat, {"settings": {"multi_targeted": True, "steps": FAB_STEPS}})
         return Stage("square", square), Stage("fab-t", fab)
