@@ -24,6 +24,7 @@ from robustbench_deq.protocol import ATTACKS, Attack, AttackConfig, AttackResult
 from robustbench_deq.randomness import keyed_uniform
 from robustbench_deq.solvers import SOLVERS
 from robustbench_deq.threats import Threat
+from tests.attacks.test_contract import SINGLE
 
 LABELS = torch.tensor([0, 1, 2, 0])
 
@@ -394,7 +395,7 @@ class Gated(Linear):
 
 
 @pytest.mark.parametrize("is_known", [False, True], ids=["unknown", "known"])
-@pytest.mark.parametrize("name", [name for name in ATTACKS if ATTACKS.get(name).is_gradient_based])
+@pytest.mark.parametrize("name", [name for name in SINGLE if ATTACKS.get(name).is_gradient_based])
 def test_samples_without_a_slope_are_counted(name: str, is_known: bool, make_images) -> None:
     model = Gated(LinearConfig(input_shape=(1, 4, 4), num_classes=3, hidden=5)).double().eval()
     x, is_dead = 0.3 + 0.4 * make_images(7), torch.tensor([True, False, False, True, True, False, False])

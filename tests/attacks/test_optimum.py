@@ -19,6 +19,7 @@ from robustbench_deq.optimise import NORMS, Norm
 from robustbench_deq.optimise.objectives import CrossEntropy
 from robustbench_deq.protocol import Attack, AttackResult
 from robustbench_deq.threats import Threat
+from tests.attacks.test_contract import SINGLE
 
 EPSILON = {Norm.L1: 0.35, Norm.L2: 0.2, Norm.LINF: 0.05}
 Y = torch.tensor([0, 1, 1, 0])
@@ -198,7 +199,7 @@ def test_noise_is_weaker_than_gradients(family: str, norm: Norm, make_model, mak
     assert bool((loss["noise"] < loss["pgd"]).all()) and bool((loss["noise"] < loss["joint-pgd"]).all())
 
 
-@pytest.mark.parametrize("name", list(ATTACKS))
+@pytest.mark.parametrize("name", SINGLE)
 def test_attacked_accuracy_is_at_most_the_clean_one(name: str, make_model, make_images) -> None:
     model, x = make_model("deq-fc", dtype=torch.float32, rtol=1e-4), make_images(24, torch.float32)
     with torch.no_grad():
@@ -331,7 +332,7 @@ def test_pgd_on_an_explicit_network_agrees_with_torchattacks(is_warm: bool, norm
     torch.testing.assert_close(result.x_adv, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", list(ATTACKS))
+@pytest.mark.parametrize("name", SINGLE)
 def test_a_cell_that_does_not_look_at_its_state_is_a_cell(name: str, explicit, make_images) -> None:
     """`f(z, u) = u`: autograd finds no path from the state to the cell."""
     other, _ = explicit

@@ -18,6 +18,7 @@ from robustbench_deq.threats import Threat
 
 MODEL = "deq-fc.digits-joint-l2"
 OF_ALL_NORMS = [
+    "fast",
     *(
         "joint-pgd",
         "pgd",
@@ -53,12 +54,12 @@ def invoke(*args: object) -> click.testing.Result:
 
 
 def test_every_attack_is_of_all_norms_or_says_of_which() -> None:
-    assert {*OF_ALL_NORMS, *OF_ANOTHER} == set(ATTACKS)
+    assert {*OF_ALL_NORMS, *OF_ANOTHER, "standard"} == set(ATTACKS)  # the last is of the parts of others
 
 
 @pytest.mark.parametrize("name", OF_ALL_NORMS)
 def test_attacks_run_in_l1(name: str) -> None:
-    steps = () if name in ("fgsm", "noise") else ("--steps", 20)
+    steps = () if name in ("fast", "fgsm", "noise") else ("--steps", 20)
     result = invoke(
         "attack", MODEL, "--attack", name, "--norm", "l1", "--epsilon", 2, "--limit", 24, *steps, "--seed", 0, "--json"
     )
