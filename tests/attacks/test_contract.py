@@ -66,9 +66,15 @@ CASES = [Case(name, norm) for name in SINGLE for norm in NORMS.values() if suppo
 FULL_NORM = {name: Norm.L2 if supports(name, Norm.L2) else Norm.LINF for name in SINGLE}
 FULL_CASES = [case for case in CASES if case.norm is FULL_NORM[case.name]]
 """Every attack in one norm."""
-ALIKE = {"apgd", "apgd-t", "fmn", "joint-apgd", "joint-fmn"}
+ALIKE = {"apgd", "apgd-t", "fgsm", "fmn", "joint-apgd", "joint-fmn"}
 """Attacks of the same parts as others, but for the step: other norms and families are left to those."""
-EVERYWHERE = [case for case in CASES if case.name not in ALIKE and case.norm is not Norm.L1]
+OF_ONE_NORM = {"intermediate-pgd", "yopo"}
+"""Attacks with a source of their own, which knows no norm: one does on all families."""
+EVERYWHERE = [
+    case
+    for case in CASES
+    if case.name not in ALIKE and case.norm is not Norm.L1 and (case in FULL_CASES or case.name not in OF_ONE_NORM)
+]
 """What is run on all families; the rest on one."""
 FAMILY_CASES = [
     (case, family)
