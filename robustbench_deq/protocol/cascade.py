@@ -1,6 +1,6 @@
 """Cascades: attacks one after another, each on the samples that those before have left robust.
 
-    a stage   a registered attack on the survivors; the judge confirms what it has broken before the next begins
+    a stage   attacks of one kind on the survivors; the judge confirms what each has broken before the next begins
     audit     a stage on a keyed share of the survivors, to see whether another kind of attack finds anything
 
 A sample that a certificate shows robust is attacked only if it belongs to a keyed share: there the certificate is put
@@ -34,15 +34,15 @@ CERTIFIED_KEY, SHARE_KEY = 0x0CE27, 0x05A6E
 
 
 class Stage(NamedTuple):
-    """An attack of a cascade.
+    """Attacks of one kind.
 
-    name    in records
-    attack  with the cascade's threat
-    share   of the survivors, by a draw for each; 1 is all
+    name     in records
+    attacks  with the cascade's threat, each on what those before have left
+    share    of the survivors, by a draw for each; 1 is all
     """
 
     name: str
-    attack: Attack[Any]
+    attacks: tuple[Attack[Any], ...]
     share: float = 1.0
 
 
@@ -54,7 +54,7 @@ class Cascade(Attack[A]):
         """The stages, in their order, for a model of that many classes."""
 
     def first_objective(self, labels: Tensor, targets: Tensor | None) -> Objective | None:
-        return self.stages(2)[0].attack.first_objective(labels, targets)
+        return self.stages(2)[0].attacks[0].first_objective(labels, targets)
 
     def run(self, model: EquilibriumModel, batch: Batch, record: Recorder) -> Proposal:
         raise NotImplementedError("a cascade has stages, and no run of its own")
@@ -70,12 +70,17 @@ class Cascade(Attack[A]):
             is_drawn = keyed_uniform(batch.ids.to(device), batch.seed, CERTIFIED_KEY) < CERTIFIED_SHARE
             left = left[~runs.is_certified[left] | is_drawn[left]]
         draws = keyed_uniform(batch.ids.to(device), batch.seed, SHARE_KEY)
-        stages = self.stages(model.num_classes)
-        for number, stage in enumerate(stages):
-            runs.record.within(number, len(stages))
-            part, rest = left, left[:0]
+        stages, number = self.stages(model.num_classes), 0
+        count = sum(len(stage.attacks) for stage in stages)
+        for stage in stages:
+            before, part, rest = runs.spent(), left, left[:0]
             if stage.share < 1.0:
                 is_drawn = draws[left] < stage.share
                 part, rest = left[is_drawn], left[~is_drawn]
-            survivors = runs.stage(stage.name, stage.attack.runner(model), stage.attack.config, part, confirm)
+            survivors = part
+            for attack in stage.attacks:
+                runs.record.within(number, count)
+                number += 1
+                survivors = runs.attack_left(attack.runner(model), attack.config, survivors, confirm)
+            runs.end_stage(stage.name, part, before)
             left = torch.cat([survivors, rest]).sort().values

@@ -139,13 +139,12 @@ class Runs:
         self.is_done = self.is_done.index_fill(0, refuted, False)
         return refuted
 
-    def stage(self, name: str, run: Run, config: AttackConfig, rows: Tensor, confirm: Confirm | None) -> Tensor:
-        """A stage of a cascade on `rows`; those that it has not broken, as `confirm` says.
+    def attack_left(self, run: Run, config: AttackConfig, rows: Tensor, confirm: Confirm | None) -> Tensor:
+        """An attack of a cascade on `rows`; those that it has not broken, as `confirm` says.
 
         It is asked of all whose loss is not negative, too: some of these are fooled without the attack's being sure.
-        Losses of different stages are not compared: a sample keeps the perturbation of the last that has attacked it.
+        Losses of different attacks are not compared: a sample keeps the perturbation of the last that was at it.
         """
-        before = self.meter.cost(len(self.batch))
         self.best = Best(self.best.delta, self.best.loss.index_fill(0, rows, torch.nan))
         self.attack(run, config, rows)
         if confirm is not None:
@@ -154,11 +153,17 @@ class Runs:
             likely = rows[is_open[rows] & (self.is_done[rows] | (self.best.loss[rows] >= 0))]
             self.is_done = self.is_done.index_fill(0, likely, True)
             self._refuted(confirm, likely)
-        is_broken = self.is_done[rows]
-        self.stage_of = self.stage_of.index_fill(0, rows[is_broken], len(self.stages))
-        cost = self.meter.cost(len(self.batch)).since(before)
-        self.stages.append(StageResult(name, len(rows), int(is_broken.sum()), cost))
-        return rows[~is_broken]
+        return rows[~self.is_done[rows]]
+
+    def spent(self) -> Cost:
+        """So far."""
+        return self.meter.cost(len(self.batch))
+
+    def end_stage(self, name: str, rows: Tensor, before: Cost) -> None:
+        """A stage of a cascade on `rows` has ended; `before` is what had been spent when it began."""
+        broken = rows[self.is_done[rows]]
+        self.stage_of = self.stage_of.index_fill(0, broken, len(self.stages))
+        self.stages.append(StageResult(name, len(rows), len(broken), self.spent().since(before)))
 
     def _note(self, rows: Tensor | None, proposal: Proposal) -> None:
         self.best, self.last = self.best.merged(rows, proposal.delta, proposal.loss, proposal.is_done), proposal

@@ -36,7 +36,7 @@ PROBES = {
 }
 """Names of `Record.probes`, and what they mean. `evaluate.panel` measures them; one that it could not is left out."""
 
-EXACT_STAGES = ("apgd-ce", "apgd-t")
+EXACT_STAGES = ("pgd-toward", "apgd-ce", "apgd-t")
 BLACK_BOX_STAGES = ("square", "square-audit")
 OTHER_STAGES = (*BLACK_BOX_STAGES, "fab-t", "transfer", "intermediate")
 
@@ -239,7 +239,7 @@ FLAGS = (
     ),
     Flag(
         "not exhausted",
-        f"Auto-PGD with exact gradients breaks more than {LEFT:.0%} of what the joint stages have left, at least "
+        f"attacks with full solves break more than {LEFT:.0%} of what the joint stages have left, at least "
         f"{NUM_LEFT} samples",
         "more steps and restarts still lowered the number when the evaluation ended: it may be a little too high",
         False,

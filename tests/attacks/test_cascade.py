@@ -70,7 +70,7 @@ def agrees(rows: Tensor, images: Tensor) -> Tensor:
 
 def test_a_stage_gets_what_those_before_have_left(setup) -> None:
     first, second = Claims([1, 4]), Claims([0, 7])
-    result = run(setup, Stage("a", first), Stage("b", second), confirm=agrees)
+    result = run(setup, Stage("a", (first,)), Stage("b", (second,)), confirm=agrees)
     assert first.seen == [(list(range(NUM)), False)]
     assert second.seen == [([0, 2, 3, 5, 6, 7, 8, 9, 10, 11], False)]
     assert [(stage.name, stage.num_attacked, stage.num_broken) for stage in result.stages] == [
@@ -82,7 +82,7 @@ def test_a_stage_gets_what_those_before_have_left(setup) -> None:
 
 def test_who_is_refuted_is_attacked_again_and_goes_on(setup) -> None:
     first, second = Claims([1, 4]), Claims([])
-    result = run(setup, Stage("a", first), Stage("b", second), confirm=lambda rows, images: rows == 4)
+    result = run(setup, Stage("a", (first,)), Stage("b", (second,)), confirm=lambda rows, images: rows == 4)
     assert first.seen[1] == ([1], True)
     assert 1 in second.seen[0][0] and 4 not in second.seen[0][0]
     assert result.stages[0].num_broken == 1 and result.diagnostics["num_refuted"] == 1
@@ -95,7 +95,7 @@ def test_the_judge_is_asked_of_those_that_seem_fooled_to_no_one_s_knowledge(setu
         asked.append(rows.tolist())
         return rows < 2
 
-    result = run(setup, Stage("a", Claims([], loss=0.5)), confirm=confirm)
+    result = run(setup, Stage("a", (Claims([], loss=0.5),)), confirm=confirm)
     assert asked == [list(range(NUM))]
     assert result.stages[0].num_broken == 2 and result.diagnostics.get("num_refuted", 0) == 0
 
@@ -104,12 +104,12 @@ def test_an_audit_attacks_its_share_whoever_else_is_left(setup) -> None:
     model, x, y = setup
     audit = Claims([])
     ids = torch.arange(NUM) + 100
-    result = Sequence(Stage("audit", audit, share=0.5))(model, x, y, sample_ids=ids, confirm=agrees)
+    result = Sequence(Stage("audit", (audit,), share=0.5))(model, x, y, sample_ids=ids, confirm=agrees)
     (drawn, _), *_ = audit.seen
     assert 0 < len(drawn) < NUM and result.stages[0].num_attacked == len(drawn)
     alone = Claims([])
     rows = torch.arange(3, NUM)
-    Sequence(Stage("audit", alone, share=0.5))(model, x[rows], y[rows], sample_ids=ids[rows], confirm=agrees)
+    Sequence(Stage("audit", (alone,), share=0.5))(model, x[rows], y[rows], sample_ids=ids[rows], confirm=agrees)
     assert alone.seen[0][0] == [number for number in drawn if number >= 103]
 
 
@@ -131,7 +131,7 @@ def test_certified_samples_are_left_alone_but_for_a_few(certified_setup) -> None
     drawn = set()
     for seed in range(20):
         first = Claims([])
-        result = Sequence(Stage("a", first), threat=threat)(model, x, y, clean=clean, seed=seed, confirm=agrees)
+        result = Sequence(Stage("a", (first,)), threat=threat)(model, x, y, clean=clean, seed=seed, confirm=agrees)
         attacked = set(first.seen[0][0])
         assert set((~is_certified).nonzero()[:, 0].tolist()) <= attacked
         assert torch.equal(result.is_certified, is_certified)
@@ -153,11 +153,11 @@ def test_a_broken_certificate_stops_the_run(certified_setup, monkeypatch: pytest
 def test_targets_are_refused(setup) -> None:
     model, x, y = setup
     with pytest.raises(UsageError, match="sequence: expected no targets"):
-        Sequence(Stage("a", Claims([])))(model, x, y, targets=(y + 1) % 3)
+        Sequence(Stage("a", (Claims([]),)))(model, x, y, targets=(y + 1) % 3)
 
 
 def test_what_stages_cost_adds_up(setup) -> None:
-    result = run(setup, Stage("noise", Noise(THREAT)), Stage("joint", JointPGD(THREAT, steps=4)))
+    result = run(setup, Stage("noise", (Noise(THREAT),)), Stage("joint", (JointPGD(THREAT, steps=4),)))
     assert [stage.name for stage in result.stages] == ["noise", "joint"]
     assert sum(stage.cost.cell_evals for stage in result.stages) == pytest.approx(result.cost.cell_evals)
     assert result.stages[0].cost.cell_vjps == 0 < result.stages[1].cost.cell_vjps
@@ -173,8 +173,17 @@ def test_a_budget_ends_all_stages(setup) -> None:
 
 @pytest.mark.parametrize("num_classes", [2, 3, 10, 100])
 def test_no_more_classes_are_headed_for_than_there_are(num_classes: int) -> None:
-    stages = ATTACKS.get("fast")(THREAT).stages(num_classes)
-    assert sum(stage.name.startswith("toward") for stage in stages) == min(9, num_classes - 1)
+    stages = {stage.name: stage.attacks for stage in ATTACKS.get("standard")(THREAT).stages(num_classes)}
+    for name in ("toward", "pgd-toward"):
+        assert [attack.config.heading for attack in stages[name]] == list(range(1, min(9, num_classes - 1) + 1))
+
+
+def test_attacks_of_one_stage_are_each_given_what_those_before_have_left(setup) -> None:
+    first, second, third = Claims([1, 4]), Claims([0]), Claims([7])
+    result = run(setup, Stage("a", (first, second)), Stage("b", (third,)), confirm=agrees)
+    assert second.seen == [([0, 2, 3, 5, 6, 7, 8, 9, 10, 11], False)]
+    assert [stage[:3] for stage in result.stages] == [("a", 12, 3), ("b", 9, 1)]
+    assert result.stage_of.tolist() == [0, 0, -1, -1, 0, -1, -1, 1, -1, -1, -1, -1]
 
 
 def test_settings_cannot_be_chosen() -> None:
