@@ -44,7 +44,7 @@ def draw(frame: pd.DataFrame) -> None:
             low, high = of_model.min(), of_model.max()
             axes.imshow(table, cmap="viridis_r", vmin=low, vmax=high, aspect="auto")
             for (row, column), value in np.ndenumerate(table.to_numpy()):
-                is_dark = value < (low + high) / 2
+                is_dark = value > (low + high) / 2
                 axes.text(column, row, f"{value:.1f}", ha="center", va="center", color="w" if is_dark else "k")
             axes.set_xticks(range(len(table.columns)), table.columns)
             axes.set_yticks(range(len(table.index)), table.index)
