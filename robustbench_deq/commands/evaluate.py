@@ -18,7 +18,9 @@ from robustbench_deq.commands.shared import tell_split
 from robustbench_deq.commands.suite_run import Where, check_target, run_in, tell_doubts
 from robustbench_deq.commands.verdicts import flag_lines
 from robustbench_deq.configs import validate
+from robustbench_deq.devices import choose_device
 from robustbench_deq.errors import UsageError
+from robustbench_deq.records.environment import num_cpus
 from robustbench_deq.records.record import Record, to_json
 from robustbench_deq.report.tables.stages import stage_frame
 from robustbench_deq.runner.run import check_models
@@ -54,6 +56,8 @@ def evaluate_by_standard(
     tell_doubts(runs)
     tell_split(runs[0][0].data, split, "--split all takes all")
     where = Where(workers, executor, address, device).checked()
+    if workers is None and executor == "local" and kind == "standard" and choose_device(where.device).type == "cpu":
+        where = where._replace(workers=min(num_cpus(), len(runs[0][1])))  # it takes minutes, their start seconds
     if out is not None:
         check_target(suite, runs, out, resume)
     if address is None:  # what a cluster runs need not run here

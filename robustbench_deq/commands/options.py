@@ -195,7 +195,12 @@ def _datasets() -> None:
 )
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="New folder for the record.")
 @click.option("--resume", is_flag=True, help="Go on in the folder of --out. Begins where nothing is yet.")
-@click.option("--workers", type=click.IntRange(1, 1024), default=None, help="Shards at a time.  [default: 1; Ray: all]")
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 1024),
+    default=None,
+    help="Shards of 128 images at a time.  [default: 1; standard without a GPU: a CPU each; Ray: all]",
+)
 @click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True)
 @click.option("--address", default=None, help="Of a Ray cluster, such as HOST:6379.  [default: one on this machine]")
 @click.option("--device", default=None, help="cpu, cuda or cuda:N.  [default: cuda where a worker sees one]")
