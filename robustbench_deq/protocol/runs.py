@@ -129,13 +129,16 @@ class Runs:
         return refuted
 
     def _refuted(self, confirm: Confirm, claimed: Tensor) -> Tensor:
-        """Those of the rows `claimed` that are not fooled; they are not done any more."""
+        """Those of the rows `claimed` that are not fooled, or whose perturbation is not finite: the judge finds no
+        equilibrium there, which says nothing of the model. They are not done any more."""
         if len(claimed) == 0:
             return claimed
         with self.meter.paused(), torch.no_grad():
-            delta = self.threat.ball(self.batch.images[claimed]).project(self.best.delta[claimed])
-            is_fooled = confirm(claimed, (self.batch.images[claimed] + delta).clamp_(0.0, 1.0))
-        refuted = claimed[~is_fooled.to(claimed.device)]
+            delta = self.best.delta[claimed]
+            is_finite = torch.isfinite(delta.flatten(1)).all(1)
+            delta, images = delta.masked_fill(per_sample(~is_finite, delta), 0.0), self.batch.images[claimed]
+            is_fooled = confirm(claimed, (images + self.threat.ball(images).project(delta)).clamp_(0.0, 1.0))
+        refuted = claimed[~(is_fooled.to(claimed.device) & is_finite)]
         self.is_done = self.is_done.index_fill(0, refuted, False)
         return refuted
 

@@ -100,6 +100,24 @@ def test_the_judge_is_asked_of_those_that_seem_fooled_to_no_one_s_knowledge(setu
     assert result.stages[0].num_broken == 2 and result.diagnostics.get("num_refuted", 0) == 0
 
 
+class Breaks(Claims):
+    """Claims what is no number."""
+
+    def run(self, model: EquilibriumModel, batch: Batch, record: Recorder) -> Proposal:
+        found = super().run(model, batch, record)
+        return Proposal(torch.full_like(found.delta, torch.nan), found.loss, found.is_done)
+
+
+@pytest.mark.parametrize("first", [Breaks([1, 4]), Breaks([], loss=0.0)])
+def test_what_is_no_number_breaks_nothing(setup, first: Claims) -> None:
+    model, x, y = setup
+    second = Claims([])
+    judged = lambda rows, images: ~judge(model, images, y[rows]).is_correct  # noqa: E731
+    result = run(setup, Stage("a", (first,)), Stage("b", (second,)), confirm=judged)
+    assert result.stages[0].num_broken == 0 and second.seen[0][0] == list(range(NUM))
+    assert not result.is_failed.any()
+
+
 def test_an_audit_attacks_its_share_whoever_else_is_left(setup) -> None:
     model, x, y = setup
     audit = Claims([])
