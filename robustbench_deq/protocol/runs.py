@@ -90,6 +90,7 @@ class Runs:
         self.diagnostics: dict[str, float] = {}
         self.last: Proposal | None = None
         self.is_certified: Tensor | None = None
+        self.is_spared = torch.zeros_like(self.is_done)
         self.stages: list[StageResult] = []
         self.stage_of = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
 
@@ -207,7 +208,7 @@ class Runs:
             delta=delta,
             loss=self.best.loss,
             is_failed=is_failed,
-            is_attacked=is_attacked,
+            is_attacked=is_attacked & ~self.is_spared,
             cost=self.meter.cost(len(x)),
             snapshots=tuple(self.record.snapshots),
             residuals=self.record.residuals,

@@ -153,6 +153,7 @@ def test_certified_samples_are_left_alone_but_for_a_few(certified_setup) -> None
         attacked = set(first.seen[0][0])
         assert set((~is_certified).nonzero()[:, 0].tolist()) <= attacked
         assert torch.equal(result.is_certified, is_certified)
+        assert set(result.is_attacked.nonzero()[:, 0].tolist()) == attacked
         drawn |= attacked & set(is_certified.nonzero()[:, 0].tolist())
     assert drawn and len(attacked) < NUM
 
