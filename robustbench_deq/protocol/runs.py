@@ -90,7 +90,7 @@ class Runs:
         self.diagnostics: dict[str, float] = {}
         self.last: Proposal | None = None
         self.is_certified: Tensor | None = None
-        self.is_spared = torch.zeros_like(self.is_done)
+        self.is_spared, self.is_refuted = torch.zeros_like(self.is_done), torch.zeros_like(self.is_done)
         self.stages: list[StageResult] = []
         self.stage_of = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
 
@@ -122,8 +122,9 @@ class Runs:
         is_claimed = self.is_done if rows is None else torch.zeros_like(self.is_done).index_fill(0, rows, True)
         claimed = (is_claimed & self.is_done).nonzero()[:, 0]
         refuted = self._refuted(confirm, claimed)
-        if len(claimed):
-            self.diagnostics["num_refuted"] = self.diagnostics.get("num_refuted", 0.0) + len(refuted)
+        if len(claimed):  # samples, each once: a cascade may claim one again and again
+            self.is_refuted = self.is_refuted.index_fill(0, refuted, True)
+            self.diagnostics["num_refuted"] = float(self.is_refuted.sum())
         if len(refuted):
             self.best = Best(self.best.delta, self.best.loss.index_fill(0, refuted, torch.nan))
             self._attack(run, config, replace(self.batch, leaves=False, is_again=True), refuted)

@@ -100,6 +100,12 @@ def test_the_judge_is_asked_of_those_that_seem_fooled_to_no_one_s_knowledge(setu
     assert result.stages[0].num_broken == 2 and result.diagnostics.get("num_refuted", 0) == 0
 
 
+def test_a_sample_is_refuted_once_however_often_it_is_claimed(setup) -> None:
+    attacks = tuple(Claims([1, 4]) for _ in range(5))
+    result = run(setup, Stage("a", attacks), confirm=lambda rows, images: torch.zeros(len(rows), dtype=torch.bool))
+    assert result.diagnostics["num_refuted"] == 2
+
+
 class Breaks(Claims):
     """Claims what is no number."""
 
