@@ -45,11 +45,13 @@ FAB_STEPS = 100
 
 
 class FastConfig(AttackConfig):
-    """The settings that every attack has, where they can be chosen at all."""
+    """The settings that every attack has, none of which can be chosen."""
 
     restarts: Literal[1] = Field(1, description="always 1: restarts are a stage")
     random_start: Literal[False] = Field(False, description="always false: random starts are a stage")
     stop_at_success: Literal[True] = Field(True, description="always true: stages attack what is left")
+    max_evaluations: None = Field(None, description="always null: a number that a budget ended early is of no version")
+    max_seconds: None = Field(None, description="always null, for the same reason")
 
 
 @ATTACKS.register("fast")

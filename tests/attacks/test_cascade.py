@@ -43,8 +43,8 @@ class Claims(Attack[AttackConfig]):
 class Sequence(Cascade[AttackConfig]):
     name, summary = "sequence", "for tests"
 
-    def __init__(self, *stages: Stage, threat: Threat = THREAT) -> None:
-        super().__init__(threat)
+    def __init__(self, *stages: Stage, threat: Threat = THREAT, **settings: Any) -> None:
+        super().__init__(threat, **settings)
         self._stages = stages
 
     def stages(self, num_classes: int) -> tuple[Stage, ...]:
@@ -190,7 +190,7 @@ def test_what_stages_cost_adds_up(setup) -> None:
 
 def test_a_budget_ends_all_stages(setup) -> None:
     model, x, y = setup
-    attack = ATTACKS.get("fast")(THREAT, max_evaluations=7)
+    attack = Sequence(*ATTACKS.get("fast")(THREAT).stages(3), max_evaluations=7)
     result = attack(model, x, y)
     assert result.cost.cell_evals <= 7 and result.diagnostics["stopped_by_budget"] == 1
     assert (result.x_adv - x).flatten(1).norm(dim=1).max() <= THREAT.epsilon * (1 + 1e-5)
@@ -212,9 +212,11 @@ def test_attacks_of_one_stage_are_each_given_what_those_before_have_left(setup) 
 
 
 def test_settings_cannot_be_chosen() -> None:
-    for settings in ({"restarts": 2}, {"random_start": True}, {"stop_at_success": False}, {"steps": 3}):
-        with pytest.raises(UsageError):
-            ATTACKS.get("fast")(THREAT, **settings)
+    chosen = {"restarts": 2, "random_start": True, "stop_at_success": False, "steps": 3}
+    for name, value in (chosen | {"max_evaluations": 7.0, "max_seconds": 1.0}).items():
+        for kind in ("fast", "standard"):
+            with pytest.raises(UsageError, match=name):
+                ATTACKS.get(kind)(THREAT, **{name: value})
 
 
 # The record
