@@ -211,6 +211,16 @@ def test_attacks_of_one_stage_are_each_given_what_those_before_have_left(setup) 
     assert result.stage_of.tolist() == [0, 0, -1, -1, 0, -1, -1, 1, -1, -1, -1, -1]
 
 
+def test_a_heading_that_would_have_no_effect_is_refused(setup) -> None:
+    model, x, y = setup
+    with pytest.raises(UsageError, match="no objective with heading=2"):
+        JointPGD(THREAT, heading=2, objective="margin")
+    with pytest.raises(UsageError, match="heading: expected a rank of the wrong classes, 1 to 2"):
+        JointPGD(THREAT, heading=3)(model, x, y)
+    with pytest.raises(UsageError, match="no targets with a heading"):
+        JointPGD(THREAT, heading=2)(model, x, y, targets=(y + 1) % 3)
+
+
 def test_settings_cannot_be_chosen() -> None:
     chosen = {"restarts": 2, "random_start": True, "stop_at_success": False, "steps": 3}
     for name, value in (chosen | {"max_evaluations": 7.0, "max_seconds": 1.0}).items():
