@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from robustbench_deq import RunError, UsageError, benchmark
-from robustbench_deq.attacks import ATTACKS, JointPGD, Noise
-from robustbench_deq.data import Split, SplitName
+from robustbench_deq.attacks import ATTACKS, JointPGD, Noise, standard
+from robustbench_deq.data import Split, SplitName, load
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.evaluate.clean import judge_clean
 from robustbench_deq.evaluate.evaluation import evaluate
 from robustbench_deq.evaluate.judge import judge
+from robustbench_deq.models import load_model
 from robustbench_deq.optimise import Norm
 from robustbench_deq.protocol import Attack, AttackConfig, Batch, Cascade, Proposal, Recorder, Stage, cascade
 from robustbench_deq.threats import Threat
@@ -227,6 +228,21 @@ def test_settings_cannot_be_chosen() -> None:
         for kind in ("fast", "standard"):
             with pytest.raises(UsageError, match=name):
                 ATTACKS.get(kind)(THREAT, **{name: value})
+
+
+def test_what_the_audit_has_broken_stays_broken_when_all_are_attacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    class BlackBox(ATTACKS.get("standard")):  # type: ignore[misc]  # a class that the registry knows
+        def stages(self, num_classes: int) -> tuple[Stage, ...]:
+            return self._black_box()
+
+    monkeypatch.setattr(standard, "NUM_QUERIES", 10)
+    monkeypatch.setattr(standard, "FAB_STEPS", 1)
+    model, data = load_model("deq-fc.digits-joint-l2"), load("digits", limit=96)
+    audit, final = (
+        evaluate(model, BlackBox(Threat("l2", 0.7), black_box=kind), data, seed=1) for kind in ("audit", "all")
+    )
+    assert audit.record.stages[0].num_broken == final.record.stages[0].num_broken > 0
+    assert not (final.samples["is_robust"] & ~audit.samples["is_robust"]).any()
 
 
 # The record
