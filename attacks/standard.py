@@ -12,8 +12,8 @@
     fab-t         torchattacks' FAB, the smallest perturbation toward each class (both with `black_box=all`)
 
 With `black_box=all` the audit is done again, too: it breaks the same samples as before, which `square`, whose draws are
-others, need not. The last three draw from a generator of the batch, so that what they find depends on the batch, which is therefore of a
-fixed size. They are not there for L1, which the library has not.
+others, need not. The last three draw from a generator of the batch, so that what they find depends on the batch, which
+is therefore of a fixed size. They are not there for L1, which the library has not.
 
 Settings cannot be chosen: a number is comparable with others of the same version because of that.
 """

@@ -117,10 +117,13 @@ class Breaks(Claims):
 
 @pytest.mark.parametrize("first", [Breaks([1, 4]), Breaks([], loss=0.0)])
 def test_what_is_no_number_breaks_nothing(setup, first: Claims) -> None:
-    model, x, y = setup
+    model, _, y = setup
     second = Claims([])
-    judged = lambda rows, images: ~judge(model, images, y[rows]).is_correct  # noqa: E731
-    result = run(setup, Stage("a", (first,)), Stage("b", (second,)), confirm=judged)
+
+    def confirm(rows: Tensor, images: Tensor) -> Tensor:
+        return ~judge(model, images, y[rows]).is_correct
+
+    result = run(setup, Stage("a", (first,)), Stage("b", (second,)), confirm=confirm)
     assert result.stages[0].num_broken == 0 and second.seen[0][0] == list(range(NUM))
     assert not result.is_failed.any()
 
