@@ -8,11 +8,12 @@
     apgd-ce       APGD with full solves, for the cross-entropy, 100 steps
     apgd-t        APGD with full solves toward each of the nine classes, 100 steps each: the floor
     square-audit  torchattacks' Square, a search without gradients, on a keyed eighth of the survivors
-    square        the same on all of them, and
+    square        the same on all that are left, and
     fab-t         torchattacks' FAB, the smallest perturbation toward each class (both with `black_box=all`)
 
-The last three draw from a generator of the batch, so that what they find depends on the batch, which is therefore of a
-fixed size. They are not there for L1, which the library has not.
+With `black_box=all` the audit is done again, too: it breaks the same samples as before, which `square`, whose draws are
+others, need not. The last three draw from a generator of the batch, so that what they find depends on the batch, which
+is therefore of a fixed size. They are not there for L1, which the library has not.
 
 Settings cannot be chosen: a number is comparable with others of the same version because of that.
 """
@@ -45,11 +46,13 @@ FAB_STEPS = 100
 
 
 class FastConfig(AttackConfig):
-    """The settings that every attack has, where they can be chosen at all."""
+    """The settings that every attack has, none of which can be chosen."""
 
     restarts: Literal[1] = Field(1, description="always 1: restarts are a stage")
     random_start: Literal[False] = Field(False, description="always false: random starts are a stage")
     stop_at_success: Literal[True] = Field(True, description="always true: stages attack what is left")
+    max_evaluations: None = Field(None, description="always null: a number that a budget ended early is of no version")
+    max_seconds: None = Field(None, description="always null, for the same reason")
 
 
 @ATTACKS.register("fast")
@@ -75,7 +78,7 @@ def headings(num_classes: int) -> range:
 
 class StandardConfig(FastConfig):
     black_box: Literal["audit", "all"] = Field(
-        "audit", description="audit: an eighth of the survivors; all: all of them, once an audit has broken any"
+        "audit", description="audit: an eighth of the survivors; all: then all of them, once an audit has broken any"
     )
 
 
@@ -100,7 +103,8 @@ class Standard(Fast):
         if self.threat.norm is Norm.L1:  # for which the library has none
             return ()
         square = make_attack("torchattacks:Square", self.threat, {"settings": {"n_queries": NUM_QUERIES}})
+        audit = Stage(AUDIT, (square,), AUDITED_SHARE)
         if cast(StandardConfig, self.config).black_box == "audit":
-            return (Stage(AUDIT, (square,), AUDITED_SHARE),)
+            return (audit,)
         fab = make_attack("torchattacks:FAB", self.threat, {"settings": {"multi_targeted": True, "steps": FAB_STEPS}})
-        return Stage("square", (square,)), Stage("fab-t", (fab,))
+        return audit, Stage("square", (square,)), Stage("fab-t", (fab,))

@@ -23,7 +23,7 @@ from robustbench_deq.threats import Threat
 VERSIONS = ("fast", "standard")
 DEFAULT_LIMIT = 256
 BATCH_SIZE = 128
-"""Of the standard evaluation: two of its stages depend on it."""
+"""Of the standard evaluation: its black-box stages depend on it, and who is finished by the joint ones."""
 
 
 def benchmark(

@@ -24,7 +24,7 @@ from robustbench_deq.records.environment import num_cpus
 from robustbench_deq.records.record import Record, to_json
 from robustbench_deq.report.tables.stages import stage_frame
 from robustbench_deq.runner.run import check_models
-from robustbench_deq.runner.suite import SuiteConfig, cut, plan
+from robustbench_deq.runner.suite import Run, SuiteConfig, cut, plan
 
 NUM_SNAPSHOTS = 8
 
@@ -65,10 +65,12 @@ def evaluate_by_standard(
     found: list[Record] = []
     with _folder(out) as target:
         run_in(suite, runs[:1], target, resume, where, found.extend)
-        if len(runs) > 1 and needs_black_box(found[0]):
+        record = _record_of(runs[0][0], found)
+        if len(runs) > 1 and needs_black_box(record):
             click.echo("the audit without gradients broke what gradients had left: now on all survivors", err=True)
             run_in(suite, runs, target, True, where, found.extend)
-    _echo(found[-1], is_json)
+            record = _record_of(runs[1][0], found)
+    _echo(record, is_json)
     if out is not None and not is_json:
         click.echo(f"record            {out}")
 
@@ -98,6 +100,11 @@ def suite_of(
     if norm is not None:
         asked["threats"] = [{"norm": norm, "epsilons": [epsilon]}]
     return validate(SuiteConfig, asked, "evaluate")
+
+
+def _record_of(run: Run, found: list[Record]) -> Record:
+    """A folder may hold them in any order: what was lost is written again, behind the others."""
+    return next(record for record in found if record.record_id == run.key)
 
 
 @contextlib.contextmanager

@@ -167,8 +167,11 @@ class SplittingDEQ(FamilyModel):
         return self.inject(images) - self.inject(torch.zeros_like(images[:1]))
 
     @torch.no_grad()
-    def certified_radii(self, z: Tensor, y: Tensor) -> Tensor:
-        """By `models.monotone_bounds`, which is measured once for the weights as they are."""
+    def certified_radii(self, z: Tensor, y: Tensor) -> Tensor | None:
+        """By `models.monotone_bounds`, which is measured once for the weights as they are; None for a subclass of a
+        registered family, whose injection, step or readout may be others than the bounds are of."""
+        if "family" not in vars(type(self)):
+            return None
         bounds = self._kept("bounds", self._measure_bounds, list(self.parameters()))
         active = z.flatten(1).double()
         sizes = torch.linalg.vector_norm(active, dim=1)

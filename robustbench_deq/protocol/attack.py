@@ -207,7 +207,20 @@ class ObjectiveAttack(Attack[M]):
         run, rank = super().runner(model), self.config.heading
         if rank is None:
             return run
-        return lambda batch, record: run(replace(batch, headings=likely_classes(model, batch, rank)[:, -1]), record)
+        if rank >= model.num_classes:
+            raise UsageError.of(
+                f"{self.name}: heading",
+                expected=f"a rank of the wrong classes, 1 to {model.num_classes - 1}",
+                got=rank,
+                fix="lower it",
+            )
+
+        def headed(batch: Batch, record: Recorder) -> Proposal:
+            if batch.targets is not None:
+                raise UsageError.of(self.name, expected="no targets with a heading", got="targets", fix="drop either")
+            return run(replace(batch, headings=likely_classes(model, batch, rank)[:, -1]), record)
+
+        return headed
 
     def search(
         self,

@@ -68,7 +68,8 @@ class Cascade(Attack[A]):
             runs.is_certified = certified(model, self.threat, batch.settled.z, batch.labels)
         if runs.is_certified is not None:
             is_drawn = keyed_uniform(batch.ids.to(device), batch.seed, CERTIFIED_KEY) < CERTIFIED_SHARE
-            left = left[~runs.is_certified[left] | is_drawn[left]]
+            runs.is_spared = runs.is_certified & ~is_drawn
+            left = left[~runs.is_spared[left]]
         draws = keyed_uniform(batch.ids.to(device), batch.seed, SHARE_KEY)
         stages, number = self.stages(model.num_classes), 0
         count = sum(len(stage.attacks) for stage in stages)

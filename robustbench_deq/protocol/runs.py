@@ -90,6 +90,7 @@ class Runs:
         self.diagnostics: dict[str, float] = {}
         self.last: Proposal | None = None
         self.is_certified: Tensor | None = None
+        self.is_spared, self.is_refuted = torch.zeros_like(self.is_done), torch.zeros_like(self.is_done)
         self.stages: list[StageResult] = []
         self.stage_of = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
 
@@ -121,21 +122,25 @@ class Runs:
         is_claimed = self.is_done if rows is None else torch.zeros_like(self.is_done).index_fill(0, rows, True)
         claimed = (is_claimed & self.is_done).nonzero()[:, 0]
         refuted = self._refuted(confirm, claimed)
-        if len(claimed):
-            self.diagnostics["num_refuted"] = self.diagnostics.get("num_refuted", 0.0) + len(refuted)
+        if len(claimed):  # samples, each once: a cascade may claim one again and again
+            self.is_refuted = self.is_refuted.index_fill(0, refuted, True)
+            self.diagnostics["num_refuted"] = float(self.is_refuted.sum())
         if len(refuted):
             self.best = Best(self.best.delta, self.best.loss.index_fill(0, refuted, torch.nan))
             self._attack(run, config, replace(self.batch, leaves=False, is_again=True), refuted)
         return refuted
 
     def _refuted(self, confirm: Confirm, claimed: Tensor) -> Tensor:
-        """Those of the rows `claimed` that are not fooled; they are not done any more."""
+        """Those of the rows `claimed` that are not fooled, or whose perturbation is not finite: the judge finds no
+        equilibrium there, which says nothing of the model. They are not done any more."""
         if len(claimed) == 0:
             return claimed
         with self.meter.paused(), torch.no_grad():
-            delta = self.threat.ball(self.batch.images[claimed]).project(self.best.delta[claimed])
-            is_fooled = confirm(claimed, (self.batch.images[claimed] + delta).clamp_(0.0, 1.0))
-        refuted = claimed[~is_fooled.to(claimed.device)]
+            delta = self.best.delta[claimed]
+            is_finite = torch.isfinite(delta.flatten(1)).all(1)
+            delta, images = delta.masked_fill(per_sample(~is_finite, delta), 0.0), self.batch.images[claimed]
+            is_fooled = confirm(claimed, (images + self.threat.ball(images).project(delta)).clamp_(0.0, 1.0))
+        refuted = claimed[~(is_fooled.to(claimed.device) & is_finite)]
         self.is_done = self.is_done.index_fill(0, refuted, False)
         return refuted
 
@@ -204,7 +209,7 @@ class Runs:
             delta=delta,
             loss=self.best.loss,
             is_failed=is_failed,
-            is_attacked=is_attacked,
+            is_attacked=is_attacked & ~self.is_spared,
             cost=self.meter.cost(len(x)),
             snapshots=tuple(self.record.snapshots),
             residuals=self.record.residuals,

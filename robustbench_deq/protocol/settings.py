@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from robustbench_deq.configs import Config, named_in
@@ -44,6 +44,12 @@ class ObjectiveConfig(AttackConfig):
     heading: int | None = Field(
         None, ge=1, description="raise the lead of this wrong class, ranked by the clean logits from 1; null: of any"
     )
+
+    @model_validator(mode="after")
+    def _check_heading(self) -> ObjectiveConfig:
+        if self.heading is not None and self.objective != type(self).model_fields["objective"].default:
+            raise ValueError(f"no objective with heading={self.heading}, which does not use it")
+        return self
 
     def bind(self, labels: Tensor, targets: Tensor | None, headings: Tensor | None = None) -> Objective:
         """The objective for the true classes, or for reaching `targets` where they are given; with `headings` the lead

@@ -168,7 +168,7 @@ class Record(Fields):
         None, description="of a standard evaluation, in their order; null: another attack"
     )
     num_certified: Count | None = Field(
-        None, description="samples that a certificate shows robust, so that no attack tried; null: there is none"
+        None, description="samples that a certificate shows robust; few are attacked; null: there is none"
     )
     probes: dict[str, Number] | None = Field(
         None, description="what the sanity panel measured, see `records.flags`; null: no panel"

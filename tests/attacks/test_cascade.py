@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from robustbench_deq import RunError, UsageError, benchmark
-from robustbench_deq.attacks import ATTACKS, JointPGD, Noise
-from robustbench_deq.data import Split, SplitName
+from robustbench_deq.attacks import ATTACKS, JointPGD, Noise, standard
+from robustbench_deq.data import Split, SplitName, load
 from robustbench_deq.equilibrium import EquilibriumModel
 from robustbench_deq.evaluate.clean import judge_clean
 from robustbench_deq.evaluate.evaluation import evaluate
 from robustbench_deq.evaluate.judge import judge
+from robustbench_deq.models import load_model
 from robustbench_deq.optimise import Norm
 from robustbench_deq.protocol import Attack, AttackConfig, Batch, Cascade, Proposal, Recorder, Stage, cascade
 from robustbench_deq.threats import Threat
@@ -43,8 +44,8 @@ class Claims(Attack[AttackConfig]):
 class Sequence(Cascade[AttackConfig]):
     name, summary = "sequence", "for tests"
 
-    def __init__(self, *stages: Stage, threat: Threat = THREAT) -> None:
-        super().__init__(threat)
+    def __init__(self, *stages: Stage, threat: Threat = THREAT, **settings: Any) -> None:
+        super().__init__(threat, **settings)
         self._stages = stages
 
     def stages(self, num_classes: int) -> tuple[Stage, ...]:
@@ -100,6 +101,33 @@ def test_the_judge_is_asked_of_those_that_seem_fooled_to_no_one_s_knowledge(setu
     assert result.stages[0].num_broken == 2 and result.diagnostics.get("num_refuted", 0) == 0
 
 
+def test_a_sample_is_refuted_once_however_often_it_is_claimed(setup) -> None:
+    attacks = tuple(Claims([1, 4]) for _ in range(5))
+    result = run(setup, Stage("a", attacks), confirm=lambda rows, images: torch.zeros(len(rows), dtype=torch.bool))
+    assert result.diagnostics["num_refuted"] == 2
+
+
+class Breaks(Claims):
+    """Claims what is no number."""
+
+    def run(self, model: EquilibriumModel, batch: Batch, record: Recorder) -> Proposal:
+        found = super().run(model, batch, record)
+        return Proposal(torch.full_like(found.delta, torch.nan), found.loss, found.is_done)
+
+
+@pytest.mark.parametrize("first", [Breaks([1, 4]), Breaks([], loss=0.0)])
+def test_what_is_no_number_breaks_nothing(setup, first: Claims) -> None:
+    model, _, y = setup
+    second = Claims([])
+
+    def confirm(rows: Tensor, images: Tensor) -> Tensor:
+        return ~judge(model, images, y[rows]).is_correct
+
+    result = run(setup, Stage("a", (first,)), Stage("b", (second,)), confirm=confirm)
+    assert result.stages[0].num_broken == 0 and second.seen[0][0] == list(range(NUM))
+    assert not result.is_failed.any()
+
+
 def test_an_audit_attacks_its_share_whoever_else_is_left(setup) -> None:
     model, x, y = setup
     audit = Claims([])
@@ -135,6 +163,7 @@ def test_certified_samples_are_left_alone_but_for_a_few(certified_setup) -> None
         attacked = set(first.seen[0][0])
         assert set((~is_certified).nonzero()[:, 0].tolist()) <= attacked
         assert torch.equal(result.is_certified, is_certified)
+        assert set(result.is_attacked.nonzero()[:, 0].tolist()) == attacked
         drawn |= attacked & set(is_certified.nonzero()[:, 0].tolist())
     assert drawn and len(attacked) < NUM
 
@@ -165,7 +194,7 @@ def test_what_stages_cost_adds_up(setup) -> None:
 
 def test_a_budget_ends_all_stages(setup) -> None:
     model, x, y = setup
-    attack = ATTACKS.get("fast")(THREAT, max_evaluations=7)
+    attack = Sequence(*ATTACKS.get("fast")(THREAT).stages(3), max_evaluations=7)
     result = attack(model, x, y)
     assert result.cost.cell_evals <= 7 and result.diagnostics["stopped_by_budget"] == 1
     assert (result.x_adv - x).flatten(1).norm(dim=1).max() <= THREAT.epsilon * (1 + 1e-5)
@@ -186,10 +215,37 @@ def test_attacks_of_one_stage_are_each_given_what_those_before_have_left(setup) 
     assert result.stage_of.tolist() == [0, 0, -1, -1, 0, -1, -1, 1, -1, -1, -1, -1]
 
 
+def test_a_heading_that_would_have_no_effect_is_refused(setup) -> None:
+    model, x, y = setup
+    with pytest.raises(UsageError, match="no objective with heading=2"):
+        JointPGD(THREAT, heading=2, objective="margin")
+    with pytest.raises(UsageError, match="heading: expected a rank of the wrong classes, 1 to 2"):
+        JointPGD(THREAT, heading=3)(model, x, y)
+    with pytest.raises(UsageError, match="no targets with a heading"):
+        JointPGD(THREAT, heading=2)(model, x, y, targets=(y + 1) % 3)
+
+
 def test_settings_cannot_be_chosen() -> None:
-    for settings in ({"restarts": 2}, {"random_start": True}, {"stop_at_success": False}, {"steps": 3}):
-        with pytest.raises(UsageError):
-            ATTACKS.get("fast")(THREAT, **settings)
+    chosen = {"restarts": 2, "random_start": True, "stop_at_success": False, "steps": 3}
+    for name, value in (chosen | {"max_evaluations": 7.0, "max_seconds": 1.0}).items():
+        for kind in ("fast", "standard"):
+            with pytest.raises(UsageError, match=name):
+                ATTACKS.get(kind)(THREAT, **{name: value})
+
+
+def test_what_the_audit_has_broken_stays_broken_when_all_are_attacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    class BlackBox(ATTACKS.get("standard")):  # type: ignore[misc]  # a class that the registry knows
+        def stages(self, num_classes: int) -> tuple[Stage, ...]:
+            return self._black_box()
+
+    monkeypatch.setattr(standard, "NUM_QUERIES", 10)
+    monkeypatch.setattr(standard, "FAB_STEPS", 1)
+    model, data = load_model("deq-fc.digits-joint-l2"), load("digits", limit=96)
+    audit, final = (
+        evaluate(model, BlackBox(Threat("l2", 0.7), black_box=kind), data, seed=1) for kind in ("audit", "all")
+    )
+    assert audit.record.stages[0].num_broken == final.record.stages[0].num_broken > 0
+    assert not (final.samples["is_robust"] & ~audit.samples["is_robust"]).any()
 
 
 # The record

@@ -75,6 +75,10 @@ def test_an_audit_that_breaks_something_has_all_survivors_attacked(tmp_path: Pat
     assert second.stages[-1].num_attacked >= first.stages[-1].num_attacked
     assert json.loads(result.stdout)["record_id"] == second.record_id
     assert "now on all survivors" in result.stderr
+    lines = (tmp_path / "new" / "records.jsonl").read_text().splitlines()
+    (tmp_path / "new" / "records.jsonl").write_text(lines[1] + "\n")  # the first record is lost, and written again
+    again = run(MODEL, *words, "--json", "--out", tmp_path / "new", "--resume")
+    assert asked == [first.record_id] * 2 and json.loads(again.stdout)["record_id"] == second.record_id
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,18 @@ def test_models_and_norms_without_a_certificate_say_so(make_model, make_images, 
     assert certified(model, Threat("l1", 1e-6), *settled(model, x)) is None
 
 
+@every_family
+def test_a_subclass_which_may_compute_something_else_has_no_certificate(family, make_model, make_images) -> None:
+    model, x = make_model(family), make_images(4)
+
+    class Louder(type(model)):  # type: ignore[misc]  # lben's operator makes its bound true for its own injection alone
+        def inject(self, x: Tensor) -> Tensor:
+            return super().inject(20 * x)
+
+    model.__class__ = Louder
+    assert certified(model, Threat("l2", 1e-6), *settled(model, x)) is None
+
+
 @pytest.mark.parametrize(
     "name", ["mondeq-fc.digits-joint-l2", "lben.fashion-joint-l2", "mondeq-multi.fashion-joint-l2"]
 )
