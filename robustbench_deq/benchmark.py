@@ -16,14 +16,13 @@ from robustbench_deq.errors import UsageError
 from robustbench_deq.evaluate.evaluation import Evaluation, Progress, evaluate
 from robustbench_deq.models import load_model
 from robustbench_deq.optimise import Norm
+from robustbench_deq.protocol import BATCH_SIZE, SEED
 from robustbench_deq.records.record import Record
 from robustbench_deq.registry import choice
 from robustbench_deq.threats import Threat
 
 VERSIONS = ("fast", "standard")
 DEFAULT_LIMIT = 256
-BATCH_SIZE = 128
-"""Of the standard evaluation: its black-box stages depend on it, and who is finished by the joint ones."""
 
 
 def benchmark(
@@ -71,7 +70,7 @@ def benchmark(
         data = load(data, SplitName.TEST, limit)
     elif limit is not None:
         raise UsageError.of("limit", expected="None with a Split", got=limit, fix="pass it to load")
-    options = {"device": device, "model_name": model_name, "progress": progress, "batch_size": BATCH_SIZE}
+    options = {"device": device, "model_name": model_name, "progress": progress, "batch_size": BATCH_SIZE, "seed": SEED}
     result = evaluate(loaded, ATTACKS.get(version)(threat), data, **options)
     if needs_black_box(result.record):
         result = evaluate(loaded, ATTACKS.get(version)(threat, black_box="all"), data, **options)

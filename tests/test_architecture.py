@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "tensor_files threats",
     "report": "configs errors files proportions records",
     "attacks": "adjoints configs equilibrium errors meter optimise protocol randomness registry rows solvers threats",
-    "benchmark": "attacks data equilibrium errors evaluate models optimise records registry threats",
+    "benchmark": "attacks data equilibrium errors evaluate models optimise protocol records registry threats",
     "commands": "*",
 }
 """For each part of the package (a module or a folder), the other parts that it may import, as seen from the source

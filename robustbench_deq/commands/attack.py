@@ -10,7 +10,7 @@ import click
 from robustbench_deq.attacks import build_attack
 from robustbench_deq.commands.display import bar
 from robustbench_deq.commands.shared import tell_split
-from robustbench_deq.commands.verdicts import flag_lines
+from robustbench_deq.commands.verdicts import echo_stages, flag_lines
 from robustbench_deq.configs import parse_assignments, parse_fraction
 from robustbench_deq.data import Split, SplitName, load
 from robustbench_deq.devices import choose_device
@@ -152,6 +152,7 @@ def _echo(result: Evaluation, is_json: bool) -> None:
         click.echo("full solves       " + ", ".join(f"{key.removeprefix('num_')} {n}" for key, n in counts.items()))
     for line in flag_lines(record):
         click.echo(line)
+    echo_stages(record)
 
 
 def _echo_coverage(record: Record) -> None:

@@ -108,7 +108,7 @@ def suite_table(name: str, progress: SuiteProgress) -> Table:
         elapsed = datetime.timedelta(seconds=round(time.time() - at.began))
         of_shard = f", robust {at.num_robust / at.num_done:.1%}" if at.num_done else ""
         stage = f", {at.stage}" if at.stage else ""
-        standing = f"{at.num_done}/{size}{of_shard}{stage}  {elapsed}"
+        standing = f"{at.num_done}/{size}{of_shard}{stage}{f' {at.share:.0%}' if at.share else ''}  {elapsed}"
         table.add_row(Text(f"  {_run_words(progress, shard.run)}"), Text(f"{_place(shard)}: {standing}"))
     return table
 

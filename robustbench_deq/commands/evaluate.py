@@ -7,24 +7,24 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import click
-from rich.table import Table
 
-from robustbench_deq.benchmark import BATCH_SIZE, needs_black_box
-from robustbench_deq.commands.console import plain_console
+from robustbench_deq.benchmark import DEFAULT_LIMIT, needs_black_box
+from robustbench_deq.commands.attack import read_setting
 from robustbench_deq.commands.shared import tell_split
 from robustbench_deq.commands.suite_run import Where, check_target, run_in, tell_doubts
-from robustbench_deq.commands.verdicts import flag_lines
+from robustbench_deq.commands.verdicts import echo_stages, flag_lines
 from robustbench_deq.configs import validate
 from robustbench_deq.devices import choose_device
 from robustbench_deq.errors import UsageError
+from robustbench_deq.protocol import BATCH_SIZE, SEED
 from robustbench_deq.records.environment import num_cpus
+from robustbench_deq.records.flags import flags
 from robustbench_deq.records.record import Record, to_json
-from robustbench_deq.report.tables.stages import stage_frame
 from robustbench_deq.runner.run import check_models
 from robustbench_deq.runner.suite import Run, SuiteConfig, cut, plan
+from robustbench_deq.threats import Threat
 
 NUM_SNAPSHOTS = 8
 
@@ -35,7 +35,7 @@ def evaluate_by_standard(
     epsilon: str | None,
     data: str | None,
     split: str,
-    limit: int,
+    limit: int | None,
     kind: str,
     out: Path | None,
     resume: bool,
@@ -48,10 +48,10 @@ def evaluate_by_standard(
     """The standard evaluation of MODEL."""
     if resume and out is None:
         raise UsageError.of("--resume", expected="--out", got="none", fix="name the folder to go on in")
-    if (norm is None) != (epsilon is None):
-        given, missing = ("--norm", "--epsilon") if epsilon is None else ("--epsilon", "--norm")
-        raise UsageError.of("threat", expected="norm and radius, or neither", got=given, fix=f"add {missing}")
-    suite = suite_of(model, norm, epsilon, data, split, limit, kind)
+    if norm is not None and epsilon is None:  # the card's may be a radius of another norm
+        raise UsageError.of("--norm", expected="--epsilon beside it", got="none", fix="add --epsilon")
+    _, threat, name, samples = read_setting(model, norm, epsilon, data, split, limit)
+    suite = suite_of(model, threat, name, split, min(limit or DEFAULT_LIMIT, len(samples)), kind)
     runs = [(run, cut(run, 1)) for run in plan(suite)]
     tell_doubts(runs)
     tell_split(runs[0][0].data, split, "--split all takes all")
@@ -64,41 +64,32 @@ def evaluate_by_standard(
         check_models([run for run, _ in runs])
     found: list[Record] = []
     with _folder(out) as target:
-        run_in(suite, runs[:1], target, resume, where, found.extend)
+        run_in(suite, runs[:1], target, resume, where, found.extend, out is not None)
         record = _record_of(runs[0][0], found)
         if len(runs) > 1 and needs_black_box(record):
             click.echo("the audit without gradients broke what gradients had left: now on all survivors", err=True)
-            run_in(suite, runs, target, True, where, found.extend)
+            run_in(suite, runs, target, True, where, found.extend, out is not None)
             record = _record_of(runs[1][0], found)
     _echo(record, is_json)
     if out is not None and not is_json:
         click.echo(f"record            {out}")
 
 
-def suite_of(
-    model: str, norm: str | None, epsilon: str | None, data: str | None, split: str, limit: int, kind: str
-) -> SuiteConfig:
-    """The evaluation as a suite of a run and, for `standard`, of what follows if its audit breaks anything.
-
-    Raises:
-        UsageError: for a wildcard, and what `SuiteConfig` refuses.
-    """
-    if set(model) & set("*?[") and ".py:" not in model:
-        raise UsageError.of("model", expected="one model", got=repr(model), fix="evaluate several by a suite")
+def suite_of(model: str, threat: Threat, data: str, split: str, limit: int, kind: str) -> SuiteConfig:
+    """The evaluation as a suite of a run and, for `standard`, of what follows if its audit breaks anything."""
     further = [{"name": kind, "label": f"{kind}, black box on all", "config": {"black_box": "all"}}]
-    further = further if kind == "standard" else []
-    asked: dict[str, Any] = {
+    asked = {
         "name": kind,
         "models": [model],
-        "attacks": [{"name": kind}, *further],
+        "attacks": [{"name": kind}, *(further if kind == "standard" else [])],
+        "threats": [{"norm": threat.norm.name, "epsilons": [threat.epsilon]}],
         "data": data,
         "split": split,
         "limit": limit,
         "batch_size": BATCH_SIZE,
+        "seeds": [SEED],
         "num_snapshots": NUM_SNAPSHOTS,
     }
-    if norm is not None:
-        asked["threats"] = [{"norm": norm, "epsilons": [epsilon]}]
     return validate(SuiteConfig, asked, "evaluate")
 
 
@@ -119,7 +110,7 @@ def _folder(out: Path | None) -> Iterator[Path]:
 
 def _echo(record: Record, is_json: bool) -> None:
     if is_json:
-        click.echo(json.dumps(to_json(record)))
+        click.echo(json.dumps(to_json(record) | {"flags": [flag.name for flag in flags(record)]}))
         return
     low, high = record.robust_accuracy_ci
     click.echo(
@@ -137,11 +128,4 @@ def _echo(record: Record, is_json: bool) -> None:
     cost = record.cost
     click.echo(f"cost per image    {cost.cell_evals:.1f} cell evaluations, {cost.cell_vjps:.1f} VJPs")
     click.echo(f"seconds in all    {cost.wall_seconds:.2f} attack, {cost.judge_seconds or 0.0:.2f} judge")
-    frame = stage_frame(record)
-    table = Table(box=None, pad_edge=False)
-    for number, column in enumerate(frame.columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
-    for row in frame.itertuples(index=False):
-        table.add_row(*row)
-    click.echo("")
-    plain_console(width=120).print(table)
+    echo_stages(record)

@@ -184,7 +184,7 @@ def _datasets() -> None:
 @click.option(
     "--split", default="test", type=click.Choice(SPLIT_NAMES), show_default=True, help="all: every image of npz:FILE."
 )
-@click.option("--limit", type=click.IntRange(1, MAX_COUNT), default=256, show_default=True, help="Images.")
+@click.option("--limit", type=click.IntRange(1, MAX_COUNT), default=None, help="Images.  [default: at most 256]")
 @click.option(
     "--version",
     "kind",

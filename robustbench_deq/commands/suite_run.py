@@ -71,18 +71,25 @@ def check_target(suite: SuiteConfig, runs: Plan, target: Path, resume: bool) -> 
 
 
 def run_in(
-    suite: SuiteConfig, runs: Plan, target: Path, resume: bool, where: Where, show: Callable[[list[Record]], None]
+    suite: SuiteConfig,
+    runs: Plan,
+    target: Path,
+    resume: bool,
+    where: Where,
+    show: Callable[[list[Record]], None],
+    stays: bool = True,
 ) -> None:
     """Do what is missing of `runs` in `target`, which has been checked, with progress.
 
     Args:
         show: told the records that there are at the end, also where some are missing.
+        stays: whether there is any going on in `target` afterwards.
 
     Raises:
         RunError: when it was interrupted, or some shards failed, or files were removed meanwhile.
     """
-    advice = "finished shards are kept: make room, and go on with --resume"
-    with output_folder(target, resume) as folder, needing_space(advice):
+    going_on = "go on with --resume" if stays else "name a folder with --out to go on in"
+    with output_folder(target, resume) as folder, needing_space(f"finished shards are kept: make room, and {going_on}"):
         executor = where.executor(suite)
         claim_folder(folder, suite, [run for run, _ in runs])
         progress, start = SuiteProgress(runs, folder), time.monotonic()
@@ -90,7 +97,8 @@ def run_in(
             try:
                 outcome = run_suite(runs, folder, build_attack, executor, where.device, watch)
             except KeyboardInterrupt:
-                raise RunError("interrupted; finished shards are kept, go on with --resume") from None
+                done = f"{progress.num_done} of {progress.num_shards} shards are"
+                raise RunError(f"interrupted; {done} done and kept, {going_on}" if stays else "interrupted") from None
         seconds = time.monotonic() - start
         if not is_file(folder / SUITE_FILE):  # somebody has removed it; without it there is no going on
             claim_folder(folder, suite, [run for run, _ in runs])
@@ -100,13 +108,12 @@ def run_in(
     if outcome.failures:
         reasons = collections.Counter(outcome.failures.values()).most_common(3)
         listed = "; ".join(f"{count} x {reason}" for reason, count in reasons)
-        raise RunError(
-            f"{len(outcome.failures)} of {progress.num_shards} shards failed: {listed}; try them again with --resume"
-        )
+        again = "try them again with --resume" if stays else going_on
+        raise RunError(f"{len(outcome.failures)} of {progress.num_shards} shards failed: {listed}; {again}")
     if len(records) < len(runs):
         raise RunError(
             f"{len(runs) - len(records)} of {len(runs)} records are missing: files were removed from {target} while "
-            "the suite ran; go on with --resume"
+            f"the suite ran; {going_on}"
         )
 
 

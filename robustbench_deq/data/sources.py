@@ -225,7 +225,8 @@ def read_arrays(
         if not all(isinstance(array, np.ndarray) for array in found.values()):
             raise ValueError("members that are no arrays")
     except Exception as error:  # whatever numpy and zipfile raise for damaged files
-        got = "no such file" if isinstance(error, FileNotFoundError) else f"an unusable file ({error})"
+        why = "no archive of arrays" if "pickle" in str(error) else error  # numpy's advice is unsafe
+        got = "no such file" if isinstance(error, FileNotFoundError) else f"an unusable file ({why})"
         raise UsageError.of(where, expected=expected, got=got, fix="write it with np.savez") from None
     return found
 

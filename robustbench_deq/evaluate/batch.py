@@ -28,7 +28,7 @@ from robustbench_deq.evaluate.clean import CleanBatch, judge_clean
 from robustbench_deq.evaluate.judge import Verdict
 from robustbench_deq.evaluate.panel import probe
 from robustbench_deq.inputs import as_ids, as_labels
-from robustbench_deq.protocol import Attack, AttackResult, RunConfig, frozen
+from robustbench_deq.protocol import BATCH_SIZE, SEED, Attack, AttackResult, RunConfig, frozen
 from robustbench_deq.records.record import CostRecord, CurvePoint, StageRecord
 from robustbench_deq.shown import briefly_shown
 
@@ -64,6 +64,11 @@ class Task(RunConfig):
     has_panel: bool = Field(False, description="the sanity panel looks at the first batch")
     model_sha256: str | None = None
     file_sha256: str | None = None
+
+    @property
+    def is_standard(self) -> bool:
+        """Whether it is a standard evaluation, in all that is fixed of it."""
+        return self.attack.version is not None and (self.batch_size, self.seed) == (BATCH_SIZE, SEED)
 
 
 def check_split(data: object) -> None:
@@ -130,7 +135,7 @@ def evaluate_batch(
         num_snapshots=task.num_snapshots,
         clean=known,
         confirm=batch_judge.confirm,
-        progress=lambda share: watch("attack", share),
+        progress=lambda share, stage: watch(f"attack: {stage}" if stage else "attack", share),
     )
     watch("judge", 0.0)
     adversarial = batch_judge.final(result.x_adv)

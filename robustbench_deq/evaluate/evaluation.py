@@ -34,8 +34,8 @@ class Progress(NamedTuple):
     done             samples, of the batch in progress the share of its time that has passed
     total            samples
     robust_accuracy  of the batches that are done; None before the first
-    stage            what is done to the batch in progress: "clean equilibria", "attack", "judge" or "panel"; "" between
-                     batches
+    stage            what is done to the batch in progress: "clean equilibria", "attack" (of a cascade with its stage,
+                     "attack: toward"), "judge" or "panel"; "" between batches
     """
 
     done: float
@@ -165,7 +165,7 @@ def _watch(
 
     def watch(stage: str, share: float) -> None:
         nonlocal furthest
-        start, length = places.get(stage, ((1 + attack) / 2, (1 - attack) / 2))
+        start, length = places.get(stage.partition(":")[0], ((1 + attack) / 2, (1 - attack) / 2))
         furthest = max(furthest, start + length * share)
         progress(Progress(begin + (end - begin) * furthest, total, accuracy, stage))
 

@@ -75,7 +75,7 @@ def summarise(
         curve=_curve(parts, count),
         residuals=_mean_residuals(parts),
         diagnostics=diagnostics,
-        protocol=None if attack.version is None else f"{attack.version} {attack.name}",
+        protocol=f"{attack.version} {attack.name}" if task.is_standard else None,
         stages=None if attack.version is None else _stages(parts, count),
         num_certified=int(samples["is_certified"].sum()) if "is_certified" in samples else None,
         probes=next((part.probes for part in parts if part.probes is not None), None),

@@ -2,13 +2,15 @@
 
 from robustbench_deq.protocol.attack import ATTACKS, Attack, ObjectiveAttack, frozen, likely_classes, make_attack
 from robustbench_deq.protocol.batch import Batch, Clean, Proposal
-from robustbench_deq.protocol.cascade import Cascade, Stage
+from robustbench_deq.protocol.cascade import BATCH_SIZE, SEED, Cascade, Stage
 from robustbench_deq.protocol.recorder import Recorder, Snapshot
 from robustbench_deq.protocol.runs import AttackResult, Confirm, StageResult
 from robustbench_deq.protocol.settings import AttackConfig, ObjectiveConfig, RunConfig
 
 __all__ = [
     "ATTACKS",
+    "BATCH_SIZE",
+    "SEED",
     "Attack",
     "AttackConfig",
     "AttackResult",

@@ -127,7 +127,7 @@ class Attack(abc.ABC, Generic[A]):
         num_snapshots: int = 0,
         clean: Clean | None = None,
         confirm: Confirm | None = None,
-        progress: Callable[[float], None] | None = None,
+        progress: Callable[[float, str], None] | None = None,
     ) -> AttackResult:
         """Attack a batch.
 
@@ -143,7 +143,8 @@ class Attack(abc.ABC, Generic[A]):
                 that are misclassified there are not attacked.
             confirm: who has the last word on samples that leave because they are fooled; those that it refutes are
                 attacked on, without leaving. None believes the attack.
-            progress: told after each step what share of the present run is done; the clock goes on meanwhile.
+            progress: told after each step what share is done of the present run, or of a cascade, and the stage that it
+                is in, "" of none; the clock goes on meanwhile.
 
         Raises:
             UsageError: for an object that is not an `EquilibriumModel`, a model whose parts do not return what they

@@ -27,6 +27,8 @@ from robustbench_deq.protocol.settings import AttackConfig
 from robustbench_deq.randomness import keyed_uniform
 
 A = TypeVar("A", bound=AttackConfig)
+BATCH_SIZE, SEED = 128, 0
+"""Of a standard evaluation: attacks of other libraries depend on them."""
 CERTIFIED_SHARE = 1 / 16
 """Of the certified samples, those that are attacked nevertheless."""
 CERTIFIED_KEY, SHARE_KEY = 0x0CE27, 0x05A6E
@@ -71,8 +73,8 @@ class Cascade(Attack[A]):
             runs.is_spared = runs.is_certified & ~is_drawn
             left = left[~runs.is_spared[left]]
         draws = keyed_uniform(batch.ids.to(device), batch.seed, SHARE_KEY)
-        stages, number = self.stages(model.num_classes), 0
-        count = sum(len(stage.attacks) for stage in stages)
+        stages, done = self.stages(model.num_classes), 0.0
+        whole = sum(stage.share * _length(attack) for stage in stages for attack in stage.attacks)
         for stage in stages:
             before, part, rest = runs.spent(), left, left[:0]
             if stage.share < 1.0:
@@ -80,8 +82,17 @@ class Cascade(Attack[A]):
                 part, rest = left[is_drawn], left[~is_drawn]
             survivors = part
             for attack in stage.attacks:
-                runs.record.within(number, count)
-                number += 1
+                length = stage.share * _length(attack) / whole
+                runs.record.within(done, length, stage.name)
+                done += length
                 survivors = runs.attack_left(attack.runner(model), attack.config, survivors, confirm)
             runs.end_stage(stage.name, part, before)
             left = torch.cat([survivors, rest]).sort().values
+
+
+def _length(attack: Attack[Any]) -> float:
+    """About how long an attack takes beside others: its steps, over all classes that it heads for."""
+    config = attack.config
+    settings = getattr(config, "settings", {})  # of another library's
+    steps = settings.get("n_queries", settings.get("steps", getattr(config, "steps", 1)))
+    return float(steps) * getattr(config, "num_targets", 1)

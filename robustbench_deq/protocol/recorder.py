@@ -54,15 +54,15 @@ class Recorder:
     """Takes snapshots at a few steps that are fixed beforehand, so that memory does not grow with the steps.
 
     Args:
-        progress: told after each step what share of the present run is done.
+        progress: told after each step what share of the work is done, and the stage of a cascade; "" of none.
     """
 
     def __init__(
-        self, meter: Meter, ball: Ball, num_snapshots: int, progress: Callable[[float], None] | None = None
+        self, meter: Meter, ball: Ball, num_snapshots: int, progress: Callable[[float, str], None] | None = None
     ) -> None:
         self._meter, self._ball, self.num_snapshots, self._progress = meter, ball, num_snapshots, progress
         self._num_steps = 0
-        self._before, self._share = 0.0, 1.0
+        self._before, self._share, self._stage = 0.0, 1.0, ""
         self.snapshots: list[Snapshot] = []
         self._residuals: list[Tensor] = []
         self._wanted: set[int] = set()
@@ -79,9 +79,9 @@ class Recorder:
         self._rows, self._best, self._offset = rows, best, self._offset + self._last
         self._wanted, self._last, self._seen = set(), 0, 0
 
-    def within(self, number: int, count: int) -> None:
-        """The runs to come are those of stage `number`, from 0, of `count`."""
-        self._before, self._share = number / count, 1 / count
+    def within(self, before: float, share: float, stage: str) -> None:
+        """The runs to come are those of `stage`: what share of the work is before them, and what share they are."""
+        self._before, self._share, self._stage = before, share, stage
 
     def plan(self, num_steps: int) -> None:
         """Called by the attack: spread the snapshots over the `num_steps` steps of this run."""
@@ -96,7 +96,7 @@ class Recorder:
             self._residuals.extend(residual.view(-1, residual.shape[-1]).nanmean(1))
         self._seen = step
         if self._progress is not None and self._num_steps:
-            self._progress(self._before + self._share * min(1.0, step / self._num_steps))
+            self._progress(self._before + self._share * min(1.0, step / self._num_steps), self._stage)
         if step in self._wanted and step < self._last:
             self._take(step, *present())
 

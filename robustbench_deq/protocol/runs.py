@@ -78,7 +78,7 @@ class Runs:
         batch: Batch,
         meter: Meter,
         num_snapshots: int,
-        progress: Callable[[float], None] | None = None,
+        progress: Callable[[float, str], None] | None = None,
     ) -> None:
         self.threat, self.batch, self.meter = threat, batch, meter
         self.ball = threat.ball(batch.images)

@@ -208,6 +208,13 @@ FLAGS = (
         _NOT_A_FUNCTION,
     ),
     Flag(
+        "unreadable logits",
+        f"the logits of more than {FEW:.0%} of the samples are NaN or infinite, and not masked",
+        "no class was read there: they count as not robust although nothing broke them",
+        True,
+        lambda record: (record.num_nonfinite or 0) > FEW * record.data.num_samples,
+    ),
+    Flag(
         "lagging states",
         f"on more than {FEW:.0%} of the attacked samples the attack has left its state behind the equilibrium",
         "the attack did not see the model that is scored: what it has not broken is not shown to be robust",

@@ -162,7 +162,7 @@ class Record(Fields):
     residuals: list[Amount | None] = Field(description="mean relative residual after each solver step of the attack")
     diagnostics: dict[str, Number | None] = Field(description="counts and means of the attack's own")
     protocol: str | None = Field(
-        None, description='version and kind of the standard evaluation, such as "v1 standard"; null: another attack'
+        None, description='version and kind of the standard evaluation, such as "v1 standard"; null: of none'
     )
     stages: list[StageRecord] | None = Field(
         None, description="of a standard evaluation, in their order; null: another attack"

@@ -77,13 +77,15 @@ class SuiteProgress:
         return self._done[run.key]
 
     def seconds_left(self) -> float | None:
-        """None before the first shard of this session has ended."""
-        elapsed = self._clock() - self._start
-        spent = {shard.key: self._seconds_at(standing) for shard, standing in self.running()}
+        """None before anything of this session is known to be done."""
+        elapsed, running = self._clock() - self._start, self.running()
+        spent = {shard.key: self._seconds_at(standing) for shard, standing in running}
         with self._lock:
             ended = self._seconds.total()
-            if not ended:
-                return None
+            if not ended:  # samples of the shards in progress are all that there is to go by
+                done = sum(_num_done(shard, standing) for shard, standing in running)
+                whole = sum(shard.end - shard.begin for shard in self._missing.values())
+                return elapsed * (whole - done) / done if done else None
             mean = ended / self._samples.total()
             work = 0.0
             for shard in self._missing.values():
@@ -108,6 +110,12 @@ class SuiteProgress:
     def _count(self, shard: Shard) -> None:
         self._robust[shard.run.key] += self._store.num_robust(shard)
         self._done[shard.run.key] += shard.end - shard.begin
+
+
+def _num_done(shard: Shard, standing: Standing) -> float:
+    """Samples, those of the batch in progress by the share of its attack."""
+    left = shard.end - shard.begin - standing.num_done
+    return standing.num_done + standing.share * min(shard.run.batch_size, left)
 
 
 def _kind(shard: Shard) -> tuple[str, str]:

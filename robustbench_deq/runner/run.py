@@ -153,16 +153,21 @@ def check_models(runs: Sequence[Run]) -> None:
         check_data(_model(name, digest, "cpu"), _data(*named), needs_gradient)
 
 
+NOTED_SHARE = 0.02
+"""What an attack has to go on to be noted again: notes are files."""
+
+
 class _Stages:
-    """Notes every new stage of a batch."""
+    """Notes every new stage of a batch, and how far its attack is now and then."""
 
     def __init__(self, claim: Claim, num_done: int, num_robust: int) -> None:
-        self._claim, self._num_done, self._num_robust, self._stage = claim, num_done, num_robust, ""
+        self._claim, self._num_done, self._num_robust, self._stage, self._share = claim, num_done, num_robust, "", 0.0
 
     def __call__(self, stage: str, share: float) -> None:
-        if stage != self._stage:
-            self._stage = stage
-            self._claim.note(self._num_done, self._num_robust, stage)
+        is_attack = stage.startswith("attack")
+        if stage != self._stage or (is_attack and share >= self._share + NOTED_SHARE):
+            self._stage, self._share = stage, share if is_attack else self._share
+            self._claim.note(self._num_done, self._num_robust, stage, self._share)
 
 
 def task_of(run: Run, build_attack: BuildAttack) -> Task:

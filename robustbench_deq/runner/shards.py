@@ -59,12 +59,13 @@ class ShardTimes(NamedTuple):
 
 
 class Standing(NamedTuple):
-    """How far a shard is; `stage` is that of the batch in progress."""
+    """How far a shard is; `stage` is that of the batch in progress, `share` what is done of its attack."""
 
     began: float
     num_done: int
     num_robust: int
     stage: str = ""
+    share: float = 0.0
 
 
 class Claim:
@@ -74,8 +75,8 @@ class Claim:
         self._handle, self.began = handle, time.time()
         self.note(0, 0)
 
-    def note(self, num_done: int, num_robust: int, stage: str = "") -> None:
-        content = json.dumps(Standing(self.began, num_done, num_robust, stage)._asdict()).encode()
+    def note(self, num_done: int, num_robust: int, stage: str = "", share: float = 0.0) -> None:
+        content = json.dumps(Standing(self.began, num_done, num_robust, stage, share)._asdict()).encode()
         os.ftruncate(self._handle, 0)
         os.pwrite(self._handle, content, 0)
 

@@ -13,6 +13,11 @@ from robustbench_deq.records.record import Record
 def command_of(record: Record) -> str:
     """The command line that makes the run again; the data digest tells whether it was on the same samples."""
     config = dict(record.attack_config)
+    if record.protocol is not None:
+        words = ["robustbench-deq", "evaluate", record.model, "--version", record.attack]
+        words += ["--norm", record.threat.norm, "--epsilon", repr(record.threat.epsilon)]
+        words += ["--data", record.data.name, "--split", record.data.split, "--limit", str(record.data.num_samples)]
+        return shlex.join(words)
     if record.is_external:
         words = ["robustbench-deq", "judge", record.model, str(config.get("file") or "FILE.npz")]
     else:
