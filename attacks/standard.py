@@ -13,7 +13,8 @@
 
 With `black_box=all` the audit is done again, too: it breaks the same samples as before, which `square`, whose draws are
 others, need not. The last three draw from a generator of the batch, so that what they find depends on the batch, which
-is therefore of a fixed size. They are not there for L1, which the library has not.
+is therefore of a fixed size. They are not there for L1, which the library has not, and in L2 for images
+that are not square or below five pixels, on which it fails.
 
 Settings cannot be chosen: a number is comparable with others of the same version because of that.
 """
@@ -42,6 +43,8 @@ AUDIT = "square-audit"
 """The stage whose success has the evaluation done again with `black_box=all`."""
 AUDITED_SHARE = 1 / 8
 NUM_QUERIES = 1000
+LEAST_SIDE = 5
+"""Of images in pixels, which have to be square: the library's search in L2 fails on others."""
 FAB_STEPS = 100
 
 
@@ -62,7 +65,7 @@ class Fast(Cascade[FastConfig]):
     config_type = FastConfig
     version = VERSION
 
-    def stages(self, num_classes: int) -> tuple[Stage, ...]:
+    def stages(self, num_classes: int, input_shape: tuple[int, ...]) -> tuple[Stage, ...]:
         toward = (JointPGD(self.threat, heading=rank, steps=HEADING_STEPS) for rank in headings(num_classes))
         return (
             Stage("joint-pgd", (JointPGD(self.threat),)),
@@ -88,19 +91,21 @@ class Standard(Fast):
     summary = "the standard evaluation: joint stages, intermediate states, APGD with exact gradients, black box"
     config_type = StandardConfig
 
-    def stages(self, num_classes: int) -> tuple[Stage, ...]:
+    def stages(self, num_classes: int, input_shape: tuple[int, ...]) -> tuple[Stage, ...]:
         toward = (SequentialPGD(self.threat, heading=rank, tolerance=TIGHT) for rank in headings(num_classes))
         return (
-            *super().stages(num_classes),
+            *super().stages(num_classes, input_shape),
             Stage("intermediate", (IntermediatePGD(self.threat),)),
             Stage("pgd-toward", tuple(toward)),
             Stage("apgd-ce", (SolvedAPGD(self.threat, objective="cross-entropy", tolerance=TIGHT),)),
             Stage("apgd-t", (TargetedAPGD(self.threat, tolerance=LOOSE),)),
-            *self._black_box(),
+            *self._black_box(input_shape),
         )
 
-    def _black_box(self) -> tuple[Stage, ...]:
-        if self.threat.norm is Norm.L1:  # for which the library has none
+    def _black_box(self, input_shape: tuple[int, ...]) -> tuple[Stage, ...]:
+        _, height, width = input_shape
+        is_for_l2 = height == width >= LEAST_SIDE
+        if self.threat.norm is Norm.L1 or (self.threat.norm is Norm.L2 and not is_for_l2):
             return ()
         square = make_attack("torchattacks:Square", self.threat, {"settings": {"n_queries": NUM_QUERIES}})
         audit = Stage(AUDIT, (square,), AUDITED_SHARE)

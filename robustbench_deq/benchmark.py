@@ -73,8 +73,17 @@ def benchmark(
     options = {"device": device, "model_name": model_name, "progress": progress, "batch_size": BATCH_SIZE, "seed": SEED}
     result = evaluate(loaded, ATTACKS.get(version)(threat), data, **options)
     if needs_black_box(result.record):
-        result = evaluate(loaded, ATTACKS.get(version)(threat, black_box="all"), data, **options)
+        again = evaluate(loaded, ATTACKS.get(version)(threat, black_box="all"), data, **options)
+        result = again._replace(record=with_cost_of(again.record, result.record))
     return result
+
+
+def with_cost_of(record: Record, before: Record) -> Record:
+    """`record` at what both have cost: of the same samples, one after the other."""
+    names = ("cell_evals", "cell_vjps", "solver_steps", "wall_seconds")
+    both = {name: getattr(record.cost, name) + getattr(before.cost, name) for name in names}
+    both["judge_seconds"] = (record.cost.judge_seconds or 0.0) + (before.cost.judge_seconds or 0.0)
+    return record.model_copy(update={"cost": record.cost.model_copy(update=both)})
 
 
 def needs_black_box(record: Record) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from robustbench_deq.benchmark import DEFAULT_LIMIT, needs_black_box
+from robustbench_deq.benchmark import DEFAULT_LIMIT, needs_black_box, with_cost_of
 from robustbench_deq.commands.attack import read_setting
 from robustbench_deq.commands.shared import tell_split
 from robustbench_deq.commands.suite_run import Where, check_target, run_in, tell_doubts
@@ -25,8 +25,6 @@ from robustbench_deq.records.record import Record, to_json
 from robustbench_deq.runner.run import check_models
 from robustbench_deq.runner.suite import Run, SuiteConfig, cut, plan
 from robustbench_deq.threats import Threat
-
-NUM_SNAPSHOTS = 8
 
 
 def evaluate_by_standard(
@@ -69,7 +67,7 @@ def evaluate_by_standard(
         if len(runs) > 1 and needs_black_box(record):
             click.echo("the audit without gradients broke what gradients had left: now on all survivors", err=True)
             run_in(suite, runs, target, True, where, found.extend, out is not None)
-            record = _record_of(runs[1][0], found)
+            record = with_cost_of(_record_of(runs[1][0], found), record)
     _echo(record, is_json)
     if out is not None and not is_json:
         click.echo(f"record            {out}")
@@ -88,7 +86,7 @@ def suite_of(model: str, threat: Threat, data: str, split: str, limit: int, kind
         "limit": limit,
         "batch_size": BATCH_SIZE,
         "seeds": [SEED],
-        "num_snapshots": NUM_SNAPSHOTS,
+        "num_snapshots": 0,
     }
     return validate(SuiteConfig, asked, "evaluate")
 

@@ -132,7 +132,7 @@ def evaluate_batch(
         targets=targets,
         sample_ids=sample_ids,
         seed=task.seed,
-        num_snapshots=task.num_snapshots,
+        num_snapshots=0 if task.attack.version else task.num_snapshots,  # it has stages instead
         clean=known,
         confirm=batch_judge.confirm,
         progress=lambda share, stage: watch(f"attack: {stage}" if stage else "attack", share),
@@ -166,7 +166,7 @@ def evaluate_batch(
                 f"{int(is_broken.sum())} certified samples are broken, the first with id "
                 f"{int(sample_ids[is_broken.to(sample_ids.device)][0])}: the model's certificate does not hold"
             )
-        samples["is_certified"] = is_certified.numpy()
+        samples["is_certified"] = is_certified.numpy() & samples["is_robust"].to_numpy()
     judge_seconds = clean.seconds + batch_judge.seconds
     cost = CostRecord(**dataclasses.asdict(result.cost), judge_seconds=judge_seconds)
     probes = None

@@ -44,6 +44,9 @@ def summarise(
     diagnostics = _sum_diagnostics(parts, count)
     marks = {name: int(diagnostics.pop(name)) for name in ("num_lagging", "num_zero_gradient") if name in diagnostics}
     num_finished = diagnostics.get("num_finished")
+    finished_by = None  # of a cascade, many have
+    if num_finished is not None and attack.version is None:
+        finished_by = "sequential" if num_finished else "joint"
     has_readable = all("is_readable" in part.samples for part in parts)  # shards of an earlier version have not
     is_readable = samples["is_readable"].astype(bool) if has_readable else None
     key = json.dumps([*names, config, threat.model_dump(), data.digest, task.seed, created], sort_keys=True)
@@ -69,7 +72,7 @@ def summarise(
         num_attacked=int(samples["is_attacked"].sum()),
         judge_max_steps=MAX_STEPS,
         **marks,
-        finished_by=None if num_finished is None else "sequential" if num_finished else "joint",
+        finished_by=finished_by,
         max_perturbation=float(samples["perturbation"].max()),
         cost=_mean_cost(parts, count),
         curve=_curve(parts, count),

@@ -143,7 +143,8 @@ class Targeted(Objective):
 
 
 class Toward(Objective):
-    """Logit of the classes `headings` `(batch,)` minus that of the labels; reached by any wrong class."""
+    """Ascends the logit of the classes `headings` `(batch,)` minus that of the labels. Any wrong class counts, and so
+    iterates are compared by the margin."""
 
     def __init__(self, labels: Tensor, headings: Tensor) -> None:
         super().__init__(labels)
@@ -153,8 +154,19 @@ class Toward(Objective):
         return Toward(self.labels[rows], self.headings[rows])
 
     def __call__(self, logits: Tensor) -> Tensor:
+        return Margin(self.labels)(logits)
+
+    def at(self, progress: float) -> Objective:
+        return _Lead(self.labels, self.headings)
+
+
+class _Lead(Toward):
+    def __call__(self, logits: Tensor) -> Tensor:
         ends = logits.gather(1, torch.stack([self.headings, self.labels], 1))
         return ends[:, 0] - ends[:, 1]
+
+    def at(self, progress: float) -> Objective:
+        return self
 
 
 class TowardDLR(Objective):

@@ -52,11 +52,11 @@ class Cascade(Attack[A]):
     """An attack that is a sequence of others."""
 
     @abc.abstractmethod
-    def stages(self, num_classes: int) -> tuple[Stage, ...]:
-        """The stages, in their order, for a model of that many classes."""
+    def stages(self, num_classes: int, input_shape: tuple[int, ...]) -> tuple[Stage, ...]:
+        """The stages, in their order, for a model of that many classes and images (channels, height, width)."""
 
     def first_objective(self, labels: Tensor, targets: Tensor | None) -> Objective | None:
-        return self.stages(2)[0].attacks[0].first_objective(labels, targets)
+        return self.stages(2, (1, 8, 8))[0].attacks[0].first_objective(labels, targets)
 
     def run(self, model: EquilibriumModel, batch: Batch, record: Recorder) -> Proposal:
         raise NotImplementedError("a cascade has stages, and no run of its own")
@@ -73,7 +73,7 @@ class Cascade(Attack[A]):
             runs.is_spared = runs.is_certified & ~is_drawn
             left = left[~runs.is_spared[left]]
         draws = keyed_uniform(batch.ids.to(device), batch.seed, SHARE_KEY)
-        stages, done = self.stages(model.num_classes), 0.0
+        stages, done = self.stages(model.num_classes, model.input_shape), 0.0
         whole = sum(stage.share * _length(attack) for stage in stages for attack in stage.attacks)
         for stage in stages:
             before, part, rest = runs.spent(), left, left[:0]

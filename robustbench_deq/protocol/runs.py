@@ -179,6 +179,8 @@ class Runs:
             self.is_done = self.is_done | done if rows is None else self.is_done.index_put((rows,), done)
         if proposal.is_lagging is not None:
             self._mark("num_lagging", rows, proposal.is_lagging)
+        elif "num_lagging" in self.marks and proposal.is_done is not None:  # by an earlier attack of a cascade, with
+            self._mark("num_lagging", rows, torch.zeros_like(proposal.is_done))  # full solves this time
         if proposal.is_flat is not None:  # in every run: one gradient is enough
             known = self.marks.get("num_zero_gradient")
             is_known_flat = True if known is None else known if rows is None else known[rows]

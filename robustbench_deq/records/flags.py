@@ -38,7 +38,7 @@ PROBES = {
 
 EXACT_STAGES = ("pgd-toward", "apgd-ce", "apgd-t")
 BLACK_BOX_STAGES = ("square", "square-audit")
-OTHER_STAGES = (*BLACK_BOX_STAGES, "fab-t", "transfer", "intermediate")
+OTHER_STAGES = (*BLACK_BOX_STAGES, "fab-t", "intermediate")
 
 ROUNDING = 1e-4
 SHARE = 0.1
@@ -193,7 +193,7 @@ FLAGS = (
     ),
     Flag(
         "beats white box",
-        f"black box, transfer, intermediate states or FAB-T break more than {LEFT:.0%} of the samples left to them, "
+        f"black box, intermediate states or FAB-T break more than {LEFT:.0%} of the samples left to them, "
         f"at least {NUM_LEFT}",
         "gradients of the scored equilibrium miss what others find: they are masked, and more may be broken",
         True,
@@ -246,7 +246,7 @@ FLAGS = (
     ),
     Flag(
         "not exhausted",
-        f"attacks with full solves break more than {LEFT:.0%} of what the joint stages have left, at least "
+        f"attacks with full solves break more than {LEFT:.0%} of what the stages before have left, at least "
         f"{NUM_LEFT} samples",
         "more steps and restarts still lowered the number when the evaluation ended: it may be a little too high",
         False,

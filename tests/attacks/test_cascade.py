@@ -48,7 +48,7 @@ class Sequence(Cascade[AttackConfig]):
         super().__init__(threat, **settings)
         self._stages = stages
 
-    def stages(self, num_classes: int) -> tuple[Stage, ...]:
+    def stages(self, num_classes: int, input_shape: tuple[int, ...]) -> tuple[Stage, ...]:
         return self._stages
 
 
@@ -194,7 +194,7 @@ def test_what_stages_cost_adds_up(setup) -> None:
 
 def test_a_budget_ends_all_stages(setup) -> None:
     model, x, y = setup
-    attack = Sequence(*ATTACKS.get("fast")(THREAT).stages(3), max_evaluations=7)
+    attack = Sequence(*ATTACKS.get("fast")(THREAT).stages(3, (1, 8, 8)), max_evaluations=7)
     result = attack(model, x, y)
     assert result.cost.cell_evals <= 7 and result.diagnostics["stopped_by_budget"] == 1
     assert (result.x_adv - x).flatten(1).norm(dim=1).max() <= THREAT.epsilon * (1 + 1e-5)
@@ -202,7 +202,7 @@ def test_a_budget_ends_all_stages(setup) -> None:
 
 @pytest.mark.parametrize("num_classes", [2, 3, 10, 100])
 def test_no_more_classes_are_headed_for_than_there_are(num_classes: int) -> None:
-    stages = {stage.name: stage.attacks for stage in ATTACKS.get("standard")(THREAT).stages(num_classes)}
+    stages = {stage.name: stage.attacks for stage in ATTACKS.get("standard")(THREAT).stages(num_classes, (1, 8, 8))}
     for name in ("toward", "pgd-toward"):
         assert [attack.config.heading for attack in stages[name]] == list(range(1, min(9, num_classes - 1) + 1))
 
@@ -225,6 +225,16 @@ def test_a_heading_that_would_have_no_effect_is_refused(setup) -> None:
         JointPGD(THREAT, heading=2)(model, x, y, targets=(y + 1) % 3)
 
 
+@pytest.mark.parametrize(
+    ("norm", "shape", "has_it"),
+    [(Norm.L2, (1, 5, 5), True), (Norm.L2, (1, 4, 4), False), (Norm.L2, (1, 6, 10), False),
+     (Norm.LINF, (1, 4, 9), True), (Norm.L1, (1, 8, 8), False)],
+)  # fmt: skip
+def test_the_audit_is_left_out_where_its_library_fails(norm: Norm, shape: tuple[int, ...], has_it: bool) -> None:
+    stages = ATTACKS.get("standard")(Threat(norm, 0.1)).stages(10, shape)
+    assert (stages[-1].name == "square-audit") is has_it
+
+
 def test_settings_cannot_be_chosen() -> None:
     chosen = {"restarts": 2, "random_start": True, "stop_at_success": False, "steps": 3}
     for name, value in (chosen | {"max_evaluations": 7.0, "max_seconds": 1.0}).items():
@@ -235,8 +245,8 @@ def test_settings_cannot_be_chosen() -> None:
 
 def test_what_the_audit_has_broken_stays_broken_when_all_are_attacked(monkeypatch: pytest.MonkeyPatch) -> None:
     class BlackBox(ATTACKS.get("standard")):  # type: ignore[misc]  # a class that the registry knows
-        def stages(self, num_classes: int) -> tuple[Stage, ...]:
-            return self._black_box()
+        def stages(self, num_classes: int, input_shape: tuple[int, ...]) -> tuple[Stage, ...]:
+            return self._black_box(input_shape)
 
     monkeypatch.setattr(standard, "NUM_QUERIES", 10)
     monkeypatch.setattr(standard, "FAB_STEPS", 1)

@@ -99,7 +99,9 @@ def test_interrupted_suite_says_how_to_go_on(path: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(suite_run, "run_suite", interrupt)
     result = bench(path, "--out", tmp_path / "new")
     assert result.exit_code == 1
-    assert result.stderr.splitlines()[1:] == ["Error: interrupted; finished shards are kept, go on with --resume"]
+    assert result.stderr.splitlines()[1:] == [
+        "Error: interrupted; 0 of 12 shards are done and kept, go on with --resume"
+    ]
     words = "report", str(tmp_path / "new")
     assert "got no records.jsonl in it" in CliRunner().invoke(cli.main, words).stderr
     again = bench(path, "--out", tmp_path / "new")

@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from robustbench_deq.attacks import ATTACKS, standard
 from robustbench_deq.commands import evaluate as command
 from robustbench_deq.commands import main as cli
+from robustbench_deq.records.flags import flags
 from robustbench_deq.records.store import load_records
 
 MODEL = "test-linear.tiny"
@@ -32,7 +33,7 @@ def test_a_person_reads_the_number_its_interval_the_flags_and_the_stages() -> No
         assert head in heads
     assert any(line.startswith(("flag", "red flag")) for line in lines)
     names = [line.split()[0] for line in lines[lines.index("") + 2 :]]
-    assert names == [stage.name for stage in ATTACKS.get("fast")(command_threat()).stages(10)]
+    assert names == [stage.name for stage in ATTACKS.get("fast")(command_threat()).stages(10, (1, 8, 8))]
 
 
 def command_threat() -> Any:
@@ -45,7 +46,9 @@ def test_json_is_the_record_and_out_keeps_it(tmp_path: Path) -> None:
     result = run(MODEL, *FAST, "--json", "--out", tmp_path / "new")
     assert result.exit_code == 0, result.stderr
     (record,) = load_records(tmp_path / "new")
-    assert json.loads(result.stdout) == json.loads(record.model_dump_json())
+    shown = json.loads(result.stdout)
+    assert shown.pop("flags") == [flag.name for flag in flags(record)]
+    assert shown == json.loads(record.model_dump_json())
     assert record.protocol == "v1 fast" and record.batch_size == 128 and record.probes
     again = run(MODEL, *FAST, "--out", tmp_path / "new")
     assert again.exit_code == 2 and "add --resume" in again.stderr
@@ -55,8 +58,8 @@ def test_json_is_the_record_and_out_keeps_it(tmp_path: Path) -> None:
 def test_an_audit_that_breaks_something_has_all_survivors_attacked(tmp_path: Path, monkeypatch) -> None:
     def quick(kind: str) -> None:
         class Quick(ATTACKS.get(kind)):  # type: ignore[misc]  # a class that the registry knows
-            def stages(self, num_classes: int) -> Any:
-                first, *_, last = super().stages(num_classes)
+            def stages(self, num_classes: int, input_shape: tuple[int, ...]) -> Any:
+                first, *_, last = super().stages(num_classes, input_shape)
                 return first, last
 
         monkeypatch.setitem(ATTACKS._entries, kind, Quick)
@@ -85,10 +88,11 @@ def test_an_audit_that_breaks_something_has_all_survivors_attacked(tmp_path: Pat
     ("words", "said"),
     [
         (["nobody", *FAST], "unknown model"),
-        (["test-*", *FAST], "one model"),
+        (["test-*", *FAST], "unknown model"),
         ([MODEL, *FAST, "--resume"], "--out"),
         ([MODEL, "--norm", "l2"], "add --epsilon"),
-        ([MODEL, "--epsilon", "0.5"], "add --norm"),
+        ([MODEL, *FAST[:4], "--epsilon", "nan"], "epsilon"),
+        ([MODEL, "--norm", "l3x", "--epsilon", "0.5"], "norm"),
         ([MODEL, "--norm", "l2", "--epsilon", "much", "--data", "digits"], "epsilon"),
         ([MODEL, *FAST[:-2], "--version", "quick"], "fast"),
         ([MODEL, *FAST, "--workers", "2", "--address", "here:1"], "--executor ray"),

@@ -130,6 +130,10 @@ BROKEN: dict[str, tuple[dict[str, Callable], set[str]]] = {
         {"cell": lambda self, z, u: torch.tanh(3 * z + 0.1 * u)},
         {"other equilibrium"},
     ),
+    "logits of NaN on some": (
+        {"head": lambda self, z: torch.where(z[:, :1] > 0.3, torch.nan, Sound.head(self, z))},
+        {"unreadable logits", "huge radius"},
+    ),
     "rounded pixels": (
         {"inject": lambda self, x: Sound.inject(self, (x * 8).round() / 8)},
         {"zero gradient", "noise beats gradients"},
@@ -265,8 +269,8 @@ def stages_of(num_attacked: int, num_broken: int, name: str = "square-audit") ->
         (stages_of(100, 1), {"black box finds more"}),
         (stages_of(100, 3), {"black box finds more"}),
         (stages_of(100, 4), {"beats white box"}),
-        (stages_of(10, 1, "transfer"), set()),
-        (stages_of(10, 2, "transfer"), {"beats white box"}),
+        (stages_of(10, 1, "intermediate"), set()),
+        (stages_of(10, 2, "intermediate"), {"beats white box"}),
         (stages_of(10, 2, "joint-ce"), set()),
         (stages_of(100, 4, "apgd-t"), {"not exhausted"}),
         (stages_of(100, 3, "apgd-t"), set()),
@@ -274,6 +278,7 @@ def stages_of(num_attacked: int, num_broken: int, name: str = "square-audit") ->
         ({"probes": {"noise_wins": 0.11}}, {"noise beats gradients"}),
         ({"probes": {"repeat_gap": 1.0, "batch_gap": 1.0, "noise_wins": 1.0}}, {"random output"}),
         ({"probes": None, "num_lagging": 32}, set()),
+        ({"probes": {}, "num_nonfinite": 1}, set()),
         ({"probes": {}, "num_lagging": 32}, {"lagging states"}),
     ],
 )

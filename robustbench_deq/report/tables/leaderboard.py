@@ -80,7 +80,7 @@ class Entry:
     @property
     def protocol(self) -> str:
         """Of its standard evaluation, the fullest and newest of several; empty: it has none."""
-        return max((record.protocol or "" for record in self.records), key=lambda name: (name.split()[-1:], name))
+        return max((record.protocol or "" for record in self.records), key=_fullness)
 
     @property
     def board(self) -> Board:
@@ -129,6 +129,12 @@ class Entry:
     def total(self, cost: str) -> float:
         """Of a cost over all attacks; see `CostRecord` for the names."""
         return sum(getattr(record.cost, cost) for record in self.records)
+
+
+def _fullness(protocol: str) -> tuple[bool, int]:
+    """Of "v1 standard" and the like: a whole evaluation before its first stages, then the newer version."""
+    version, _, kind = protocol.partition(" ")
+    return kind == "standard", int(version.removeprefix("v") or 0)
 
 
 def make_leaderboard(records: Sequence[Record], supplements: Supplements) -> list[Entry]:
