@@ -1,4 +1,4 @@
-"""The leaderboard of the suite `fashion` in short, written into README.md from the table that `report` has made.
+"""The leaderboards of the suites `fast` and `fashion` in short, written into README.md from the tables of `report`.
 
 Of each board its heading, what is the same in all its rows, and the rows of the first ten ranks.
 
@@ -15,14 +15,23 @@ import click
 from benchmarks.marks import write_between
 
 ROOT = Path(__file__).parents[1]
-README, TABLE = ROOT / "README.md", ROOT / "results" / "fashion" / "report" / "leaderboard.md"
-BEGIN, END = "<!-- leaderboard: python -m benchmarks.standings -->\n", "<!-- end of leaderboard -->\n"
+README = ROOT / "README.md"
+SUITES = ("fast", "fashion")
+END = "<!-- end of leaderboard -->\n"
 LAST_RANK = 10
 
 
-def standings_text() -> str:
+def begin_of(suite: str) -> str:
+    return f"<!-- leaderboard of {suite}: python -m benchmarks.standings -->\n"
+
+
+def table_of(suite: str) -> Path:
+    return ROOT / "results" / suite / "report" / "leaderboard.md"
+
+
+def standings_text(suite: str) -> str:
     """Markdown, without what the columns mean."""
-    _, *boards = TABLE.read_text(encoding="utf-8").split("\n## ")
+    _, *boards = table_of(suite).read_text(encoding="utf-8").split("\n## ")
     return "\n".join(_board(board) for board in boards)
 
 
@@ -41,7 +50,8 @@ def _is_below(line: str) -> bool:
 
 @click.command()
 def main() -> None:
-    write_between(README, BEGIN, standings_text(), END)
+    for suite in SUITES:
+        write_between(README, begin_of(suite), standings_text(suite), END)
 
 
 if __name__ == "__main__":

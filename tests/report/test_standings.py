@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmarks.standings import LAST_RANK, README, TABLE, standings_text
+from benchmarks.standings import LAST_RANK, README, SUITES, standings_text, table_of
 from robustbench_deq.records.missing import UNKNOWN, Missing, read_missing, write_plan
 from robustbench_deq.report.figures import standings as drawing
 from robustbench_deq.report.pages.report import write_report
@@ -108,11 +108,12 @@ def test_csv_holds_the_numbers_and_latex_all_rows(entries: list[Entry]) -> None:
     assert all(line.count(" & ") == len(COLUMNS) - 1 and line.endswith(r"\\") for line in (latex[2], *latex[4:-2]))
 
 
-def test_readme_shows_the_first_ranks_of_every_board() -> None:
-    text = standings_text()
+@pytest.mark.parametrize("suite", SUITES)
+def test_readme_shows_the_first_ranks_of_every_board(suite: str) -> None:
+    text = standings_text(suite)
     assert text in README.read_text(encoding="utf-8"), "run 'python -m benchmarks.standings'"
     rows = [int(line.split("|")[1]) for line in text.splitlines() if re.match(r"\| \d", line)]
-    assert rows.count(1) == TABLE.read_text(encoding="utf-8").count("\n## ") and max(rows) <= LAST_RANK
+    assert rows.count(1) == table_of(suite).read_text(encoding="utf-8").count("\n## ") and max(rows) <= LAST_RANK
 
 
 # ---------------------------------------------------------------- attacks that are missing
