@@ -76,6 +76,22 @@ def _declared(name: str, function: str | None = None) -> Callable[[Callable[[], 
     return declare
 
 
+_norm = click.option(
+    "--norm",
+    default=None,
+    help="l1, l2 or linf.  [default: the model card's, else l2]",
+    shell_complete=_complete(lambda: list(NORM_NAMES)),
+)
+_epsilon = click.option("--epsilon", default=None, help="Radius in pixel units of [0, 1], such as 1.0 or 8/255.")
+_data = click.option(
+    "--data",
+    default=None,
+    help="A name from 'datasets' or npz:FILE.  [default: the model card's]",
+    shell_complete=_a_dataset,
+)
+_split = click.option(
+    "--split", default="test", type=click.Choice(SPLIT_NAMES), show_default=True, help="all: every image of npz:FILE."
+)
 _json = click.option("--json", "is_json", is_flag=True, help="One JSON object on standard output.")
 _set_any = "Any key of the {}, dotted."
 
@@ -90,22 +106,10 @@ _set_any = "Any key of the {}, dotted."
     help="A name from 'attacks'.",
     shell_complete=_an_attack,
 )
-@click.option(
-    "--norm",
-    default=None,
-    help="l1, l2 or linf.  [default: the model card's, else l2]",
-    shell_complete=_complete(lambda: list(NORM_NAMES)),
-)
-@click.option("--epsilon", default=None, help="Radius in pixel units of [0, 1], such as 1.0 or 8/255.")
-@click.option(
-    "--data",
-    default=None,
-    help="A name from 'datasets' or npz:FILE.  [default: the model card's]",
-    shell_complete=_a_dataset,
-)
-@click.option(
-    "--split", default="test", type=click.Choice(SPLIT_NAMES), show_default=True, help="all: every image of npz:FILE."
-)
+@_norm
+@_epsilon
+@_data
+@_split
 @click.option("--limit", type=int, default=None, help="Images.  [default: at most 1000; all of --split all]")
 @click.option("--steps", type=int, default=None, help="The same as --set steps=K.")
 @click.option("--batch-size", type=click.IntRange(1, MAX_COUNT), default=128, show_default=True)
@@ -168,22 +172,10 @@ def _datasets() -> None:
 
 @_declared("evaluate", function="evaluate_by_standard")
 @click.argument("model", shell_complete=_a_model)
-@click.option(
-    "--norm",
-    default=None,
-    help="l1, l2 or linf.  [default: the model card's]",
-    shell_complete=_complete(lambda: list(NORM_NAMES)),
-)
-@click.option("--epsilon", default=None, help="Radius in pixel units of [0, 1], such as 1.0 or 8/255.")
-@click.option(
-    "--data",
-    default=None,
-    help="A name from 'datasets' or npz:FILE.  [default: the model card's]",
-    shell_complete=_a_dataset,
-)
-@click.option(
-    "--split", default="test", type=click.Choice(SPLIT_NAMES), show_default=True, help="all: every image of npz:FILE."
-)
+@_norm
+@_epsilon
+@_data
+@_split
 @click.option("--limit", type=click.IntRange(1, MAX_COUNT), default=None, help="Images.  [default: at most 256]")
 @click.option(
     "--version",
@@ -216,22 +208,10 @@ def _evaluate() -> None:
 @_declared("judge", function="judge_file")
 @click.argument("model", shell_complete=_a_model)
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option(
-    "--norm",
-    default=None,
-    help="l1, l2 or linf.  [default: the model card's, else l2]",
-    shell_complete=_complete(lambda: list(NORM_NAMES)),
-)
-@click.option("--epsilon", default=None, help="Radius in pixel units of [0, 1], such as 1.0 or 8/255.")
-@click.option(
-    "--data",
-    default=None,
-    help="A name from 'datasets' or npz:FILE.  [default: the model card's]",
-    shell_complete=_a_dataset,
-)
-@click.option(
-    "--split", default="test", type=click.Choice(SPLIT_NAMES), show_default=True, help="all: every image of npz:FILE."
-)
+@_norm
+@_epsilon
+@_data
+@_split
 @click.option(
     "--limit", type=int, default=None, help="Samples of the record.  [default: at most 1000; all of --split all]"
 )
