@@ -69,19 +69,23 @@ FULL_CASES = [case for case in CASES if case.norm is FULL_NORM[case.name]]
 ALIKE = {"apgd", "apgd-t", "fgsm", "fmn", "joint-apgd", "joint-fmn"}
 """Attacks of the same parts as others, but for the step: other norms and families are left to those."""
 OF_ONE_NORM = {"intermediate-pgd", "yopo"}
-"""Attacks with a source of their own, which knows no norm: one does on all families."""
+"""Attacks with a source of their own, which knows no norm: one does, on families of three kinds."""
+KINDS = {"deq-fc", "mdeq", "mondeq-conv"}
 EVERYWHERE = [
     case
     for case in CASES
     if case.name not in ALIKE and case.norm is not Norm.L1 and (case in FULL_CASES or case.name not in OF_ONE_NORM)
 ]
 """What is run on all families; the rest on one."""
-FAMILY_CASES = [
-    (case, family)
-    for case in CASES
-    for family in FAMILIES
-    if case in EVERYWHERE or (family == "deq-fc" and (case in FULL_CASES or case.name not in ALIKE))
-]
+
+
+def runs_on(case: Case, family: str) -> bool:
+    if case in EVERYWHERE and (case.name not in OF_ONE_NORM or family in KINDS):
+        return True
+    return family == "deq-fc" and (case in FULL_CASES or case.name not in ALIKE)
+
+
+FAMILY_CASES = [(case, family) for case in CASES for family in FAMILIES if runs_on(case, family)]
 every_norm = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}-{case.norm.name}")
 every_case = pytest.mark.parametrize(
     "case",

@@ -26,7 +26,9 @@ NUM = 10
 WRONG = [1, 6]
 """Samples whose label is not what the model says of the clean image."""
 NEVER_LEAVES = {"fmn", "joint-fmn", "torchattacks-pgd", "torchattacks-pgdl2"}
-LEAVING = [case for case in FULL_CASES if case.name not in NEVER_LEAVES]
+LIKE_PGD = {"fgsm", "fmn"}
+"""Of the parts of `pgd`, but for the step."""
+LEAVING = [case for case in FULL_CASES if case.name not in NEVER_LEAVES | LIKE_PGD]
 
 
 def named(case: Case) -> str:
