@@ -88,7 +88,7 @@ class StandardConfig(FastConfig):
 @ATTACKS.register("standard")
 class Standard(Fast):
     name = "standard"
-    summary = "the standard evaluation: joint stages, intermediate states, APGD with exact gradients, black box"
+    summary = "the standard evaluation: joint stages, intermediate states, PGD and APGD with full solves, black box"
     config_type = StandardConfig
 
     def stages(self, num_classes: int, input_shape: tuple[int, ...]) -> tuple[Stage, ...]:

@@ -76,7 +76,10 @@ def test_an_audit_that_breaks_something_has_all_survivors_attacked(tmp_path: Pat
     assert asked == [first.record_id]
     assert (first.stages[-1].name, second.stages[-1].name) == ("square-audit", "fab-t")
     assert second.stages[-1].num_attacked >= first.stages[-1].num_attacked
-    assert json.loads(result.stdout)["record_id"] == second.record_id
+    shown = json.loads(result.stdout)
+    assert shown["record_id"] == second.record_id
+    assert shown["cost"]["cell_evals"] == pytest.approx(first.cost.cell_evals + second.cost.cell_evals)
+    assert shown["cost"]["judge_seconds"] == pytest.approx(first.cost.judge_seconds + second.cost.judge_seconds)
     assert "now on all survivors" in result.stderr
     lines = (tmp_path / "new" / "records.jsonl").read_text().splitlines()
     (tmp_path / "new" / "records.jsonl").write_text(lines[1] + "\n")  # the first record is lost, and written again
