@@ -42,4 +42,4 @@ class FGSM(ObjectiveAttack[FGSMConfig]):
             num_steps=1,
             record=record,
         )
-        return Proposal(found.variable, found.loss, found.is_done, is_flat=found.is_flat, z=found.z, mu=found.mu)
+        return Proposal.of(found)

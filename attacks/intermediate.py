@@ -72,4 +72,4 @@ class IntermediatePGD(ObjectiveAttack[IntermediatePGDConfig]):
             num_steps=config.steps,
             record=record,
         )
-        return Proposal(found.variable, found.loss, found.is_done, is_flat=found.is_flat, z=found.z)
+        return Proposal.of(found)

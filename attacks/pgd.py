@@ -42,16 +42,7 @@ class SolvedAttack(ObjectiveAttack[S]):
         record.plan(config.steps)
         source = config.source(has_trace=record.num_snapshots > 0)
         found = self.search(model, batch, source, step, keep or config.highest_loss(), config.steps, record)
-        diagnostics = {name: float(counts.sum()) for name, counts in found.tally.items()}
-        return Proposal(
-            delta=found.variable,
-            loss=found.loss,
-            is_done=found.is_done,
-            is_flat=found.is_flat,
-            z=found.z,
-            mu=found.mu,
-            diagnostics=diagnostics,
-        )
+        return Proposal.of(found)
 
 
 @ATTACKS.register("pgd")

@@ -53,12 +53,4 @@ class YOPO(ObjectiveAttack[YOPOConfig]):
             num_steps=num_steps,
             record=record,
         )
-        return Proposal(
-            delta=found.variable,
-            loss=found.loss,
-            is_done=found.is_done,
-            is_flat=found.is_flat,
-            z=found.z,
-            mu=found.mu,
-            diagnostics={name: float(counts.sum()) for name, counts in found.tally.items()},
-        )
+        return Proposal.of(found)

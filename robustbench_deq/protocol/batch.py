@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from robustbench_deq.optimise import Settled
+from robustbench_deq.optimise import Optimum, Settled
 from robustbench_deq.shown import briefly_shown
 
 
@@ -86,3 +86,16 @@ class Proposal:
     z: Tensor | None = None
     mu: Tensor | None = None
     diagnostics: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, found: Optimum) -> Proposal:
+        """What one run of `optimise` has found, with its source's counts, summed over the rows."""
+        return cls(
+            delta=found.variable,
+            loss=found.loss,
+            is_done=found.is_done,
+            is_flat=found.is_flat,
+            z=found.z,
+            mu=found.mu,
+            diagnostics={name: float(counts.sum()) for name, counts in found.tally.items()},
+        )
